@@ -1,0 +1,172 @@
+//! The command line: every flag, its default, and one clear line for each mistake.
+
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
+
+use lexopt::Arg;
+
+pub const USAGE: &str = "\
+The agent service: an axum server on SQLite, with a cache in front of it.
+
+Usage: agent_service [FLAGS]
+
+    [--listen 127.0.0.1:8080]      # port 0 picks a free one; the first line on stdout is: listening on http://ADDR
+    [--db PATH]                    # SQLite file, shared by several processes (WAL); default: a fresh temporary one
+    [--redis URL]                  # several URLs or redis+cluster:// for a cluster; default: in-process store only
+    [--l1 on|off]                  # in-process tier over Redis, default on
+    [--prefix NAME]                # key prefix in the shared store, default \"cas\"
+    [--config FILE]                # TOML: data types, TTLs, routes, cascades; default: the built-in agent catalogue
+    [--origin-delay-ms N]          # makes every database read take that much longer (a slow origin), default 0
+    [--coalesce process|fleet]     # how far single flight reaches, default process
+    [--fence-ms N]                 # fenced writes with that lease; 0 = off, the default
+    [--admin-token TOKEN]          # turns the /_cache endpoints on; without it they answer 404
+    [--seed-agents N]              # inserts N sample agents for tenant \"demo\", default 10
+    [--warm on|off]                # pre-warm popular entries at start and periodically, default off
+    [--help]                       # prints this
+";
+
+/// How far single flight reaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coalesce {
+    Process,
+    Fleet,
+}
+
+#[derive(Debug, Clone)]
+pub struct Args {
+    pub listen: SocketAddr,
+    pub db: Option<PathBuf>,
+    pub redis: Vec<String>,
+    pub l1: bool,
+    pub prefix: String,
+    pub config: Option<PathBuf>,
+    pub origin_delay: Duration,
+    pub coalesce: Coalesce,
+    pub fence: Option<Duration>,
+    pub admin_token: Option<String>,
+    pub seed_agents: usize,
+    pub warm: bool,
+    pub help: bool,
+}
+
+impl Default for Args {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            db: None,
+            redis: Vec::new(),
+            l1: true,
+            prefix: "cas".into(),
+            config: None,
+            origin_delay: Duration::ZERO,
+            coalesce: Coalesce::Process,
+            fence: None,
+            admin_token: None,
+            seed_agents: 10,
+            warm: false,
+            help: false,
+        }
+    }
+}
+
+/// Parses what follows the program's name. `--help` ends the parsing: nothing after it matters.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
+    let mut parser = lexopt::Parser::from_args(args);
+    let mut parsed = Args::default();
+    while let Some(arg) = parser.next().map_err(|e| e.to_string())? {
+        let flag = match arg {
+            Arg::Long("help") | Arg::Short('h') => {
+                parsed.help = true;
+                return Ok(parsed);
+            }
+            Arg::Long(name) => name.to_owned(),
+            Arg::Short(letter) => {
+                return Err(format!("unknown flag -{letter}; --help lists the flags"));
+            }
+            Arg::Value(word) => {
+                return Err(format!("unexpected argument {word:?}; --help lists the flags"));
+            }
+        };
+        let mut value = |accepted: &'static str| Value::next(&mut parser, &flag, accepted);
+        match flag.as_str() {
+            "listen" => parsed.listen = value("IP:PORT, such as 127.0.0.1:8080")?.parsed()?,
+            "db" => parsed.db = Some(value("the path of an SQLite file")?.path()?),
+            "redis" => value("URLs such as redis://127.0.0.1:6379, separated by commas")?.urls(&mut parsed.redis)?,
+            "l1" => parsed.l1 = value("on or off")?.one_of(&[("on", true), ("off", false)])?,
+            "prefix" => parsed.prefix = value("a name that is not empty")?.text()?,
+            "config" => parsed.config = Some(value("the path of a TOML file")?.path()?),
+            "origin-delay-ms" => parsed.origin_delay = value("a whole number of milliseconds")?.millis()?,
+            "coalesce" => {
+                let reaches = [("process", Coalesce::Process), ("fleet", Coalesce::Fleet)];
+                parsed.coalesce = value("process or fleet")?.one_of(&reaches)?;
+            }
+            "fence-ms" => {
+                let lease = value("a whole number of milliseconds, 0 for off")?.millis()?;
+                parsed.fence = (!lease.is_zero()).then_some(lease);
+            }
+            "admin-token" => parsed.admin_token = Some(value("a token that is not empty")?.text()?),
+            "seed-agents" => parsed.seed_agents = value("a whole number")?.parsed()?,
+            "warm" => parsed.warm = value("on or off")?.one_of(&[("on", true), ("off", false)])?,
+            _ => {
+                return Err(format!("unknown flag --{}; --help lists the flags", flag.escape_debug()));
+            }
+        }
+    }
+    Ok(parsed)
+}
+
+/// A flag's value together with what an error about it has to say.
+struct Value<'a> {
+    flag: &'a str,
+    accepted: &'static str,
+    given: OsString,
+}
+
+impl<'a> Value<'a> {
+    fn next(parser: &mut lexopt::Parser, flag: &'a str, accepted: &'static str) -> Result<Self, String> {
+        match parser.value() {
+            Ok(given) => Ok(Self { flag, accepted, given }),
+            Err(_) => Err(format!("--{flag}: the value is missing; accepted: {accepted}")),
+        }
+    }
+
+    fn refused(&self) -> String {
+        format!("--{}: {:?} is not accepted; accepted: {}", self.flag, self.given, self.accepted)
+    }
+
+    /// Text that is valid UTF-8 and not empty.
+    fn text(self) -> Result<String, String> {
+        match self.given.to_str() {
+            Some(text) if !text.is_empty() => Ok(text.to_owned()),
+            _ => Err(self.refused()),
+        }
+    }
+
+    fn path(self) -> Result<PathBuf, String> {
+        if self.given.is_empty() { Err(self.refused()) } else { Ok(self.given.into()) }
+    }
+
+    fn parsed<T: std::str::FromStr>(&self) -> Result<T, String> {
+        self.given.to_str().and_then(|text| text.parse().ok()).ok_or_else(|| self.refused())
+    }
+
+    fn millis(&self) -> Result<Duration, String> {
+        self.parsed().map(Duration::from_millis)
+    }
+
+    fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Result<T, String> {
+        let chosen = choices.iter().find(|(word, _)| self.given == *word);
+        chosen.map(|(_, choice)| *choice).ok_or_else(|| self.refused())
+    }
+
+    /// Adds to the list, so that the flag may be repeated as well as hold several.
+    fn urls(self, all: &mut Vec<String>) -> Result<(), String> {
+        let text = self.given.to_str().ok_or_else(|| self.refused())?;
+        for url in text.split(',').map(str::trim) {
+            if !url.contains("://") {
+                return Err(self.refused());
+            }
+            all.push(url.to_owned());
+        }
+        Ok(())
+    }
+}

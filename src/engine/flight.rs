@@ -1,0 +1,103 @@
+//! Single flight: concurrent misses of one key make one call.
+//!
+//! A request may only share a flight whose generations equal those that it has itself just read. Else a read that
+//! began after a write could be given the response of a load that began before it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    key::{Key, Tag},
+    store::{Entry, Generation, Stamp},
+};
+
+const SHARDS: usize = 16;
+
+/// How a flight ended.
+#[derive(Clone)]
+pub(crate) enum Landed {
+    Done(Arc<Entry>),
+    /// The response belongs to the leader's request alone.
+    Unshareable,
+    /// The leader failed, panicked or vanished, or its result cannot be proven to be fresh.
+    Failed,
+}
+
+/// A load under way, and the generations it began under.
+pub(crate) struct Flight {
+    tags: Vec<Tag>,
+    generations: Vec<Generation>,
+    landed: watch::Sender<Option<Landed>>,
+}
+
+impl Flight {
+    pub(crate) fn new(tags: Vec<Tag>, generations: Vec<Generation>) -> Self {
+        Self { tags, generations, landed: watch::Sender::new(None) }
+    }
+
+    pub(crate) fn stamps(&self) -> impl Iterator<Item = Stamp> {
+        self.tags.iter().zip(&self.generations).map(|(tag, g)| Stamp { tag: tag.clone(), generation: *g })
+    }
+
+    /// The first word counts.
+    pub(crate) fn land(&self, how: Landed) {
+        self.landed.send_if_modified(|landed| {
+            let first = landed.is_none();
+            landed.get_or_insert(how);
+            first
+        });
+    }
+}
+
+/// The flights of this process, by key.
+#[derive(Default)]
+pub(crate) struct Flights([Mutex<HashMap<Key, Arc<Flight>>>; SHARDS]);
+
+impl Flights {
+    fn shard(&self, key: &Key) -> MutexGuard<'_, HashMap<Key, Arc<Flight>>> {
+        // Keys end in what differs most: the variant and before it the ids.
+        let at = key.as_bytes().iter().fold(0usize, |sum, &b| sum.wrapping_mul(31).wrapping_add(b.into()));
+        self.0[at % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The flight to wait for, or `None` if `own` has become the flight of this key.
+    pub(crate) fn join_or_lead(&self, key: &Key, own: &Arc<Flight>) -> Option<Follower> {
+        let mut flights = self.shard(key);
+        match flights.get(key) {
+            Some(other) if other.tags == own.tags && other.generations == own.generations => {
+                Some(Follower(other.landed.subscribe(), other.clone()))
+            }
+            _ => {
+                flights.insert(key.clone(), own.clone());
+                None
+            }
+        }
+    }
+
+    pub(crate) fn remove(&self, key: &Key, own: &Arc<Flight>) {
+        let mut flights = self.shard(key);
+        if flights.get(key).is_some_and(|f| Arc::ptr_eq(f, own)) {
+            flights.remove(key);
+        }
+    }
+}
+
+/// A seat in another's flight, which it keeps from being forgotten.
+pub(crate) struct Follower(watch::Receiver<Option<Landed>>, #[allow(dead_code)] Arc<Flight>);
+
+impl Follower {
+    pub(crate) fn landed(&self) -> Option<Landed> {
+        self.0.borrow().clone()
+    }
+
+    pub(crate) async fn wait(mut self) -> Landed {
+        match self.0.wait_for(Option::is_some).await {
+            Ok(landed) => landed.clone().unwrap_or(Landed::Failed),
+            Err(_) => Landed::Failed,
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The cache-aside function, for code that is not behind HTTP: look up → fetch → generate → store → return the value
+//! and how it was obtained.
+
+use std::{
+    fmt,
+    future::{Future, IntoFuture},
+    marker::PhantomData,
+    pin::Pin,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use serde::{Serialize, de::DeserializeOwned};
+
+use super::{Attempt, Begin, Landed, Leader};
+use crate::{
+    Cache,
+    key::{Key, KeyBuf, Tag, push_key},
+    store::{Entry, Payload},
+};
+
+/// Where a value came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Source {
+    /// The cache, or a load that another caller had under way.
+    Cache,
+    /// The `fetch` closure.
+    Origin,
+    /// The `generate` closure, because `fetch` found nothing.
+    Generated,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Cache => "cache",
+            Self::Origin => "origin",
+            Self::Generated => "generated",
+        })
+    }
+}
+
+/// How a value was obtained.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Report {
+    /// Where it came from.
+    pub source: Source,
+    /// Its data type.
+    pub data_type: String,
+    /// Its id.
+    pub resource: String,
+    /// How long the look-up took, waiting for another's load included.
+    pub lookup: Duration,
+    /// How long `fetch` took; zero on a hit.
+    pub fetch: Duration,
+    /// How long `generate` took; zero if it did not run.
+    pub generate: Duration,
+    /// How long it all took.
+    pub total: Duration,
+}
+
+/// A value to be obtained through the cache; made by [`Cache::entry`].
+#[must_use = "nothing is looked up before `fetch`"]
+pub struct EntryBuilder<T> {
+    cache: Cache,
+    data_type: String,
+    resource: String,
+    tenant: String,
+    scope: Vec<(String, String)>,
+    value: PhantomData<fn() -> T>,
+}
+
+impl<T> EntryBuilder<T> {
+    pub(crate) fn new(cache: Cache, data_type: String, resource: String) -> Self {
+        Self { cache, data_type, resource, tenant: String::new(), scope: vec![], value: PhantomData }
+    }
+
+    /// Whose value it is. A service without tenants may leave it out.
+    pub fn tenant(mut self, tenant: impl Into<String>) -> Self {
+        self.tenant = tenant.into();
+        self
+    }
+
+    /// An entity that it belongs to: part of its key, and a tag that cascades may drop.
+    pub fn scope(mut self, entity: impl Into<String>, id: impl Into<String>) -> Self {
+        self.scope.push((entity.into(), id.into()));
+        self
+    }
+
+    /// How to get it from the database: `Ok(None)` when the database has none.
+    ///
+    /// The closure runs in a task of its own, which goes on when the caller is dropped. Its error goes to the caller
+    /// and is not cached; callers that waited for it try themselves.
+    pub fn fetch<F, Fut, E>(self, fetch: F) -> Fetch<T, F>
+    where
+        F: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = Result<Option<T>, E>> + Send + 'static,
+    {
+        Fetch { entry: self, fetch }
+    }
+
+    fn key(&self) -> (Key, Vec<Tag>) {
+        let mut scope: Vec<_> = self.scope.iter().map(|(e, id)| (e.as_str(), id.as_bytes())).collect();
+        scope.sort_unstable();
+        scope.dedup();
+        let (tenant, resource) = (self.tenant.as_bytes(), self.resource.as_bytes());
+        let mut key = KeyBuf::new();
+        push_key(&mut key, tenant, &self.data_type, Some(resource), scope.iter().copied());
+        key.push(b'v');
+        let own = (self.cache.routes().entity_of(&self.data_type), resource);
+        let entities = scope.iter().copied().filter(|s| *s != own).chain([own]);
+        let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(tenant, &self.data_type, e, id)).collect();
+        tags.push(Tag::all(tenant, &self.data_type));
+        (Key::new(&key), tags)
+    }
+}
+
+/// A value with its `fetch`; await it for an `Option`, or go on to [`generate`](Self::generate).
+#[must_use = "nothing is looked up before it is awaited"]
+pub struct Fetch<T, F> {
+    entry: EntryBuilder<T>,
+    fetch: F,
+}
+
+impl<T, F> Fetch<T, F> {
+    /// How to make one when the database has none; the result is stored like a fetched one.
+    pub fn generate<G, Fut, E>(self, generate: G) -> Generate<T, F, G>
+    where
+        G: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, E>> + Send + 'static,
+    {
+        Generate { fetch: self, generate }
+    }
+}
+
+/// A value with its `fetch` and its `generate`; await it.
+#[must_use = "nothing is looked up before it is awaited"]
+pub struct Generate<T, F, G> {
+    fetch: Fetch<T, F>,
+    generate: G,
+}
+
+type Output<T, E> = Pin<Box<dyn Future<Output = Result<(T, Report), E>> + Send>>;
+
+impl<T, F, Fut, E> IntoFuture for Fetch<T, F>
+where
+    T: Serialize + DeserializeOwned + Send + 'static,
+    F: FnOnce() -> Fut + Send + 'static,
+    Fut: Future<Output = Result<Option<T>, E>> + Send + 'static,
+    E: Send + 'static,
+{
+    type Output = Result<(Option<T>, Report), E>;
+    type IntoFuture = Output<Option<T>, E>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        let fetch = self.fetch;
+        Box::pin(obtain(self.entry, move || async move {
+            let start = Instant::now();
+            let value = fetch().await?;
+            let keep = value.is_some();
+            Ok(Loaded { value, keep, source: Source::Origin, fetch: start.elapsed(), generate: Duration::ZERO })
+        }))
+    }
+}
+
+impl<T, F, G, Fut, Gut, E> IntoFuture for Generate<T, F, G>
+where
+    T: Serialize + DeserializeOwned + Send + 'static,
+    F: FnOnce() -> Fut + Send + 'static,
+    Fut: Future<Output = Result<Option<T>, E>> + Send + 'static,
+    G: FnOnce() -> Gut + Send + 'static,
+    Gut: Future<Output = Result<T, E>> + Send + 'static,
+    E: Send + 'static,
+{
+    type Output = Result<(T, Report), E>;
+    type IntoFuture = Output<T, E>;
+
+    fn into_future(self) -> Self::IntoFuture {
+        let (fetch, generate) = (self.fetch.fetch, self.generate);
+        Box::pin(obtain(self.fetch.entry, move || async move {
+            let start = Instant::now();
+            let found = fetch().await?;
+            let fetch = start.elapsed();
+            let (value, source) = match found {
+                Some(value) => (value, Source::Origin),
+                None => (generate().await?, Source::Generated),
+            };
+            Ok(Loaded { value, keep: true, source, fetch, generate: start.elapsed() - fetch })
+        }))
+    }
+}
+
+/// What the closures gave, and how long they took.
+struct Loaded<V> {
+    value: V,
+    /// Whether it is stored; that there is none is only shared with those who wait for it.
+    keep: bool,
+    source: Source,
+    fetch: Duration,
+    generate: Duration,
+}
+
+async fn obtain<T, V, E, L, Fut>(entry: EntryBuilder<T>, load: L) -> Result<(V, Report), E>
+where
+    V: Serialize + DeserializeOwned + Send + 'static,
+    E: Send + 'static,
+    L: FnOnce() -> Fut + Send + 'static,
+    Fut: Future<Output = Result<Loaded<V>, E>> + Send + 'static,
+{
+    let start = Instant::now();
+    let (key, tags) = entry.key();
+    let ttl = entry.cache.policy(&entry.data_type).ttl.duration();
+    let EntryBuilder { cache, data_type, resource, .. } = entry;
+    let report = |loaded: Option<&Loaded<V>>, lookup| Report {
+        source: loaded.map_or(Source::Cache, |l| l.source),
+        data_type,
+        resource,
+        lookup,
+        fetch: loaded.map_or(Duration::ZERO, |l| l.fetch),
+        generate: loaded.map_or(Duration::ZERO, |l| l.generate),
+        total: start.elapsed(),
+    };
+    let engine = cache.engine();
+    if let Some(value) = engine.peek(key.as_bytes(), engine.now()).and_then(|e| decode(&e)) {
+        return Ok((value, report(None, start.elapsed())));
+    }
+    let mut attempt = Attempt::default();
+    let leader = loop {
+        let entry = match engine.begin(&key, &tags, attempt).await {
+            Begin::Lead(leader) => break Some(leader),
+            Begin::Unavailable => break None,
+            Begin::Hit(entry) => Some(entry),
+            Begin::Follow(flight) => match flight.wait().await {
+                Landed::Done(entry) => Some(entry),
+                Landed::Unshareable | Landed::Failed => None,
+            },
+        };
+        match entry.map(|e| decode(&e)) {
+            Some(Some(value)) => return Ok((value, report(None, start.elapsed()))),
+            // Another shape than ours: replace it.
+            Some(None) => attempt.reload = true,
+            None => attempt.failures += 1,
+        }
+    };
+    let lookup = start.elapsed();
+    let task = tokio::spawn(async move {
+        let loaded = load().await?;
+        if let Some(leader) = leader {
+            store(leader, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
+        }
+        Ok(loaded)
+    });
+    let loaded = match task.await {
+        Ok(loaded) => loaded?,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shutting down, and this task with it.
+            Err(_) => std::future::pending().await,
+        },
+    };
+    let report = report(Some(&loaded), lookup);
+    Ok((loaded.value, report))
+}
+
+/// Gives a value to those who wait for it, and stores it if it is to be kept.
+async fn store(leader: Leader, json: serde_json::Result<Vec<u8>>, keep: bool, ttl: Option<Duration>) {
+    match json {
+        Ok(json) => {
+            if let Some(sealed) = leader.seal(Payload::Value(Bytes::from(json)), vec![], ttl).await {
+                if keep {
+                    tokio::spawn(sealed.store());
+                }
+            }
+        }
+        Err(error) => tracing::warn!(%error, "value not cached: it cannot be written as JSON"),
+    }
+}
+
+fn decode<V: DeserializeOwned>(entry: &Entry) -> Option<V> {
+    match &entry.payload {
+        Payload::Value(json) => serde_json::from_slice(json)
+            .inspect_err(|error| tracing::warn!(%error, "cached value has another shape: loading it anew"))
+            .ok(),
+        Payload::Response(_) => None,
+    }
+}

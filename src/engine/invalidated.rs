@@ -1,0 +1,51 @@
+//! The report of an invalidation: how many entries it made stale, by data type.
+
+use std::{fmt, sync::Arc};
+
+/// What an invalidation dropped. A response of the [`InvalidateLayer`](crate::InvalidateLayer) carries it as an
+/// extension.
+///
+/// Displayed, it is the value of the `cache-invalidated` header: `agent=1, agent_config=1, agent_tools=0,
+/// conversations=4, total=6`. What a relation reached is counted together under the relation's name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Invalidated {
+    lines: Vec<(Arc<str>, u64)>,
+    types: Vec<(Arc<str>, u64)>,
+}
+
+impl Invalidated {
+    pub(crate) fn new(counts: impl Iterator<Item = ((Arc<str>, Arc<str>), u64)>) -> Self {
+        let mut this = Self::default();
+        for ((line, data_type), count) in counts {
+            add(&mut this.lines, line, count);
+            add(&mut this.types, data_type, count);
+        }
+        this
+    }
+
+    /// How many entries of a data type were dropped.
+    pub fn count(&self, data_type: &str) -> u64 {
+        self.types.iter().find(|(name, _)| **name == *data_type).map_or(0, |(_, count)| *count)
+    }
+
+    /// How many entries were dropped altogether.
+    pub fn total(&self) -> u64 {
+        self.types.iter().map(|(_, count)| count).sum()
+    }
+}
+
+fn add(counts: &mut Vec<(Arc<str>, u64)>, name: Arc<str>, count: u64) {
+    match counts.iter_mut().find(|(n, _)| *n == name) {
+        Some((_, sum)) => *sum += count,
+        None => counts.push((name, count)),
+    }
+}
+
+impl fmt::Display for Invalidated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, count) in &self.lines {
+            write!(f, "{name}={count}, ")?;
+        }
+        write!(f, "total={}", self.total())
+    }
+}

@@ -1,0 +1,253 @@
+//! The protocol: generation-validated entries, and one flight per key.
+//!
+//! An entry is valid only while every generation that it was filled under is still current. A load captures the
+//! generations of its tags *before* it begins, and stores its result under them; an invalidation drops generations. So
+//! a load that read the database before a write can store what it read, at any time later, without anybody ever being
+//! served it. Nothing here knows of HTTP or of a particular store.
+
+mod clock;
+mod flight;
+mod function;
+mod invalidated;
+
+use std::{sync::Arc, time::Duration};
+
+pub(crate) use clock::Clock;
+pub(crate) use flight::Landed;
+use flight::{Flight, Flights, Follower};
+pub use function::{EntryBuilder, Fetch, Generate, Report, Source};
+pub use invalidated::Invalidated;
+
+use quick_cache::sync::Cache as Memo;
+
+use crate::{
+    catalog::Drops,
+    key::{Key, Tag},
+    store::{Entry, Generation, Lookup, Mark, Millis, Payload, Stamp, Store, TagGroup},
+};
+
+/// How long a key whose response could not be shared is loaded by each request on its own, without waiting.
+const UNSHARED_FOR: Duration = Duration::from_secs(10);
+
+/// How many keys the engine remembers something about.
+const MEMOS: usize = 65_536;
+
+/// After this many failed flights a request stops waiting for others.
+const MAX_ATTEMPTS: u32 = 3;
+
+pub(crate) struct Engine {
+    store: Arc<dyn Store>,
+    flights: Flights,
+    memos: Memo<Key, Arc<KeyMemo>>,
+    clock: Clock,
+}
+
+/// What earlier loads of a key taught. Lost without harm.
+#[derive(Default, Clone)]
+struct KeyMemo {
+    /// Tags that the response declared, which the request does not name.
+    late: Arc<[Tag]>,
+    /// Until then its responses are not worth waiting for.
+    unshared_until: Millis,
+}
+
+/// How often a request has tried.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Attempt {
+    /// Flights it joined that failed.
+    pub(crate) failures: u32,
+    /// It neither waits for others nor lets them wait.
+    pub(crate) alone: bool,
+    /// What is stored is of no use to it, and is to be replaced.
+    pub(crate) reload: bool,
+}
+
+/// What a request has to do.
+pub(crate) enum Begin {
+    /// Answer with this.
+    Hit(Arc<Entry>),
+    /// Call the origin, and tell the others.
+    Lead(Leader),
+    /// Wait for another's call, which began under the generations that are current now.
+    Follow(Follower),
+    /// Call the origin: the store cannot be asked.
+    Unavailable,
+}
+
+enum Validity {
+    Valid,
+    Invalid,
+    /// It may be valid: these tags of it were not looked up.
+    Unknown(Vec<Tag>),
+}
+
+impl Engine {
+    pub(crate) fn new(store: Arc<dyn Store>, clock: Clock) -> Self {
+        Self { store, flights: Flights::default(), memos: Memo::new(MEMOS), clock }
+    }
+
+    pub(crate) fn now(&self) -> Millis {
+        self.clock.now()
+    }
+
+    /// A hit that needs no waiting.
+    pub(crate) fn peek(&self, key: &[u8], now: Millis) -> Option<Arc<Entry>> {
+        self.store.peek(key, now).filter(|entry| entry.is_fresh(now))
+    }
+
+    /// Looks the key up; on a miss captures the generations and joins the flight that has the same ones, or leads one.
+    pub(crate) async fn begin(self: &Arc<Self>, key: &Key, tags: &[Tag], attempt: Attempt) -> Begin {
+        let memo = self.memos.get(key);
+        let mut asked = tags.to_vec();
+        asked.extend(memo.iter().flat_map(|m| m.late.iter()).filter(|t| !tags.contains(t)).cloned());
+        for _ in 0..2 {
+            let Lookup { entry, generations } = match self.store.lookup(key, &asked).await {
+                Ok(found) => found,
+                Err(error) => return self.unavailable(&error),
+            };
+            let Some(entry) = entry else { break };
+            match validity(&entry, tags, &asked, &generations) {
+                Validity::Valid if entry.is_fresh(self.now()) && !attempt.reload => return Begin::Hit(entry),
+                Validity::Valid | Validity::Invalid => break,
+                Validity::Unknown(late) => {
+                    self.remember_late(key, &late);
+                    asked.extend(late);
+                }
+            }
+        }
+        // Captured before the load: whatever is dropped from now on makes its result useless.
+        let opened = match self.store.open(&asked).await {
+            Ok(opened) => opened,
+            Err(error) => return self.unavailable(&error),
+        };
+        let unshared = memo.is_some_and(|m| m.unshared_until > self.now());
+        let flight = Arc::new(Flight::new(asked, opened.generations));
+        let alone = attempt.alone || attempt.reload || attempt.failures >= MAX_ATTEMPTS;
+        let shared = !unshared && !alone;
+        if shared {
+            if let Some(other) = self.flights.join_or_lead(key, &flight) {
+                return match other.landed() {
+                    Some(Landed::Done(entry)) => Begin::Hit(entry),
+                    _ => Begin::Follow(other),
+                };
+            }
+        }
+        let (engine, key) = (self.clone(), key.clone());
+        Begin::Lead(Leader { engine, key, flight, mark: opened.mark, landed: false })
+    }
+
+    fn unavailable(&self, error: &crate::store::StoreError) -> Begin {
+        tracing::debug!(%error, "store unavailable: calling the origin");
+        Begin::Unavailable
+    }
+
+    /// Tags of the entry that the request does not name are looked up with it from now on.
+    fn remember_late(&self, key: &Key, late: &[Tag]) {
+        let memo = self.memos.get(key).map_or_else(KeyMemo::default, |m| (*m).clone());
+        self.memos.insert(key.clone(), Arc::new(KeyMemo { late: late.into(), ..memo }));
+    }
+
+    fn remember_unshared(&self, key: &Key) {
+        let memo = self.memos.get(key).map_or_else(KeyMemo::default, |m| (*m).clone());
+        let unshared_until = self.now() + UNSHARED_FOR.as_millis() as Millis;
+        self.memos.insert(key.clone(), Arc::new(KeyMemo { unshared_until, ..memo }));
+    }
+
+    /// Drops the generations of all these tags, at once, and says how many entries that made stale.
+    pub(crate) async fn invalidate(&self, drops: Drops) -> Invalidated {
+        let lines: Vec<_> = drops.groups.iter().map(|g| g.line.clone()).collect();
+        let groups: Vec<_> =
+            drops.groups.into_iter().map(|g| TagGroup { data_type: g.data_type, tags: g.tags }).collect();
+        match self.store.invalidate(&groups).await {
+            Ok(counts) => Invalidated::new(lines.into_iter().zip(groups.into_iter().map(|g| g.data_type)).zip(counts)),
+            Err(error) => {
+                tracing::error!(%error, "invalidation did not reach the store");
+                Invalidated::new(std::iter::empty())
+            }
+        }
+    }
+}
+
+fn validity(entry: &Entry, required: &[Tag], asked: &[Tag], generations: &[Option<Generation>]) -> Validity {
+    // An entry of another configuration may lack tags that cascades count on now.
+    if required.iter().any(|tag| entry.stamps.iter().all(|s| s.tag != *tag)) {
+        return Validity::Invalid;
+    }
+    let mut unknown = vec![];
+    for Stamp { tag, generation } in &entry.stamps {
+        match asked.iter().position(|t| t == tag) {
+            None => unknown.push(tag.clone()),
+            Some(at) if generations.get(at) == Some(&Some(*generation)) => {}
+            Some(_) => return Validity::Invalid,
+        }
+    }
+    if unknown.is_empty() { Validity::Valid } else { Validity::Unknown(unknown) }
+}
+
+/// The right and the duty to load a key. Dropped unfinished (an error, a panic), it lets its followers try again.
+pub(crate) struct Leader {
+    engine: Arc<Engine>,
+    key: Key,
+    flight: Arc<Flight>,
+    mark: Mark,
+    landed: bool,
+}
+
+impl Leader {
+    /// Makes an entry of what was loaded and gives it to the followers. `late` are tags that only the response
+    /// declares. `None` if one of those may have been dropped since the load began: then the response is good for
+    /// nobody but its own request.
+    pub(crate) async fn seal(self, payload: Payload, late: Vec<Tag>, ttl: Option<Duration>) -> Option<Sealed> {
+        let mut stamps: Vec<_> = self.flight.stamps().collect();
+        let late: Vec<_> = late.into_iter().filter(|tag| stamps.iter().all(|s| s.tag != *tag)).collect();
+        if !late.is_empty() {
+            let proven = self.engine.store.extend(self.mark, &late).await.ok().flatten();
+            self.engine.remember_late(&self.key, &late);
+            let generations = proven?;
+            stamps.extend(late.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
+        }
+        let created = self.engine.now();
+        let expires = match ttl {
+            Some(ttl) => created.saturating_add(u64::try_from(ttl.as_millis()).unwrap_or(Millis::MAX)),
+            None => Millis::MAX,
+        };
+        let entry = Arc::new(Entry { payload, stamps: stamps.into(), created, expires, keep_until: expires });
+        self.flight.land(Landed::Done(entry.clone()));
+        Some(Sealed { entry, leader: self })
+    }
+
+    /// The response is its own request's alone: the followers call the origin at once, each for itself.
+    pub(crate) fn unshareable(mut self) {
+        self.engine.remember_unshared(&self.key);
+        self.land(Landed::Unshareable);
+    }
+
+    fn land(&mut self, how: Landed) {
+        if !std::mem::replace(&mut self.landed, true) {
+            self.flight.land(how);
+            self.engine.flights.remove(&self.key, &self.flight);
+        }
+    }
+}
+
+impl Drop for Leader {
+    fn drop(&mut self) {
+        self.land(Landed::Failed);
+    }
+}
+
+/// An entry that has been shared and not yet stored. The flight goes on until it is, so that nobody falls between.
+pub(crate) struct Sealed {
+    pub(crate) entry: Arc<Entry>,
+    leader: Leader,
+}
+
+impl Sealed {
+    pub(crate) async fn store(mut self) {
+        let engine = &self.leader.engine;
+        if let Err(error) = engine.store.fill(&self.leader.key, self.entry.clone()).await {
+            tracing::debug!(%error, "entry not stored");
+        }
+        self.leader.land(Landed::Done(self.entry));
+    }
+}

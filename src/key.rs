@@ -1,0 +1,209 @@
+//! Keys and tags: the names under which entries and generations are stored.
+//!
+//! Both are canonical byte strings that begin with the tenant in braces, so that on a Redis cluster everything of one
+//! tenant shares a hash slot. Every part that comes from outside (tenant, ids, query, header values) is escaped to
+//! `A-Z a-z 0-9 . _ -`, and the separators are outside that alphabet: no id can forge another's key, and two different
+//! (tenant, type, resource, scope, variant) never give the same bytes. A part of more than 128 bytes is replaced by
+//! `~` and its SHA-256, so keys stay short whatever clients send.
+
+use std::fmt;
+
+use bytes::Bytes;
+use sha2::{Digest, Sha256};
+use smallvec::SmallVec;
+
+/// Longer parts are hashed.
+const MAX_PART: usize = 128;
+
+/// A key being built; most fit on the stack, so that a look-up allocates nothing.
+pub(crate) type KeyBuf = SmallVec<[u8; 256]>;
+
+const HEX: &[u8; 16] = b"0123456789ABCDEF";
+
+const CLEAN: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut i = 0;
+    while i < 256 {
+        let c = i as u8;
+        table[i] = c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
+        i += 1;
+    }
+    table
+};
+
+/// Appends `part`, escaped.
+pub(crate) fn push_escaped(buf: &mut KeyBuf, part: &[u8]) {
+    if part.len() > MAX_PART {
+        buf.push(b'~');
+        for byte in Sha256::digest(part) {
+            buf.push(HEX[usize::from(byte >> 4)]);
+            buf.push(HEX[usize::from(byte & 15)]);
+        }
+        return;
+    }
+    let mut rest = part;
+    while let Some(at) = rest.iter().position(|&c| !CLEAN[usize::from(c)]) {
+        buf.extend_from_slice(&rest[..at]);
+        let c = rest[at];
+        buf.extend_from_slice(&[b'%', HEX[usize::from(c >> 4)], HEX[usize::from(c & 15)]]);
+        rest = &rest[at + 1..];
+    }
+    buf.extend_from_slice(rest);
+}
+
+/// Begins a key or tag: `{tenant}:type:`.
+fn push_head(buf: &mut KeyBuf, tenant: &[u8], data_type: &str) {
+    buf.push(b'{');
+    push_escaped(buf, tenant);
+    buf.extend_from_slice(b"}:");
+    push_escaped(buf, data_type.as_bytes());
+    buf.push(b':');
+}
+
+/// Writes everything of a key but its variant. `scope` must be sorted by entity name.
+pub(crate) fn push_key<'a>(
+    buf: &mut KeyBuf,
+    tenant: &[u8],
+    data_type: &str,
+    resource: Option<&[u8]>,
+    scope: impl IntoIterator<Item = (&'a str, &'a [u8])>,
+) {
+    push_head(buf, tenant, data_type);
+    if let Some(resource) = resource {
+        buf.push(b'=');
+        push_escaped(buf, resource);
+    }
+    buf.push(b':');
+    for (i, (entity, id)) in scope.into_iter().enumerate() {
+        if i > 0 {
+            buf.push(b',');
+        }
+        push_escaped(buf, entity.as_bytes());
+        buf.push(b'=');
+        push_escaped(buf, id);
+    }
+    buf.push(b':');
+}
+
+/// The name of an entry: tenant, data type, resource, scope and variant, in canonical bytes.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Key(pub(crate) Bytes);
+
+/// The unit of invalidation: (tenant, data type, `entity=id`) or (tenant, data type, `*`), in canonical bytes.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub struct Tag(pub(crate) Bytes);
+
+impl Key {
+    pub(crate) fn new(bytes: &[u8]) -> Self {
+        Self(Bytes::copy_from_slice(bytes))
+    }
+
+    /// The canonical bytes: printable ASCII that begins with `{tenant}:`.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Tag {
+    /// The tag of every entry of `data_type` that belongs to the entity with this id.
+    pub(crate) fn entity(tenant: &[u8], data_type: &str, entity: &str, id: &[u8]) -> Self {
+        let mut buf = KeyBuf::new();
+        push_head(&mut buf, tenant, data_type);
+        push_escaped(&mut buf, entity.as_bytes());
+        buf.push(b'=');
+        push_escaped(&mut buf, id);
+        Self(Bytes::copy_from_slice(&buf))
+    }
+
+    /// The tag of every entry of `data_type`.
+    pub(crate) fn all(tenant: &[u8], data_type: &str) -> Self {
+        let mut buf = KeyBuf::new();
+        push_head(&mut buf, tenant, data_type);
+        buf.push(b'*');
+        Self(Bytes::copy_from_slice(&buf))
+    }
+
+    /// The canonical bytes: printable ASCII that begins with `{tenant}:`.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The tenant with its braces: what all keys and tags of that tenant begin with.
+    pub fn tenant(&self) -> &[u8] {
+        let end = self.0.iter().position(|&c| c == b'}').map_or(0, |at| at + 1);
+        &self.0[..end]
+    }
+}
+
+macro_rules! show_bytes {
+    ($($name:ident),*) => {$(
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, concat!(stringify!($name), "({})"), self.0.escape_ascii())
+            }
+        }
+    )*};
+}
+show_bytes!(Key, Tag);
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    type Parts = (Vec<u8>, String, Option<Vec<u8>>, Vec<(String, Vec<u8>)>);
+
+    fn key((tenant, data_type, resource, scope): &Parts) -> Vec<u8> {
+        let mut buf = KeyBuf::new();
+        push_key(&mut buf, tenant, data_type, resource.as_deref(), scope.iter().map(|(e, i)| (e.as_str(), &i[..])));
+        buf.to_vec()
+    }
+
+    /// Bytes that separators are made of come up often; so do lengths around the hashing bound.
+    fn id() -> impl Strategy<Value = Vec<u8>> {
+        prop_oneof![
+            "[a:*{}=%,~ ]{0,6}".prop_map(String::into_bytes),
+            proptest::collection::vec(any::<u8>(), 0..8),
+            (120usize..140).prop_map(|n| vec![b'x'; n]),
+            Just(vec![b'%'; 10_000]),
+        ]
+    }
+
+    fn parts() -> impl Strategy<Value = Parts> {
+        let text = || "[a:*{}=%,~\0]{0,4}";
+        (id(), text(), proptest::option::of(id()), proptest::collection::vec((text(), id()), 0..3))
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+        #[test]
+        fn keys_are_injective(a in parts(), b in parts()) {
+            prop_assert_eq!(a == b, key(&a) == key(&b));
+        }
+
+        #[test]
+        fn tags_are_injective(a in (id(), "[a:*]{0,3}", "[a:=*]{0,3}", id()), b in (id(), "[a:*]{0,3}", "[a:=*]{0,3}", id())) {
+            let tag = |(t, d, e, i): &(Vec<u8>, String, String, Vec<u8>)| Tag::entity(t, d, e, i);
+            prop_assert_eq!(a == b, tag(&a) == tag(&b));
+            prop_assert_ne!(tag(&a), Tag::all(&b.0, &b.1));
+        }
+
+        #[test]
+        fn keys_are_short_and_printable(a in parts()) {
+            let key = key(&a);
+            prop_assert!(key.iter().all(|c| c.is_ascii_graphic()));
+            prop_assert!(key.len() < 3_000);
+            prop_assert_eq!(key.iter().filter(|&&c| c == b'{' || c == b'}').count(), 2);
+        }
+    }
+
+    #[test]
+    fn a_hashed_part_is_not_its_own_spelling() {
+        let long = vec![b'x'; 200];
+        let hashed = key(&(long, "t".into(), None, vec![]));
+        let spelled = hashed[1..hashed.iter().position(|&c| c == b'}').unwrap()].to_vec();
+        assert_ne!(hashed, key(&(spelled, "t".into(), None, vec![])));
+    }
+}

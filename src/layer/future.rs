@@ -1,0 +1,67 @@
+//! The response future of both layers: ready at once, the inner service's own, or boxed when there is more to do.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use http::Response;
+use pin_project_lite::pin_project;
+
+use super::cache_status::Handled;
+
+pub(crate) type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<Response<T>, E>> + Send>>;
+
+pin_project! {
+    /// The future of [`CacheAside`](super::CacheAside) and [`Invalidate`](super::Invalidate). `F` is the inner service's
+    /// future, `R` its body, `T` the body it becomes.
+    pub struct ResponseFuture<F, R, T, E> {
+        #[pin]
+        kind: Kind<F, R, T, E>,
+    }
+}
+
+pin_project! {
+    #[project = KindProj]
+    enum Kind<F, R, T, E> {
+        Ready { response: Option<Response<T>> },
+        Pass { #[pin] future: F, handled: Option<Handled>, body: fn(R) -> T },
+        Boxed { future: Boxed<T, E> },
+    }
+}
+
+impl<F, R, T, E> ResponseFuture<F, R, T, E> {
+    pub(crate) fn ready(response: Response<T>) -> Self {
+        Self { kind: Kind::Ready { response: Some(response) } }
+    }
+
+    pub(crate) fn pass(future: F, handled: Option<Handled>, body: fn(R) -> T) -> Self {
+        Self { kind: Kind::Pass { future, handled, body } }
+    }
+
+    pub(crate) fn boxed(future: Boxed<T, E>) -> Self {
+        Self { kind: Kind::Boxed { future } }
+    }
+}
+
+impl<F, R, T, E> Future for ResponseFuture<F, R, T, E>
+where
+    F: Future<Output = Result<Response<R>, E>>,
+{
+    type Output = Result<Response<T>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project().kind.project() {
+            KindProj::Ready { response } => response.take().map_or(Poll::Pending, |r| Poll::Ready(Ok(r))),
+            KindProj::Pass { future, handled, body } => {
+                let mut response = ready!(future.poll(cx))?;
+                if let Some(handled) = handled {
+                    handled.append(response.headers_mut());
+                }
+                Poll::Ready(Ok(response.map(*body)))
+            }
+            KindProj::Boxed { future } => future.as_mut().poll(cx),
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! The layer that makes writes visible: after a mutation, and before its response, everything that it has made stale is
+//! dropped.
+//!
+//! *Unknown is a write.* Whatever is not a clear refusal (4xx) may have committed: a 5xx, an error, a panic and a broken
+//! response body invalidate as well. The handler and the invalidation run in a task of their own, so a client that hangs
+//! up, or an outer time-out, can neither cancel the write half-way nor come between it and the invalidation.
+
+use std::{
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use http::{HeaderName, HeaderValue, Request, Response, header};
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tokio::{runtime::Handle, task::JoinHandle};
+use tower_layer::Layer;
+use tower_service::Service;
+use tracing::Instrument;
+
+use super::future::ResponseFuture;
+use crate::{Cache, catalog::Drops, engine::Invalidated, route::Mutated};
+
+const REPORT: HeaderName = HeaderName::from_static("cache-invalidated");
+
+/// Wraps services in [`Invalidate`].
+#[derive(Clone, Debug)]
+pub struct InvalidateLayer {
+    cache: Cache,
+}
+
+impl InvalidateLayer {
+    /// A layer over this cache.
+    pub fn new(cache: Cache) -> Self {
+        Self { cache }
+    }
+}
+
+impl<S> Layer<S> for InvalidateLayer {
+    type Service = Invalidate<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Invalidate { inner, cache: self.cache.clone() }
+    }
+}
+
+/// Invalidates after the cache's mutations.
+#[derive(Clone, Debug)]
+pub struct Invalidate<S> {
+    inner: S,
+    cache: Cache,
+}
+
+impl<S, B, R> Service<Request<B>> for Invalidate<S>
+where
+    S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+    B: Send + 'static,
+    R: Body<Data = Bytes> + Send + 'static,
+{
+    type Response = Response<InvalidateBody<R>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, R, InvalidateBody<R>, S::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let Some(mutated) = self.cache.routes().write(request.method(), request.uri()) else {
+            return ResponseFuture::pass(self.inner.call(request), None, InvalidateBody::untouched);
+        };
+        let (parts, body) = request.into_parts();
+        let write = Write { tenants: self.cache.tenant_source().tenants(&parts), mutated, cache: self.cache.clone() };
+        let clone = self.inner.clone();
+        let inner = std::mem::replace(&mut self.inner, clone);
+        let task = tokio::spawn(write.run(inner, Request::from_parts(parts, body)).in_current_span());
+        ResponseFuture::boxed(Box::pin(async {
+            match task.await.map_err(tokio::task::JoinError::try_into_panic) {
+                Ok(result) => result,
+                Err(Ok(panic)) => std::panic::resume_unwind(panic),
+                // The runtime is shutting down, and this task with it.
+                Err(Err(_)) => std::future::pending().await,
+            }
+        }))
+    }
+}
+
+/// A mutation under way.
+struct Write {
+    tenants: Vec<Vec<u8>>,
+    mutated: Mutated,
+    cache: Cache,
+}
+
+impl Write {
+    async fn run<S, B, R>(self, mut inner: S, request: Request<B>) -> Result<Response<InvalidateBody<R>>, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>>,
+        R: Body,
+    {
+        // Before the handler: it may remove the rows that name the children.
+        let mut drops = Drops::default();
+        self.cache.drop_mutated(&mut drops, &self.tenants, &self.mutated).await;
+        let result = match AssertUnwindSafe(async { inner.call(request).await }).catch_unwind().await {
+            Ok(Ok(response)) if response.status().is_client_error() => {
+                return Ok(response.map(InvalidateBody::untouched));
+            }
+            other => other,
+        };
+        // After it: it may have moved a child here.
+        self.cache.drop_mutated(&mut drops, &self.tenants, &self.mutated).await;
+        let location = match &result {
+            Ok(Ok(response)) => response.headers().get(header::LOCATION).and_then(|l| l.to_str().ok()),
+            _ => None,
+        };
+        self.cache.drop_created(&mut drops, &self.tenants, &self.mutated, location).await;
+        let again = drops.clone();
+        let report = self.cache.engine().invalidate(drops).await;
+        tracing::info!(%report, "invalidated");
+        let mut response = match result {
+            Ok(response) => response?,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        if self.cache.report_header() {
+            if let Ok(value) = HeaderValue::try_from(report.to_string()) {
+                response.headers_mut().insert(REPORT, value);
+            }
+        }
+        response.extensions_mut().insert(report);
+        let body = |body: R| match body.is_end_stream() || body.size_hint().exact().is_some() {
+            true => InvalidateBody::untouched(body),
+            false => InvalidateBody::watched(body, self.cache.clone(), again),
+        };
+        Ok(response.map(body))
+    }
+}
+
+pin_project! {
+    /// The response body of [`Invalidate`]: while a body streams, its handler may still be writing, so when it ends,
+    /// breaks or is dropped, the invalidation is repeated, and its end is held back until that is done.
+    pub struct InvalidateBody<R> {
+        #[pin]
+        body: R,
+        watch: Watch,
+    }
+}
+
+/// What is done when a streaming body is over: first it is armed, then it runs, then nothing is left to do.
+#[derive(Default)]
+struct Watch {
+    armed: Option<(Cache, Drops, Handle)>,
+    running: Option<JoinHandle<Invalidated>>,
+}
+
+impl Watch {
+    /// Starts the invalidation, if that has not been done. It is a task, so that it runs to its end in any case.
+    fn fire(&mut self) {
+        if let Some((cache, drops, runtime)) = self.armed.take() {
+            self.running = Some(runtime.spawn(async move { cache.engine().invalidate(drops).await }));
+        }
+    }
+
+    fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(task) = &mut self.running {
+            // A task that failed was cancelled by a runtime that shuts down.
+            let _ = ready!(task.poll_unpin(cx));
+            self.running = None;
+        }
+        Poll::Ready(())
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.fire();
+    }
+}
+
+impl<R> InvalidateBody<R> {
+    fn untouched(body: R) -> Self {
+        Self { body, watch: Watch::default() }
+    }
+
+    fn watched(body: R, cache: Cache, drops: Drops) -> Self {
+        let armed = Some((cache, drops, Handle::current()));
+        Self { body, watch: Watch { armed, running: None } }
+    }
+}
+
+impl<R: Body> Body for InvalidateBody<R> {
+    type Data = R::Data;
+    type Error = R::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+        let this = self.project();
+        if this.watch.running.is_some() {
+            ready!(this.watch.poll_done(cx));
+            return Poll::Ready(None);
+        }
+        let frame = ready!(this.body.poll_frame(cx));
+        if !matches!(&frame, Some(Ok(_))) {
+            this.watch.fire();
+            if frame.is_none() {
+                ready!(this.watch.poll_done(cx));
+            }
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.watch.armed.is_none() && self.watch.running.is_none() && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,18 @@
+//! The HTTP side: two Tower layers over one [`Cache`](crate::Cache).
+//!
+//! [`CacheAsideLayer`] answers reads, [`InvalidateLayer`] sits on writes. Both take their routes from the cache, so both
+//! can wrap a whole router; what is not theirs passes through for the price of one path match.
+
+mod body;
+mod cache_aside;
+mod cache_status;
+mod future;
+mod invalidate;
+mod storable;
+mod tags;
+
+pub use body::CacheBody;
+pub use cache_aside::{CacheAside, CacheAsideLayer};
+pub use future::ResponseFuture;
+pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
+pub use tags::CacheTags;

@@ -1,0 +1,47 @@
+//! Tags that a response declares: what it belongs to, when only the handler knows.
+
+use http::{HeaderName, response};
+use percent_encoding::percent_decode_str;
+
+use crate::key::Tag;
+
+/// Entities that a response belongs to, besides those that its path names. Put it into the extensions of the response;
+/// or send them as the header `cache-tag: agent=42, user=7` (ids percent-encoded where they hold `,`, `=` or `%`), which is
+/// taken out before the client sees it.
+///
+/// A cascade that drops the response's data type for agent 42 then finds it, whatever its path.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CacheTags(pub Vec<(String, String)>);
+
+impl CacheTags {
+    /// One entity.
+    pub fn new(entity: impl Into<String>, id: impl Into<String>) -> Self {
+        Self(vec![(entity.into(), id.into())])
+    }
+}
+
+/// Takes the declared tags out of a response. Malformed ones are an error of the handler: the response must then not be
+/// stored, since a cascade would not find it.
+pub(crate) fn take(
+    parts: &mut response::Parts,
+    header: &HeaderName,
+    tenant: &[u8],
+    data_type: &str,
+) -> Result<Vec<Tag>, &'static str> {
+    let mut tags = vec![];
+    if let Some(CacheTags(declared)) = parts.extensions.remove() {
+        tags.extend(declared.iter().map(|(entity, id)| Tag::entity(tenant, data_type, entity, id.as_bytes())));
+    }
+    if parts.headers.contains_key(header) {
+        for value in parts.headers.get_all(header) {
+            let text = value.to_str().map_err(|_| "bad-tags")?;
+            for member in text.split(',').map(str::trim).filter(|m| !m.is_empty()) {
+                let (entity, id) = member.split_once('=').ok_or("bad-tags")?;
+                let id: Vec<u8> = percent_decode_str(id).collect();
+                tags.push(Tag::entity(tenant, data_type, entity, &id));
+            }
+        }
+        parts.headers.remove(header);
+    }
+    Ok(tags)
+}

@@ -1,0 +1,136 @@
+//! From a request to what it means for the cache: which data type, whose tenant, which entities, which variant.
+//!
+//! [`Route`]s say what may be cached and [`Mutation`]s what makes it stale; both are plain data. [`Routes`] is their
+//! compiled form: two path matchers (reads and writes), so that a request that is neither costs one look-up.
+
+mod mutation;
+mod pattern;
+mod query;
+mod read;
+mod tenant;
+
+pub use mutation::Mutation;
+pub(crate) use mutation::{Mutated, MutationRoute};
+pub use query::Query;
+pub(crate) use read::ReadRoute;
+pub use read::{Credentials, Route};
+pub(crate) use tenant::TenantSource;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use http::{Method, Uri};
+
+use crate::catalog::{Cascades, Catalogue, ConfigError};
+use pattern::Pattern;
+
+/// All routes, compiled.
+#[derive(Debug, Default)]
+pub(crate) struct Routes {
+    reads: matchit::Router<Arc<ReadRoute>>,
+    /// Per path, the mutating methods.
+    writes: matchit::Router<Vec<Arc<MutationRoute>>>,
+    /// The entity that the resource of a data type is, where it is not named like the type.
+    entities: BTreeMap<String, String>,
+}
+
+impl Routes {
+    pub(crate) fn new(
+        catalogue: &Catalogue,
+        cascades: &Cascades,
+        routes: &[Route],
+        mutations: &[Mutation],
+    ) -> Result<Self, ConfigError> {
+        let mut this = Self::default();
+        let mut ids = BTreeMap::new();
+        for route in routes {
+            let what = format!("route GET {}", route.path);
+            catalogue.check(&what, &route.data_type)?;
+            let compiled = ReadRoute::new(&what, route, catalogue)?;
+            if let Some(entity) = compiled.resource_entity() {
+                this.entities.entry(route.data_type.clone()).or_insert_with(|| entity.to_owned());
+            }
+            if let Some(other) = ids.insert(compiled.id().to_vec(), &route.path).filter(|o| *o != &route.path) {
+                return Err(ConfigError::new(format!("{what}: its hash equals that of {other}; rename a parameter")));
+            }
+            this.reads.insert(route.path.clone(), compiled.into()).map_err(|e| insert_error(&what, &e))?;
+        }
+        for cascade in cascades.declared() {
+            for dropped in cascades.direct(cascade) {
+                this.check_drop(cascade, dropped, routes)?;
+            }
+        }
+        let mut writes: BTreeMap<&str, Vec<Arc<MutationRoute>>> = BTreeMap::new();
+        for mutation in mutations {
+            let what = format!("mutation {} {}", mutation.method, mutation.path);
+            let compiled = MutationRoute::new(&what, mutation, catalogue, cascades, &this)?;
+            let methods = writes.entry(&mutation.path).or_default();
+            if methods.iter().any(|m| m.method == compiled.method) {
+                return Err(ConfigError::new(format!("{what} is declared twice; make it one")));
+            }
+            methods.push(compiled.into());
+        }
+        for (path, methods) in writes {
+            let what = format!("mutation {} {path}", methods[0].method);
+            this.writes.insert(path, methods).map_err(|e| insert_error(&what, &e))?;
+        }
+        Ok(this)
+    }
+
+    /// A cascade that drops a type by an entity that none of its routes names would silently drop nothing.
+    fn check_drop(&self, cascade: &str, dropped: &str, routes: &[Route]) -> Result<(), ConfigError> {
+        let entity = self.entity_of(cascade);
+        let mut of_type = routes.iter().filter(|r| r.data_type == dropped).peekable();
+        let names_it = |route: &Route| {
+            route.declares_tags || Pattern::new(&route.path, &route.entities).is_ok_and(|p| p.names(entity))
+        };
+        if of_type.peek().is_none() || of_type.any(names_it) {
+            return Ok(());
+        }
+        Err(ConfigError::new(format!(
+            "cascade `{cascade}`: it drops `{dropped}` of one {entity}, but no route of `{dropped}` says which \
+             {entity} its entries belong to; name a path parameter `{entity}_id`, let the route declare tags, or use \
+             drops_all"
+        )))
+    }
+
+    /// What the resource of a data type is called: `agent` for `agent_config`, if its route is
+    /// `/agents/{agent_id}/config`.
+    pub(crate) fn entity_of<'a>(&'a self, data_type: &'a str) -> &'a str {
+        self.entities.get(data_type).map_or(data_type, String::as_str)
+    }
+
+    pub(crate) fn read<'m>(
+        &'m self,
+        method: &Method,
+        uri: &'m Uri,
+    ) -> Option<matchit::Match<'m, 'm, &'m Arc<ReadRoute>>> {
+        if *method != Method::GET && *method != Method::HEAD {
+            return None;
+        }
+        self.reads.at(uri.path()).ok()
+    }
+
+    pub(crate) fn write(&self, method: &Method, uri: &Uri) -> Option<Mutated> {
+        if method.is_safe() {
+            return None;
+        }
+        let found = self.writes.at(uri.path()).ok()?;
+        let route = found.value.iter().find(|m| m.method == *method)?;
+        Some(Mutated::new(route, &found.params))
+    }
+
+    /// The value of `entity` in a path of any read route: how a `Location` names what was created.
+    pub(crate) fn locate(&self, path: &str, data_type: &str) -> Option<Vec<u8>> {
+        let found = self.reads.at(path).ok()?;
+        (found.value.data_type() == data_type).then(|| found.value.resource(&found.params)).flatten()
+    }
+}
+
+fn insert_error(what: &str, error: &matchit::InsertError) -> ConfigError {
+    ConfigError::new(match error {
+        matchit::InsertError::Conflict { with } => {
+            format!("{what}: conflicts with the route {with}, which matches the same paths; remove one of them")
+        }
+        other => format!("{what}: bad pattern: {other}; write parameters as {{name}}, one per segment"),
+    })
+}

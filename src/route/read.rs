@@ -1,0 +1,275 @@
+//! Cacheable routes: a path pattern, its data type, and what else its responses depend on.
+
+use std::collections::BTreeMap;
+
+use http::{HeaderName, header, request};
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use smallvec::SmallVec;
+
+use super::{
+    Query, TenantSource,
+    pattern::{Pattern, pattern_error, value},
+    tenant::header_values,
+};
+use crate::{
+    catalog::{Catalogue, ConfigError, Policy},
+    key::{KeyBuf, Tag, push_escaped, push_key},
+};
+
+/// A route whose `GET` responses are cached (and answer `HEAD` too).
+///
+/// ```
+/// # use tower_cache_aside::{Query, Route};
+/// let route = Route::new("/agents/{agent_id}/runs/{run_id}", "run").query(Query::Only(vec!["verbose".into()]));
+/// ```
+///
+/// The last path parameter is the resource, the others are its scope. A parameter `agent_id` names the entity
+/// `agent`: the entry is tagged `agent=42`, and a cascade that drops this data type for agent 42 finds it.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Route {
+    pub(crate) path: String,
+    #[serde(rename = "type")]
+    pub(crate) data_type: String,
+    #[serde(default)]
+    resource: Option<String>,
+    #[serde(default)]
+    pub(crate) entities: BTreeMap<String, String>,
+    #[serde(default)]
+    query: Query,
+    #[serde(default)]
+    vary: Vec<String>,
+    #[serde(default)]
+    credentials: Credentials,
+    #[serde(default)]
+    pub(crate) declares_tags: bool,
+}
+
+/// What the cache does with requests that carry `Authorization` or `Cookie`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Credentials {
+    /// They are not cached (the default).
+    #[default]
+    Bypass,
+    /// They are ignored: within a tenant everybody who gets through the outer layers may see the same response. Put
+    /// authorization *outside* the cache: a hit never reaches what is inside.
+    Shared,
+    /// The named request header identifies the user, and is part of the key. Without it the request is not cached.
+    PerUser(String),
+}
+
+impl Route {
+    /// A cacheable route with axum's path syntax: `/agents/{agent_id}`.
+    pub fn new(path: impl Into<String>, data_type: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            data_type: data_type.into(),
+            resource: None,
+            entities: BTreeMap::new(),
+            query: Query::All,
+            vary: vec![],
+            credentials: Credentials::Bypass,
+            declares_tags: false,
+        }
+    }
+
+    /// Which path parameter is the id of the thing itself; by default the last.
+    #[must_use]
+    pub fn resource(mut self, param: impl Into<String>) -> Self {
+        self.resource = Some(param.into());
+        self
+    }
+
+    /// Which entity a path parameter names; by default the parameter without `_id`.
+    #[must_use]
+    pub fn entity(mut self, param: impl Into<String>, entity: impl Into<String>) -> Self {
+        self.entities.insert(param.into(), entity.into());
+        self
+    }
+
+    /// Which query parameters the response depends on; by default all.
+    #[must_use]
+    pub fn query(mut self, query: Query) -> Self {
+        self.query = query;
+        self
+    }
+
+    /// A request header that the response depends on.
+    #[must_use]
+    pub fn vary(mut self, header: impl Into<String>) -> Self {
+        self.vary.push(header.into());
+        self
+    }
+
+    /// What to do with requests that carry credentials; by default they bypass the cache.
+    #[must_use]
+    pub fn credentials(mut self, credentials: Credentials) -> Self {
+        self.credentials = credentials;
+        self
+    }
+
+    /// Says that the responses declare what else they belong to ([`CacheTags`](crate::CacheTags)), so that a cascade
+    /// may count on it.
+    #[must_use]
+    pub fn declares_tags(mut self) -> Self {
+        self.declares_tags = true;
+        self
+    }
+}
+
+/// A compiled [`Route`].
+#[derive(Debug)]
+pub(crate) struct ReadRoute {
+    data_type: String,
+    pub(crate) policy: Policy,
+    pattern: Pattern,
+    /// Position of the resource among the parameters.
+    resource: Option<usize>,
+    /// Positions of the scope's parameters, sorted by entity.
+    scope: Vec<usize>,
+    /// What tells this route from others of its type: eight digits of its path's hash.
+    id: Vec<u8>,
+    query: Query,
+    pub(crate) vary: Vec<HeaderName>,
+    credentials: Credential,
+}
+
+#[derive(Debug)]
+enum Credential {
+    Bypass,
+    Shared,
+    PerUser(HeaderName),
+}
+
+impl ReadRoute {
+    pub(crate) fn new(what: &str, route: &Route, catalogue: &Catalogue) -> Result<Self, ConfigError> {
+        let pattern = Pattern::new(&route.path, &route.entities).map_err(|e| pattern_error(what, &e))?;
+        let resource = match &route.resource {
+            None => pattern.params().len().checked_sub(1),
+            Some(param) => Some(pattern.position(param).ok_or_else(|| {
+                ConfigError::new(format!("{what}: resource `{param}` is no parameter of the path; name one that is"))
+            })?),
+        };
+        let mut scope: Vec<_> = (0..pattern.params().len()).filter(|i| Some(*i) != resource).collect();
+        scope.sort_by(|a, b| pattern.params()[*a].1.cmp(&pattern.params()[*b].1));
+        if let Some(twice) = pattern
+            .params()
+            .iter()
+            .enumerate()
+            .find(|(i, (_, e))| pattern.params()[..*i].iter().any(|(_, other)| other == e))
+        {
+            return Err(ConfigError::new(format!(
+                "{what}: two parameters name the entity `{}`; tell them apart with `entities`",
+                twice.1.1
+            )));
+        }
+        let header = |name: &String| {
+            HeaderName::try_from(name.as_str())
+                .map_err(|_| ConfigError::new(format!("{what}: `{name}` is not a header name; mend or remove it")))
+        };
+        let mut vary = route.vary.iter().map(header).collect::<Result<Vec<_>, _>>()?;
+        vary.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+        vary.dedup();
+        let credentials = match &route.credentials {
+            Credentials::Bypass => Credential::Bypass,
+            Credentials::Shared => Credential::Shared,
+            Credentials::PerUser(name) => Credential::PerUser(header(name)?),
+        };
+        let digest = Sha256::digest(route.path.as_bytes());
+        Ok(Self {
+            data_type: route.data_type.clone(),
+            policy: catalogue.policy(&route.data_type),
+            pattern,
+            resource,
+            scope,
+            id: digest[..4].iter().flat_map(|b| format!("{b:02x}").into_bytes()).collect(),
+            query: route.query.clone(),
+            vary,
+            credentials,
+        })
+    }
+
+    pub(crate) fn data_type(&self) -> &str {
+        &self.data_type
+    }
+
+    pub(crate) fn id(&self) -> &[u8] {
+        &self.id
+    }
+
+    pub(crate) fn resource_entity(&self) -> Option<&str> {
+        self.resource.map(|i| &*self.pattern.params()[i].1)
+    }
+
+    pub(crate) fn resource(&self, params: &matchit::Params<'_, '_>) -> Option<Vec<u8>> {
+        self.resource.map(|i| value(params, &self.pattern.params()[i].0).into_owned())
+    }
+
+    /// The key of a request, or the reason why the cache must not answer it.
+    pub(crate) fn key(
+        &self,
+        parts: &request::Parts,
+        params: &matchit::Params<'_, '_>,
+        tenants: &TenantSource,
+    ) -> Result<KeyBuf, &'static str> {
+        let tenant = tenants.tenant(parts)?;
+        let headers = &parts.headers;
+        let mut user = None;
+        match &self.credentials {
+            Credential::Shared => {}
+            Credential::Bypass => {
+                if headers.contains_key(header::AUTHORIZATION) || headers.contains_key(header::COOKIE) {
+                    return Err("credentials");
+                }
+            }
+            Credential::PerUser(name) => {
+                let mut values = header_values(headers, name);
+                match (values.next(), values.next()) {
+                    (Some(id), None) if !id.is_empty() => user = Some(id),
+                    _ => return Err("no-user"),
+                }
+            }
+        }
+        if headers.contains_key(header::RANGE) {
+            return Err("range");
+        }
+        if headers.contains_key(header::UPGRADE) {
+            return Err("upgrade");
+        }
+        let mut key = KeyBuf::new();
+        let names = self.pattern.params();
+        let values: SmallVec<[_; 4]> = names.iter().map(|(param, _)| value(params, param)).collect();
+        let scope = self.scope.iter().map(|&i| (&*names[i].1, &*values[i]));
+        push_key(&mut key, &tenant, &self.data_type, self.resource.map(|i| &*values[i]), scope);
+        key.push(b'h');
+        key.extend_from_slice(&self.id);
+        if let Some(query) = parts.uri.query() {
+            self.query.push(&mut key, query);
+        }
+        if let Some(user) = user {
+            key.extend_from_slice(b";;");
+            push_escaped(&mut key, user);
+        }
+        for name in &self.vary {
+            key.push(b';');
+            push_escaped(&mut key, name.as_str().as_bytes());
+            for value in header_values(headers, name) {
+                key.push(b'=');
+                push_escaped(&mut key, value);
+            }
+        }
+        Ok(key)
+    }
+
+    /// The tags of the entry: each entity of the path, and the type as a whole.
+    pub(crate) fn tags(&self, tenant: &[u8], params: &matchit::Params<'_, '_>) -> Vec<Tag> {
+        let entity =
+            |(param, entity): &(String, String)| Tag::entity(tenant, &self.data_type, entity, &value(params, param));
+        let mut tags: Vec<_> = self.pattern.params().iter().map(entity).collect();
+        tags.push(Tag::all(tenant, &self.data_type));
+        tags
+    }
+}

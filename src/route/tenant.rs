@@ -1,0 +1,70 @@
+//! Whose request it is: the isolation boundary of every key and tag.
+
+use std::{borrow::Cow, fmt, sync::Arc};
+
+use http::{HeaderMap, HeaderName, request};
+
+type Extract = dyn Fn(&request::Parts) -> Option<String> + Send + Sync;
+
+/// Where the tenant comes from.
+#[derive(Clone)]
+pub(crate) enum TenantSource {
+    Header(HeaderName),
+    Extractor(Arc<Extract>),
+    Single(Arc<str>),
+}
+
+impl TenantSource {
+    /// The tenant of a request, or why there is none that the cache may rely on.
+    pub(crate) fn tenant<'r>(&'r self, parts: &'r request::Parts) -> Result<Cow<'r, [u8]>, &'static str> {
+        match self {
+            Self::Header(name) => {
+                let mut values = parts.headers.get_all(name).iter();
+                match (values.next(), values.next()) {
+                    (Some(tenant), None) if !tenant.is_empty() => Ok(tenant.as_bytes().into()),
+                    (Some(_), None) | (None, _) => Err("no-tenant"),
+                    (Some(_), Some(_)) => Err("several-tenants"),
+                }
+            }
+            Self::Extractor(extract) => match extract(parts) {
+                Some(tenant) if !tenant.is_empty() => Ok(tenant.into_bytes().into()),
+                _ => Err("no-tenant"),
+            },
+            Self::Single(tenant) => Ok(tenant.as_bytes().into()),
+        }
+    }
+
+    /// Every tenant that a request may be about: a write that says two drops what either has.
+    pub(crate) fn tenants(&self, parts: &request::Parts) -> Vec<Vec<u8>> {
+        match self {
+            Self::Header(name) => {
+                let values = parts.headers.get_all(name).iter();
+                values.filter(|v| !v.is_empty()).map(|v| v.as_bytes().to_vec()).collect()
+            }
+            Self::Extractor(_) | Self::Single(_) => self.tenant(parts).into_iter().map(Cow::into_owned).collect(),
+        }
+    }
+
+    /// A source that reads one header, however it is capitalised.
+    pub(crate) fn header(name: &str) -> Result<Self, String> {
+        match HeaderName::try_from(name) {
+            Ok(name) => Ok(Self::Header(name)),
+            Err(_) => Err(format!("tenant header `{name}` is not a header name; use one such as x-tenant-id")),
+        }
+    }
+}
+
+impl fmt::Debug for TenantSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Header(name) => write!(f, "Header({name})"),
+            Self::Extractor(_) => f.write_str("Extractor"),
+            Self::Single(tenant) => write!(f, "Single({tenant})"),
+        }
+    }
+}
+
+/// Header values joined the way a variant needs them: nothing that is absent looks like something empty.
+pub(crate) fn header_values<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
+    headers.get_all(name).iter().map(http::HeaderValue::as_bytes)
+}

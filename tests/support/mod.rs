@@ -1,0 +1,151 @@
+//! What several tests need: the agent service as a real process, and a real HTTP client.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper_util::{client::legacy::Client, client::legacy::connect::HttpConnector, rt::TokioExecutor};
+use serde_json::Value;
+
+/// A running agent service; killed when dropped.
+pub struct Service {
+    child: Child,
+    pub url: String,
+}
+
+/// Where cargo put the example: beside the test's own binary, which makes cargo build it first.
+pub fn example(name: &str) -> PathBuf {
+    let mut path = std::env::current_exe().unwrap();
+    path.pop();
+    if path.ends_with("deps") {
+        path.pop();
+    }
+    let path = path.join("examples").join(name);
+    assert!(path.exists(), "{} is missing: run `cargo test` without --test, or `cargo build --examples`", path.display());
+    path
+}
+
+impl Service {
+    pub fn start(args: &[&str]) -> Self {
+        let mut child = Command::new(example("agent_service"))
+            .args(["--listen", "127.0.0.1:0"])
+            .args(args)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let url = line.trim().strip_prefix("listening on ").expect("the first line names the address").to_owned();
+        Self { child, url }
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A response, read to its end.
+#[derive(Debug, Clone)]
+pub struct Reply {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Reply {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap_or_else(|e| panic!("{e}: {:?}", self.body))
+    }
+
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |v| v.to_str().unwrap())
+    }
+
+    pub fn is_hit(&self) -> bool {
+        self.header("cache-status").contains("; hit")
+    }
+
+    pub fn is_miss(&self) -> bool {
+        self.header("cache-status").contains("; fwd=miss")
+    }
+
+    /// A number of the `cache-invalidated` report.
+    pub fn dropped(&self, line: &str) -> Option<u64> {
+        let members = self.header("cache-invalidated").split(", ");
+        members.filter_map(|m| m.split_once('=')).find(|(name, _)| *name == line).map(|(_, n)| n.parse().unwrap())
+    }
+}
+
+/// A client of one tenant (or of none).
+#[derive(Clone)]
+pub struct Http {
+    client: Client<HttpConnector, Full<Bytes>>,
+    url: String,
+    headers: Vec<(String, String)>,
+}
+
+impl Http {
+    pub fn new(url: &str, tenant: &str) -> Self {
+        Self::anonymous(url).with("x-tenant-id", tenant)
+    }
+
+    pub fn anonymous(url: &str) -> Self {
+        let client = Client::builder(TokioExecutor::new()).build_http();
+        Self { client, url: url.to_owned(), headers: vec![] }
+    }
+
+    /// Adds a header to every request (again, if it is there already).
+    pub fn with(mut self, name: &str, value: &str) -> Self {
+        self.headers.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    pub async fn send(&self, method: Method, path: &str, body: Option<Value>) -> Reply {
+        let mut request = Request::builder().method(method).uri(format!("{}{path}", self.url));
+        for (name, value) in &self.headers {
+            request = request.header(name, value);
+        }
+        let body = body.map_or_else(Bytes::new, |b| b.to_string().into());
+        if !body.is_empty() {
+            request = request.header("content-type", "application/json");
+        }
+        let response = self.client.request(request.body(Full::new(body)).unwrap()).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        Reply { status: parts.status, headers: parts.headers, body }
+    }
+
+    pub async fn get(&self, path: &str) -> Reply {
+        self.send(Method::GET, path, None).await
+    }
+
+    pub async fn put(&self, path: &str, body: Value) -> Reply {
+        self.send(Method::PUT, path, Some(body)).await
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> Reply {
+        self.send(Method::POST, path, Some(body)).await
+    }
+
+    pub async fn delete(&self, path: &str) -> Reply {
+        self.send(Method::DELETE, path, None).await
+    }
+
+    /// Database reads of a data type since the service started.
+    pub async fn origin_calls(&self, data_type: &str) -> u64 {
+        self.get("/_origin").await.json()["calls"][data_type].as_u64().unwrap()
+    }
+}
