@@ -1,6 +1,70 @@
-//! placeholder
-#![forbid(unsafe_code)]
-#![cfg_attr(not(test), warn(clippy::unwrap_used))]
+//! Tower middleware that caches the responses of any Tower HTTP service (axum, hyper, tonic), per tenant and data type,
+//! and drops, in cascade, everything that a write has made stale before the client sees the write's response.
+//!
+//! # Quick start
+//!
+//! ```
+//! use axum::{Json, Router, extract::Path, routing::get};
+//! use tower_cache_aside::{Cache, Mutation, Route, Ttl};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let cache = Cache::builder()
+//!     .tenant_header("x-tenant-id")
+//!     .data_type("agent", Ttl::Standard)
+//!     .route(Route::new("/agents/{agent_id}", "agent"))
+//!     .mutation(Mutation::put("/agents/{agent_id}", "agent"))
+//!     .build()?;
+//!
+//! let app: Router = Router::new()
+//!     .route("/agents/{agent_id}", get(read).put(write))
+//!     .layer(cache.layer())
+//!     .layer(cache.invalidate_layer());
+//! # Ok(()) }
+//! # async fn read(Path(id): Path<String>) -> Json<String> { Json(id) }
+//! # async fn write(Path(id): Path<String>) -> Json<String> { Json(id) }
+//! ```
+//!
+//! The first `GET /agents/42` of a tenant answers `cache-status: tower-cache-aside; fwd=miss; stored`, the second
+//! `…; hit; ttl=3599`; after a `PUT /agents/42` the next misses.
+//!
+//! # The guarantee
+//!
+//! After a write has been acknowledged through the [`InvalidateLayer`] (or [`Cache::invalidate`] has returned), no
+//! request that begins later is served what was read before it. Not from the cache, not from a call that was under way,
+//! and not from a slow read that stores its result afterwards: that classic race of cache-aside is closed by giving
+//! every entity a *generation*, which a load captures before it begins, an entry is valid under, and a write drops. See
+//! [`store`] for what it asks of a store.
+//!
+//! # Safe by default
+//!
+//! A request without a tenant, or with two, is not cached, nor is one with `Authorization` or `Cookie` unless its route
+//! says what they mean ([`Credentials`]). A response with `Set-Cookie`, `private`, `no-store`, `no-cache`, or a `Vary`
+//! that its route does not declare, one that is not a success, and one over the [body
+//! limit](CacheBuilder::body_limit) is passed through and not stored. **Put authorization outside the cache**: a hit
+//! never reaches what is inside.
+//!
+//! # The parts
+//!
+//! - [`Cache`] and its [builder](CacheBuilder): one handle for any number of layers, handlers and jobs.
+//! - [`CacheAsideLayer`] and [`InvalidateLayer`]: the HTTP side.
+//! - [`Route`], [`Mutation`]: from a request to what it reads or changes.
+//! - [`DataType`], [`Ttl`], [`Cascade`], [`Config`]: the catalogue; [`docs::configuration`] has it as a file.
+//! - [`Cache::entry`]: the same for code that is not behind HTTP.
+//! - [`store`]: where entries live, and the trait to implement for another place.
+//!
+//! # Cancel safety
+//!
+//! Every future may be dropped at any time. A call of the inner service that others may wait for, and a write with its
+//! invalidation, run in tasks of their own and go on to their end. (So task-local values of outer layers do not reach
+//! the inner service on a miss or a mutation; request extensions do.) The layers must be used within a tokio runtime.
+//!
+//! # Features
+//!
+//! - `toml`: read the [`Config`] from a file.
+
+#![doc(test(attr(deny(warnings), allow(unused))))]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod cache;
 mod catalog;
@@ -18,3 +82,13 @@ pub use layer::{
     CacheAside, CacheAsideLayer, CacheBody, CacheTags, Invalidate, InvalidateBody, InvalidateLayer, ResponseFuture,
 };
 pub use route::{Credentials, Mutation, Query, Route};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+/// Pages that are about the whole crate.
+pub mod docs {
+    #[doc = include_str!("../docs/configuration.md")]
+    pub mod configuration {}
+}

@@ -254,7 +254,7 @@ impl Cascades {
         entity_of: &(dyn Fn(&str) -> String + Sync),
     ) {
         // (relation whose line it counts under, type, entity, id) of parents still to be asked for their children.
-        let mut parents: Vec<(Option<Arc<str>>, &str, Vec<u8>)> = vec![(None, target.data_type, target.id.to_vec())];
+        let mut parents = vec![(None::<Arc<str>>, target.data_type, target.id.to_vec())];
         while let Some((line, data_type, id)) = parents.pop() {
             let Some(cascade) = self.0.get(data_type) else { continue };
             let relations = cascade.relations.iter();

@@ -43,6 +43,11 @@ impl Flight {
         self.tags.iter().zip(&self.generations).map(|(tag, g)| Stamp { tag: tag.clone(), generation: *g })
     }
 
+    /// Whether a request that has read the generations of `own` may share this flight.
+    fn is_equal(&self, own: &Self) -> bool {
+        self.tags == own.tags && self.generations == own.generations
+    }
+
     /// The first word counts.
     pub(crate) fn land(&self, how: Landed) {
         self.landed.send_if_modified(|landed| {
@@ -64,18 +69,21 @@ impl Flights {
         self.0[at % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The flight to wait for, or `None` if `own` has become the flight of this key.
-    pub(crate) fn join_or_lead(&self, key: &Key, own: &Arc<Flight>) -> Option<Follower> {
+    /// The flight of this key now, which the caller may not be able to share.
+    pub(crate) fn current(&self, key: &Key) -> Option<Arc<Flight>> {
+        self.shard(key).get(key).cloned()
+    }
+
+    /// The flight to wait for, or `None` if `own` has become the flight of this key. `seen` is the flight that there
+    /// was before the caller looked the key up: it may have landed and stored its result since, which the caller then
+    /// has just missed.
+    pub(crate) fn join_or_lead(&self, key: &Key, own: &Arc<Flight>, seen: Option<Arc<Flight>>) -> Option<Follower> {
         let mut flights = self.shard(key);
-        match flights.get(key) {
-            Some(other) if other.tags == own.tags && other.generations == own.generations => {
-                Some(Follower(other.landed.subscribe(), other.clone()))
-            }
-            _ => {
-                flights.insert(key.clone(), own.clone());
-                None
-            }
+        let other = flights.get(key).cloned().filter(|f| f.is_equal(own)).or_else(|| seen.filter(|f| f.is_equal(own)));
+        if other.is_none() {
+            flights.insert(key.clone(), own.clone());
         }
+        other.map(|flight| Follower(flight.landed.subscribe(), flight))
     }
 
     pub(crate) fn remove(&self, key: &Key, own: &Arc<Flight>) {

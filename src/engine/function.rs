@@ -268,10 +268,9 @@ where
 async fn store(leader: Leader, json: serde_json::Result<Vec<u8>>, keep: bool, ttl: Option<Duration>) {
     match json {
         Ok(json) => {
-            if let Some(sealed) = leader.seal(Payload::Value(Bytes::from(json)), vec![], ttl).await {
-                if keep {
-                    tokio::spawn(sealed.store());
-                }
+            let sealed = leader.seal(Payload::Value(Bytes::from(json)), vec![], ttl).await;
+            if let Some(sealed) = sealed.filter(|_| keep) {
+                tokio::spawn(sealed.store());
             }
         }
         Err(error) => tracing::warn!(%error, "value not cached: it cannot be written as JSON"),

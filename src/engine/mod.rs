@@ -98,6 +98,7 @@ impl Engine {
     /// Looks the key up; on a miss captures the generations and joins the flight that has the same ones, or leads one.
     pub(crate) async fn begin(self: &Arc<Self>, key: &Key, tags: &[Tag], attempt: Attempt) -> Begin {
         let memo = self.memos.get(key);
+        let seen = self.flights.current(key);
         let mut asked = tags.to_vec();
         asked.extend(memo.iter().flat_map(|m| m.late.iter()).filter(|t| !tags.contains(t)).cloned());
         for _ in 0..2 {
@@ -124,16 +125,29 @@ impl Engine {
         let flight = Arc::new(Flight::new(asked, opened.generations));
         let alone = attempt.alone || attempt.reload || attempt.failures >= MAX_ATTEMPTS;
         let shared = !unshared && !alone;
-        if shared {
-            if let Some(other) = self.flights.join_or_lead(key, &flight) {
+        let leader =
+            |flight| Leader { engine: self.clone(), key: key.clone(), flight, mark: opened.mark, landed: false };
+        if !shared {
+            return Begin::Lead(leader(flight));
+        }
+        match self.flights.join_or_lead(key, &flight, seen) {
+            None => {}
+            Some(other) => {
                 return match other.landed() {
                     Some(Landed::Done(entry)) => Begin::Hit(entry),
-                    _ => Begin::Follow(other),
+                    // It failed before this request came: that is no reason to wait.
+                    Some(_) => Begin::Lead(leader(flight)),
+                    None => Begin::Follow(other),
                 };
             }
         }
-        let (engine, key) = (self.clone(), key.clone());
-        Begin::Lead(Leader { engine, key, flight, mark: opened.mark, landed: false })
+        let leader = leader(flight);
+        // A flight may have begun and landed since the look-up; its entry was stored before it was taken off the table.
+        if let Some(entry) = self.peek(key.as_bytes(), self.now()) {
+            leader.flight.land(Landed::Done(entry.clone()));
+            return Begin::Hit(entry);
+        }
+        Begin::Lead(leader)
     }
 
     fn unavailable(&self, error: &crate::store::StoreError) -> Begin {

@@ -48,8 +48,7 @@ impl Handled {
     /// Appends this cache's member to the header, after those of caches nearer to the origin.
     pub(crate) fn append(self, headers: &mut HeaderMap) {
         let mut buf = Buf(SmallVec::new());
-        let mut values = headers.get_all(CACHE_STATUS).iter().filter(|v| !v.is_empty()).peekable();
-        while let Some(value) = values.next() {
+        for value in headers.get_all(CACHE_STATUS).iter().filter(|v| !v.is_empty()) {
             buf.0.extend_from_slice(value.as_bytes());
             buf.0.extend_from_slice(b", ");
         }

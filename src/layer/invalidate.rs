@@ -126,10 +126,9 @@ impl Write {
             Ok(response) => response?,
             Err(panic) => std::panic::resume_unwind(panic),
         };
-        if self.cache.report_header() {
-            if let Ok(value) = HeaderValue::try_from(report.to_string()) {
-                response.headers_mut().insert(REPORT, value);
-            }
+        let value = HeaderValue::try_from(report.to_string());
+        if let Some(value) = value.ok().filter(|_| self.cache.report_header()) {
+            response.headers_mut().insert(REPORT, value);
         }
         response.extensions_mut().insert(report);
         let body = |body: R| match body.is_end_stream() || body.size_hint().exact().is_some() {

@@ -31,16 +31,17 @@ impl Query {
         if matches!(self, Self::Ignore) || query.is_empty() {
             return;
         }
-        let mut pairs: SmallVec<[(Cow<'_, [u8]>, &str, Option<&str>); 8]> = SmallVec::new();
+        let mut pairs = SmallVec::<[_; 8]>::new();
         for part in query.split('&').filter(|p| !p.is_empty()) {
             let (raw, value) = part.split_once('=').map_or((part, None), |(n, v)| (n, Some(v)));
             let name = decode_name(raw);
-            if let Self::Only(names) = self {
-                if !names.iter().any(|n| n.as_bytes() == &*name) {
-                    continue;
-                }
+            let counts = match self {
+                Self::Only(names) => names.iter().any(|n| n.as_bytes() == &*name),
+                Self::All | Self::Ignore => true,
+            };
+            if counts {
+                pairs.push((name, raw, value));
             }
-            pairs.push((name, raw, value));
         }
         // Stable: the order of the values of one name, however it is spelled, may mean something.
         pairs.sort_by(|a, b| a.0.cmp(&b.0));
