@@ -1,18 +1,22 @@
 //! The [`Cache`]: one handle on configuration, engine and store, which layers, handlers and jobs share.
 
-use std::{fmt, sync::Arc, time::SystemTime};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use http::{HeaderName, Uri, request};
 
 use crate::{
     CacheAsideLayer, InvalidateLayer,
     catalog::{
-        Cascade, Cascades, Catalogue, Config, ConfigError, DataType, Drops, Policy, Resolver, ResolverError, Resolvers,
-        Target,
+        Cascade, Cascades, Catalogue, Config, ConfigError, DataType, Drops, FenceTimes, Policy, Resolver,
+        ResolverError, Resolvers, Target,
     },
     engine::{Clock, Engine, EntryBuilder, Invalidated},
     route::{Mutated, Mutation, Route, Routes, TenantSource},
-    store::{MemoryStore, Store},
+    store::{Fence, Generation, MemoryStore, Store},
 };
 
 /// 64 MiB.
@@ -34,6 +38,19 @@ struct Inner {
     body_limit: usize,
     tag_header: HeaderName,
     report_header: bool,
+    fence: Option<FenceTimes>,
+    on_unreachable: OnUnreachable,
+}
+
+/// What becomes of writes while the store cannot be told about them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnUnreachable {
+    /// They go on; their invalidations are kept and delivered when the store is back (the default).
+    #[default]
+    Journal,
+    /// They are answered 503 before they run.
+    Reject,
 }
 
 impl Cache {
@@ -108,6 +125,29 @@ impl Cache {
 
     pub(crate) fn report_header(&self) -> bool {
         self.0.report_header
+    }
+
+    /// Whether everything works; `false` while the shared store cannot be reached, and requests go to the origin.
+    pub fn is_healthy(&self) -> bool {
+        self.0.engine.is_reachable()
+    }
+
+    pub(crate) fn rejects(&self) -> bool {
+        self.0.on_unreachable == OnUnreachable::Reject
+    }
+
+    /// The fence that a mutation of these types raises, if any of them is fenced.
+    pub(crate) fn fence<'t>(&self, types: impl Iterator<Item = &'t str>) -> Option<Fence> {
+        let times = types.filter_map(|t| self.0.cascades.fence(t).or(self.0.fence));
+        let all = times.reduce(|a, b| FenceTimes { lease: a.lease.max(b.lease), hold: a.hold.max(b.hold) })?;
+        Some(Fence { writer: Generation::unique().0, lease: all.lease, hold: all.hold })
+    }
+
+    /// Invalidates. Where any fences are used at all, those of other writers are respected.
+    pub(crate) async fn drop_all(&self, drops: Drops, fence: Option<&Fence>) -> Invalidated {
+        let nobody = Fence { writer: 0, lease: Duration::ZERO, hold: Duration::ZERO };
+        let any = self.0.fence.is_some() || self.0.cascades.any_fence();
+        self.0.engine.invalidate(drops, fence.or(any.then_some(&nobody))).await
     }
 
     async fn drop_entity(&self, drops: &mut Drops, target: Target<'_>) {
@@ -203,7 +243,7 @@ impl Invalidation {
         for data_type in &self.all {
             drops.all(tenant, data_type);
         }
-        self.cache.engine().invalidate(drops).await
+        self.cache.drop_all(drops, None).await
     }
 }
 
@@ -218,6 +258,7 @@ pub struct CacheBuilder {
     body_limit: usize,
     tag_header: String,
     report_header: bool,
+    on_unreachable: OnUnreachable,
     clock: Clock,
 }
 
@@ -232,6 +273,7 @@ impl Default for CacheBuilder {
             body_limit: BODY_LIMIT,
             tag_header: "cache-tag".to_owned(),
             report_header: false,
+            on_unreachable: OnUnreachable::default(),
             clock: Clock::default(),
         }
     }
@@ -240,7 +282,8 @@ impl Default for CacheBuilder {
 impl CacheBuilder {
     /// Adds everything that a [`Config`] declares.
     pub fn config(mut self, config: Config) -> Self {
-        let Config { tenant_header, types, routes, mutations, cascades } = config;
+        let Config { tenant_header, types, fence, routes, mutations, cascades } = config;
+        self.config.fence = fence.or(self.config.fence);
         self.config.tenant_header = tenant_header.or(self.config.tenant_header);
         self.config.types.extend(types);
         self.config.routes.extend(routes);
@@ -273,6 +316,24 @@ impl CacheBuilder {
     /// Declares a data type.
     pub fn data_type(mut self, name: impl Into<String>, ttl: impl Into<crate::Ttl>) -> Self {
         self.config.types.push(DataType::new(name, ttl));
+        self
+    }
+
+    /// Declares a data type that has more to say than its TTL.
+    pub fn with(mut self, data_type: DataType) -> Self {
+        self.config.types.push(data_type);
+        self
+    }
+
+    /// Fences every write whose cascade says nothing else, with this lease; see [`Cascade::fenced`].
+    pub fn fenced(mut self, lease: Duration) -> Self {
+        self.config.fence = Some(lease);
+        self
+    }
+
+    /// What becomes of writes while the store cannot be told about them; by default they go on.
+    pub fn on_unreachable(mut self, what: OnUnreachable) -> Self {
+        self.on_unreachable = what;
         self
     }
 
@@ -350,7 +411,11 @@ impl CacheBuilder {
     /// # Errors
     /// The first mistake found, with the route or data type it is about and the mend.
     pub fn build(self) -> Result<Cache, ConfigError> {
-        let Config { tenant_header, types, routes, mutations, cascades } = &self.config;
+        let Config { tenant_header, types, fence, routes, mutations, cascades } = &self.config;
+        if *fence == Some(Duration::ZERO) {
+            return Err(ConfigError::new("a fence of zero fences nothing; make it longer than handlers take"));
+        }
+        let fence = fence.map(|lease| FenceTimes { lease, hold: Duration::ZERO });
         let catalogue = Catalogue::new(types)?;
         let cascades = Cascades::new(&catalogue, cascades, &self.resolvers)?;
         let compiled = Routes::new(&catalogue, &cascades, routes, mutations)?;
@@ -389,6 +454,8 @@ impl CacheBuilder {
             body_limit: self.body_limit,
             tag_header,
             report_header: self.report_header,
+            fence,
+            on_unreachable: self.on_unreachable,
         })))
     }
 }

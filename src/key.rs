@@ -123,6 +123,16 @@ impl Tag {
         Self(Bytes::copy_from_slice(&buf))
     }
 
+    /// The same, for a tenant as [`tenant`](Self::tenant) gives it.
+    #[cfg(feature = "redis")]
+    pub(crate) fn all_of(tenant: &[u8], data_type: &str) -> Self {
+        let mut buf = KeyBuf::from_slice(tenant);
+        buf.push(b':');
+        push_escaped(&mut buf, data_type.as_bytes());
+        buf.extend_from_slice(b":*");
+        Self(Bytes::copy_from_slice(&buf))
+    }
+
     /// The canonical bytes: printable ASCII that begins with `{tenant}:`.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

@@ -60,6 +60,9 @@
 //!
 //! # Features
 //!
+//! - `redis`: [`store::RedisStore`], the shared store of a fleet, with a coherent tier in each process.
+//! - `redis-cluster`, `redis-tls`: clusters, `rediss://`.
+//! - `lz4`: compress large bodies for the shared store.
 //! - `toml`: read the [`Config`] from a file.
 
 #![doc(test(attr(deny(warnings), allow(unused))))]
@@ -69,13 +72,15 @@
 mod cache;
 mod catalog;
 mod engine;
+#[cfg(feature = "redis")]
+pub mod guard;
 mod key;
 mod layer;
 mod route;
 pub mod store;
 
-pub use cache::{Cache, CacheBuilder, Invalidation};
-pub use catalog::{Cascade, Config, ConfigError, DataType, Ttl};
+pub use cache::{Cache, CacheBuilder, Invalidation, OnUnreachable};
+pub use catalog::{Cascade, Coalesce, Config, ConfigError, DataType, Ttl};
 pub use engine::{EntryBuilder, Fetch, Generate, Invalidated, Report, Source};
 pub use key::{Key, Tag};
 pub use layer::{

@@ -1,8 +1,8 @@
-//! Everything about caching, in one place: the catalogue and route table (`agents.toml`, or `--config`), and the two
-//! layers around the application. No handler knows of it.
+//! Everything about caching, in one place: the catalogue and route table (`agents.toml`, or `--config`), the store, and the
+//! two layers around the application. No handler knows of it.
 
 use axum::{Router, middleware, response::Response};
-use tower_cache_aside::{Cache, CacheTags, Config};
+use tower_cache_aside::{Cache, CacheTags, Coalesce as Reach, Config, store::RedisStore};
 
 use crate::{
     cli::{Args, Coalesce},
@@ -12,16 +12,12 @@ use crate::{
 
 const AGENTS: &str = include_str!("agents.toml");
 
-/// Puts the cache around the application; an error is a mistake in the configuration.
-pub fn apply(router: Router, args: &Args, db: Database) -> Result<Router, String> {
-    let not_built = [
-        ("--redis", !args.redis.is_empty()),
-        ("--l1 off", !args.l1),
-        ("--coalesce fleet", args.coalesce == Coalesce::Fleet),
-        ("--fence-ms", args.fence.is_some()),
-        ("--admin-token", args.admin_token.is_some()),
-        ("--warm on", args.warm),
-    ];
+/// In-process bytes, alone or over Redis.
+const MEMORY: u64 = 64 << 20;
+
+/// The cache; an error is a mistake in the configuration.
+pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
+    let not_built = [("--admin-token", args.admin_token.is_some()), ("--warm on", args.warm)];
     if let Some((flag, _)) = not_built.iter().find(|(_, used)| *used) {
         return Err(format!("{flag}: not built yet"));
     }
@@ -34,17 +30,32 @@ pub fn apply(router: Router, args: &Args, db: Database) -> Result<Router, String
     };
     let mut config = Config::from_toml(&text).map_err(|e| format!("{name}: {}", one_line(&e.to_string())))?;
     config.tenant_header.get_or_insert_with(|| "x-tenant-id".to_owned());
+    if args.coalesce == Coalesce::Fleet {
+        config.types = config.types.into_iter().map(|t| t.coalesce(Reach::Fleet)).collect();
+    }
     let resolves = config.has_relation("conversations");
-    let mut builder = Cache::builder().config(config).report_header(true);
+    let mut builder = Cache::builder().config(config).memory(MEMORY).report_header(true);
     if resolves {
         builder = builder.resolver("conversations", move |tenant, agent| {
             let db = db.clone();
             async move { db.conversations_of(&tenant, &agent).await }
         });
     }
-    let cache = builder.build().map_err(|e| format!("{name}: {}", one_line(&e.to_string())))?;
+    if let Some(lease) = args.fence {
+        builder = builder.fenced(lease);
+    }
+    if !args.redis.is_empty() {
+        let in_process = if args.l1 { MEMORY } else { 0 };
+        let store = RedisStore::builder(&args.redis).prefix(&args.prefix).in_process(in_process).build();
+        builder = builder.store(store.map_err(|e| format!("--redis: {e}"))?);
+    }
+    builder.build().map_err(|e| format!("{name}: {}", one_line(&e.to_string())))
+}
+
+/// Puts the cache around the application.
+pub fn apply(router: Router, cache: &Cache) -> Router {
     let router = router.layer(middleware::map_response(declare_agent));
-    Ok(router.layer(cache.layer()).layer(cache.invalidate_layer()))
+    router.layer(cache.layer()).layer(cache.invalidate_layer())
 }
 
 /// A conversation falls with its agent, whatever the path it was read by.

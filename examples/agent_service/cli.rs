@@ -161,11 +161,13 @@ impl<'a> Value<'a> {
     /// Adds to the list, so that the flag may be repeated as well as hold several.
     fn urls(self, all: &mut Vec<String>) -> Result<(), String> {
         let text = self.given.to_str().ok_or_else(|| self.refused())?;
-        for url in text.split(',').map(str::trim) {
-            if !url.contains("://") {
-                return Err(self.refused());
+        for (i, url) in text.split(',').map(str::trim).enumerate() {
+            match all.last_mut() {
+                _ if url.contains("://") => all.push(url.to_owned()),
+                // Another host of a `redis+cluster://` or `redis+sentinel://`.
+                Some(last) if i > 0 && last.starts_with("redis+") => *last = format!("{last},{url}"),
+                _ => return Err(self.refused()),
             }
-            all.push(url.to_owned());
         }
         Ok(())
     }

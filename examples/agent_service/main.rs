@@ -45,8 +45,10 @@ async fn run() -> Result<(), String> {
                 None => format!("cannot open a temporary database: {e}"),
             }
         })?;
-    let store_state: routes::StoreState = Arc::new(|| "ok");
-    let app = caching::apply(routes::router(db.clone(), store_state), &args, db)?;
+    let cache = caching::cache(&args, db.clone())?;
+    let health = cache.clone();
+    let store_state: routes::StoreState = Arc::new(move || if health.is_healthy() { "ok" } else { "degraded" });
+    let app = caching::apply(routes::router(db, store_state), &cache);
 
     let unusable = |e| format!("--listen: cannot listen on {}: {e}", args.listen);
     let listener = TcpListener::bind(args.listen).await.map_err(unusable)?;

@@ -5,11 +5,11 @@
 //! (the conversations of agent 42). Children are found by three ways at once: entries whose *scope* or *declared tags*
 //! name the parent, and ids that a *resolver* returns.
 
-use std::{collections::BTreeMap, error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc};
+use std::{collections::BTreeMap, error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use serde::Deserialize;
 
-use super::{Catalogue, ConfigError};
+use super::{Catalogue, ConfigError, config::duration};
 use crate::key::Tag;
 
 /// What a mutation of `data_type` drops besides the entries of that type itself.
@@ -32,12 +32,23 @@ pub struct Cascade {
     pub(crate) drops_all: Vec<String>,
     #[serde(default)]
     pub(crate) relations: BTreeMap<String, String>,
+    #[serde(default, deserialize_with = "duration")]
+    fenced: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    hold: Option<Duration>,
 }
 
 impl Cascade {
     /// A cascade that so far drops only the mutated type's own entries.
     pub fn new(data_type: impl Into<String>) -> Self {
-        Self { data_type: data_type.into(), drops: vec![], drops_all: vec![], relations: BTreeMap::new() }
+        Self {
+            data_type: data_type.into(),
+            drops: vec![],
+            drops_all: vec![],
+            relations: BTreeMap::new(),
+            fenced: None,
+            hold: None,
+        }
     }
 
     /// Also drops the entries of these types that belong to the same entity.
@@ -59,6 +70,24 @@ impl Cascade {
     #[must_use]
     pub fn relation(mut self, name: impl Into<String>, child_type: impl Into<String>) -> Self {
         self.relations.insert(name.into(), child_type.into());
+        self
+    }
+
+    /// Fences the tags while a mutation runs: from before the handler until the invalidation, they are misses, and
+    /// nothing is stored under them. A process that dies between the commit and the invalidation then leaves nothing
+    /// stale: the fence stands for this lease, and ends with new generations. The lease must be longer than the handler
+    /// may take.
+    #[must_use]
+    pub fn fenced(mut self, lease: Duration) -> Self {
+        self.fenced = Some(lease);
+        self
+    }
+
+    /// Leaves the fence standing for this long after the write, when reads may come from replicas that lag. Needs
+    /// [`fenced`](Self::fenced).
+    #[must_use]
+    pub fn hold(mut self, hold: Duration) -> Self {
+        self.hold = Some(hold);
         self
     }
 }
@@ -143,6 +172,14 @@ struct Compiled {
     types: Vec<Arc<str>>,
     drops_all: Vec<Arc<str>>,
     relations: Vec<Relation>,
+    fence: Option<FenceTimes>,
+}
+
+/// How long writes are fenced.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct FenceTimes {
+    pub(crate) lease: Duration,
+    pub(crate) hold: Duration,
 }
 
 #[derive(Debug)]
@@ -177,8 +214,22 @@ impl Cascades {
                 let (name, resolver) = (relation.as_str().into(), resolvers.get(relation).cloned());
                 relations.push(Relation { name, child: child.clone(), resolver });
             }
+            let fence = match (cascade.fenced, cascade.hold) {
+                (Some(Duration::ZERO), _) => {
+                    return Err(ConfigError::new(format!(
+                        "{what}: a lease of zero fences nothing; make it longer than its handlers take, or take it out"
+                    )));
+                }
+                (None, Some(_)) => {
+                    return Err(ConfigError::new(format!(
+                        "{what}: `hold` needs a fence; give it a lease with `fenced`"
+                    )));
+                }
+                (Some(lease), hold) => Some(FenceTimes { lease, hold: hold.unwrap_or_default() }),
+                (None, None) => None,
+            };
             let drops_all = cascade.drops_all.iter().map(|t| t.as_str().into()).collect();
-            if map.insert(name.clone(), Compiled { types, drops_all, relations }).is_some() {
+            if map.insert(name.clone(), Compiled { types, drops_all, relations, fence }).is_some() {
                 return Err(ConfigError::new(format!("{what} is declared twice; make it one")));
             }
         }
@@ -209,6 +260,16 @@ impl Cascades {
         }
         path.pop();
         Ok(())
+    }
+
+    /// How mutations of this type are fenced.
+    pub(crate) fn fence(&self, data_type: &str) -> Option<FenceTimes> {
+        self.0.get(data_type)?.fence
+    }
+
+    /// Whether any cascade is fenced.
+    pub(crate) fn any_fence(&self) -> bool {
+        self.0.values().any(|c| c.fence.is_some())
     }
 
     /// The relations that mutations of this type may include.

@@ -3,7 +3,7 @@
 //! The builder fills it from code; with the feature `toml` it can be read from a file, with the same names and the same
 //! checks.
 
-use std::{error::Error as StdError, fmt};
+use std::{error::Error as StdError, fmt, time::Duration};
 
 use serde::{Deserialize, Deserializer, de::IntoDeserializer};
 
@@ -21,6 +21,10 @@ pub struct Config {
     /// The data types and their TTLs.
     #[serde(deserialize_with = "data_types")]
     pub types: Vec<DataType>,
+    /// How long writes may take whose cascade says nothing else; see [`Cascade::fenced`]. By default they are not
+    /// fenced.
+    #[serde(deserialize_with = "duration")]
+    pub fence: Option<Duration>,
     /// The routes whose responses are cached.
     pub routes: Vec<Route>,
     /// The routes that mutate.
@@ -44,6 +48,14 @@ impl Config {
     pub fn has_relation(&self, name: &str) -> bool {
         self.cascades.iter().any(|c| c.relations.contains_key(name))
     }
+}
+
+pub(super) fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let duration = humantime::parse_duration(&text);
+    duration
+        .map(Some)
+        .map_err(|e| serde::de::Error::custom(format!("duration `{text}`: {e}; write one such as \"5s\"")))
 }
 
 fn data_types<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DataType>, D::Error> {
@@ -82,7 +94,7 @@ impl<'de> Deserialize<'de> for TtlOrPolicy {
             }
 
             fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Policy, E> {
-                Ttl::deserialize(text.into_deserializer()).map(|ttl| Policy { ttl })
+                Ttl::deserialize(text.into_deserializer()).map(Policy::from)
             }
 
             fn visit_map<A: serde::de::MapAccess<'de>>(self, map: A) -> Result<Policy, A::Error> {

@@ -8,13 +8,15 @@ mod config;
 mod ttl;
 
 pub use cascade::Cascade;
-pub(crate) use cascade::{Cascades, Drops, Resolver, ResolverError, Resolvers, Target};
+pub(crate) use cascade::{Cascades, Drops, FenceTimes, Resolver, ResolverError, Resolvers, Target};
 pub use config::{Config, ConfigError};
 pub use ttl::Ttl;
 
 use std::{collections::BTreeMap, time::Duration};
 
 use serde::Deserialize;
+
+use crate::store::Tier;
 
 /// A named kind of cached thing.
 ///
@@ -30,12 +32,51 @@ pub struct DataType {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Policy {
     pub(crate) ttl: Ttl,
+    #[serde(default)]
+    pub(crate) tier: Tier,
+    #[serde(default)]
+    pub(crate) coalesce: Coalesce,
+}
+
+impl From<Ttl> for Policy {
+    fn from(ttl: Ttl) -> Self {
+        Self { ttl, tier: Tier::default(), coalesce: Coalesce::default() }
+    }
+}
+
+/// How far single flight reaches.
+///
+/// In a file: `coalesce = "process"` or `"fleet"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Coalesce {
+    /// Concurrent misses of a key in this process make one call.
+    #[default]
+    Process,
+    /// Concurrent misses in all processes that share the store make one call. One that waits for another process'
+    /// entry does so for three seconds at most.
+    Fleet,
 }
 
 impl DataType {
     /// A data type whose entries live for `ttl`.
     pub fn new(name: impl Into<String>, ttl: impl Into<Ttl>) -> Self {
-        Self { name: name.into(), policy: Policy { ttl: ttl.into() } }
+        Self { name: name.into(), policy: ttl.into().into() }
+    }
+
+    /// How the tier in process may hold it; by default [`Tier::On`]. Without a shared store it has no effect.
+    #[must_use]
+    pub fn tier(mut self, tier: Tier) -> Self {
+        self.policy.tier = tier;
+        self
+    }
+
+    /// How far single flight reaches; by default this process.
+    #[must_use]
+    pub fn coalesce(mut self, coalesce: Coalesce) -> Self {
+        self.policy.coalesce = coalesce;
+        self
     }
 }
 
@@ -79,7 +120,7 @@ impl Catalogue {
             return policy.clone();
         }
         let default = GLOBAL_DEFAULTS.iter().find(|(name, _)| *name == data_type);
-        Policy { ttl: default.map_or(Ttl::Standard, |(_, ttl)| *ttl) }
+        default.map_or(Ttl::Standard, |(_, ttl)| *ttl).into()
     }
 
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {

@@ -39,6 +39,10 @@ impl Flight {
         Self { tags, generations, landed: watch::Sender::new(None) }
     }
 
+    pub(crate) fn tags(&self) -> &[Tag] {
+        &self.tags
+    }
+
     pub(crate) fn stamps(&self) -> impl Iterator<Item = Stamp> {
         self.tags.iter().zip(&self.generations).map(|(tag, g)| Stamp { tag: tag.clone(), generation: *g })
     }

@@ -211,7 +211,8 @@ where
 {
     let start = Instant::now();
     let (key, tags) = entry.key();
-    let ttl = entry.cache.policy(&entry.data_type).ttl.duration();
+    let policy = entry.cache.policy(&entry.data_type);
+    let ttl = policy.ttl.duration();
     let EntryBuilder { cache, data_type, resource, .. } = entry;
     let report = |loaded: Option<&Loaded<V>>, lookup| Report {
         source: loaded.map_or(Source::Cache, |l| l.source),
@@ -228,10 +229,10 @@ where
     }
     let mut attempt = Attempt::default();
     let leader = loop {
-        let entry = match engine.begin(&key, &tags, attempt).await {
+        let entry = match engine.begin(&key, &tags, &policy, attempt).await {
             Begin::Lead(leader) => break Some(leader),
             Begin::Unavailable => break None,
-            Begin::Hit(entry) => Some(entry),
+            Begin::Hit(entry) | Begin::Collapsed(entry) => Some(entry),
             Begin::Follow(flight) => match flight.wait().await {
                 Landed::Done(entry) => Some(entry),
                 Landed::Unshareable | Landed::Failed => None,

@@ -10,7 +10,10 @@ mod flight;
 mod function;
 mod invalidated;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 pub(crate) use clock::Clock;
 pub(crate) use flight::Landed;
@@ -19,15 +22,19 @@ pub use function::{EntryBuilder, Fetch, Generate, Report, Source};
 pub use invalidated::Invalidated;
 
 use quick_cache::sync::Cache as Memo;
+use tokio::runtime::Handle;
 
 use crate::{
-    catalog::Drops,
+    catalog::{Coalesce, Drops, Policy},
     key::{Key, Tag},
-    store::{Entry, Generation, Lookup, Mark, Millis, Payload, Stamp, Store, TagGroup},
+    store::{Entry, Fence, Generation, Lookup, Mark, Millis, Payload, Stamp, Store, StoreError, TagGroup, Tier},
 };
 
 /// How long a key whose response could not be shared is loaded by each request on its own, without waiting.
 const UNSHARED_FOR: Duration = Duration::from_secs(10);
+
+/// How long a process may load a key for the fleet before others do as well.
+const CLAIM: Duration = Duration::from_secs(3);
 
 /// How many keys the engine remembers something about.
 const MEMOS: usize = 65_536;
@@ -66,6 +73,8 @@ pub(crate) struct Attempt {
 pub(crate) enum Begin {
     /// Answer with this.
     Hit(Arc<Entry>),
+    /// Answer with this, which another process has just loaded.
+    Collapsed(Arc<Entry>),
     /// Call the origin, and tell the others.
     Lead(Leader),
     /// Wait for another's call, which began under the generations that are current now.
@@ -96,13 +105,13 @@ impl Engine {
     }
 
     /// Looks the key up; on a miss captures the generations and joins the flight that has the same ones, or leads one.
-    pub(crate) async fn begin(self: &Arc<Self>, key: &Key, tags: &[Tag], attempt: Attempt) -> Begin {
+    pub(crate) async fn begin(self: &Arc<Self>, key: &Key, tags: &[Tag], policy: &Policy, attempt: Attempt) -> Begin {
         let memo = self.memos.get(key);
         let seen = self.flights.current(key);
         let mut asked = tags.to_vec();
         asked.extend(memo.iter().flat_map(|m| m.late.iter()).filter(|t| !tags.contains(t)).cloned());
         for _ in 0..2 {
-            let Lookup { entry, generations } = match self.store.lookup(key, &asked).await {
+            let Lookup { entry, generations } = match self.store.lookup(key, &asked, policy.tier).await {
                 Ok(found) => found,
                 Err(error) => return self.unavailable(&error),
             };
@@ -125,8 +134,15 @@ impl Engine {
         let flight = Arc::new(Flight::new(asked, opened.generations));
         let alone = attempt.alone || attempt.reload || attempt.failures >= MAX_ATTEMPTS;
         let shared = !unshared && !alone;
-        let leader =
-            |flight| Leader { engine: self.clone(), key: key.clone(), flight, mark: opened.mark, landed: false };
+        let leader = |flight| Leader {
+            engine: self.clone(),
+            key: key.clone(),
+            flight,
+            mark: opened.mark,
+            tier: policy.tier,
+            landed: false,
+            claimed: false,
+        };
         if !shared {
             return Begin::Lead(leader(flight));
         }
@@ -147,10 +163,54 @@ impl Engine {
             leader.flight.land(Landed::Done(entry.clone()));
             return Begin::Hit(entry);
         }
-        Begin::Lead(leader)
+        match policy.coalesce {
+            Coalesce::Process => Begin::Lead(leader),
+            Coalesce::Fleet => self.lead_fleet(leader, tags).await,
+        }
     }
 
-    fn unavailable(&self, error: &crate::store::StoreError) -> Begin {
+    /// Leads for the fleet, or waits until the process that does has stored its entry.
+    async fn lead_fleet(&self, mut leader: Leader, tags: &[Tag]) -> Begin {
+        let flight = leader.flight.clone();
+        let asked = flight.tags();
+        let start = Instant::now();
+        let mut pause = Duration::from_millis(5);
+        loop {
+            match self.store.claim(&leader.key, CLAIM).await {
+                Ok(true) => leader.claimed = true,
+                Ok(false) if start.elapsed() < CLAIM => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_millis(50));
+                }
+                // Unreachable, or held for too long by a process that may be dead.
+                Ok(false) | Err(_) => return Begin::Lead(leader),
+            }
+            // Also after claiming: the last holder may have stored its entry just before.
+            let found = self.store.lookup(&leader.key, asked, leader.tier).await;
+            if let Ok(Lookup { entry: Some(entry), generations }) = found {
+                let valid = matches!(validity(&entry, tags, asked, &generations), Validity::Valid);
+                if valid && entry.is_fresh(self.now()) {
+                    leader.land(Landed::Done(entry.clone()));
+                    return Begin::Collapsed(entry);
+                }
+            }
+            if leader.claimed {
+                return Begin::Lead(leader);
+            }
+        }
+    }
+
+    /// Fences all these tags for a write that is about to begin.
+    pub(crate) async fn fence(&self, drops: Drops, fence: &Fence) -> Result<(), StoreError> {
+        self.store.fence(&tag_groups(drops), fence).await
+    }
+
+    /// Whether an invalidation would reach the store now.
+    pub(crate) fn is_reachable(&self) -> bool {
+        self.store.is_reachable()
+    }
+
+    fn unavailable(&self, error: &StoreError) -> Begin {
         tracing::debug!(%error, "store unavailable: calling the origin");
         Begin::Unavailable
     }
@@ -168,18 +228,22 @@ impl Engine {
     }
 
     /// Drops the generations of all these tags, at once, and says how many entries that made stale.
-    pub(crate) async fn invalidate(&self, drops: Drops) -> Invalidated {
+    pub(crate) async fn invalidate(&self, drops: Drops, fence: Option<&Fence>) -> Invalidated {
         let lines: Vec<_> = drops.groups.iter().map(|g| g.line.clone()).collect();
-        let groups: Vec<_> =
-            drops.groups.into_iter().map(|g| TagGroup { data_type: g.data_type, tags: g.tags }).collect();
-        match self.store.invalidate(&groups).await {
-            Ok(counts) => Invalidated::new(lines.into_iter().zip(groups.into_iter().map(|g| g.data_type)).zip(counts)),
+        let groups = tag_groups(drops);
+        let counts = match self.store.invalidate(&groups, fence).await {
+            Ok(counts) => counts,
             Err(error) => {
-                tracing::error!(%error, "invalidation did not reach the store");
-                Invalidated::new(std::iter::empty())
+                tracing::error!(%error, "invalidation did not reach the store yet");
+                vec![0; groups.len()]
             }
-        }
+        };
+        Invalidated::new(lines.into_iter().zip(groups.into_iter().map(|g| g.data_type)).zip(counts))
     }
+}
+
+fn tag_groups(drops: Drops) -> Vec<TagGroup> {
+    drops.groups.into_iter().map(|g| TagGroup { data_type: g.data_type, tags: g.tags }).collect()
 }
 
 fn validity(entry: &Entry, required: &[Tag], asked: &[Tag], generations: &[Option<Generation>]) -> Validity {
@@ -204,7 +268,10 @@ pub(crate) struct Leader {
     key: Key,
     flight: Arc<Flight>,
     mark: Mark,
+    tier: Tier,
     landed: bool,
+    /// Whether other processes wait for it.
+    claimed: bool,
 }
 
 impl Leader {
@@ -240,6 +307,10 @@ impl Leader {
         if !std::mem::replace(&mut self.landed, true) {
             self.flight.land(how);
             self.engine.flights.remove(&self.key, &self.flight);
+            if let (true, Ok(runtime)) = (self.claimed, Handle::try_current()) {
+                let (engine, key) = (self.engine.clone(), self.key.clone());
+                runtime.spawn(async move { engine.store.release(&key).await });
+            }
         }
     }
 }
@@ -257,9 +328,17 @@ pub(crate) struct Sealed {
 }
 
 impl Sealed {
+    /// Whether a write is under way, so that it will not be stored.
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.entry.stamps.iter().any(|stamp| stamp.generation.is_fenced())
+    }
+
     pub(crate) async fn store(mut self) {
+        if self.is_fenced() {
+            return;
+        }
         let engine = &self.leader.engine;
-        if let Err(error) = engine.store.fill(&self.leader.key, self.entry.clone()).await {
+        if let Err(error) = engine.store.fill(&self.leader.key, self.entry.clone(), self.leader.tier).await {
             tracing::debug!(%error, "entry not stored");
         }
         self.leader.land(Landed::Done(self.entry));

@@ -177,10 +177,11 @@ impl Miss {
         let engine = self.cache.engine();
         let mut attempt = Attempt { alone: method == Method::HEAD, ..Attempt::default() };
         let leader = loop {
-            let (entry, handled) = match engine.begin(&self.key, &self.tags, attempt).await {
+            let (entry, handled) = match engine.begin(&self.key, &self.tags, &self.route.policy, attempt).await {
                 Begin::Lead(leader) => break Some(leader),
                 Begin::Unavailable => break None,
                 Begin::Hit(entry) => (entry, None),
+                Begin::Collapsed(entry) => (entry, Some(Handled::Collapsed)),
                 Begin::Follow(flight) => match flight.wait().await {
                     Landed::Done(entry) => (entry, Some(Handled::Collapsed)),
                     Landed::Unshareable | Landed::Failed => {
@@ -334,7 +335,7 @@ impl Load {
         match client {
             Client::Waiting(reply) => {
                 let mut parts = self.parts;
-                let stored = self.stored && sealed.is_some();
+                let stored = self.stored && sealed.as_ref().is_some_and(|s| !s.is_fenced());
                 Handled::Miss { stored, detail: self.detail }.append(&mut parts.headers);
                 let _ = reply.send(Ok(Response::from_parts(parts, CacheBody::full(data, trailers))));
             }

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use http::{HeaderName, HeaderValue, Request, Response, header};
+use http::{HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::{runtime::Handle, task::JoinHandle};
@@ -90,6 +90,14 @@ where
     }
 }
 
+/// The answer to a write that the store could not be told about.
+fn unavailable<R>() -> Response<InvalidateBody<R>> {
+    let mut response = Response::new(InvalidateBody { body: None, watch: Watch::default() });
+    *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+    response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
 /// A mutation under way.
 struct Write {
     tenants: Vec<Vec<u8>>,
@@ -106,8 +114,20 @@ impl Write {
         // Before the handler: it may remove the rows that name the children.
         let mut drops = Drops::default();
         self.cache.drop_mutated(&mut drops, &self.tenants, &self.mutated).await;
+        let fence = self.cache.fence(self.mutated.types());
+        let fenced = match &fence {
+            Some(fence) => self.cache.engine().fence(drops.clone(), fence).await.is_ok(),
+            None => true,
+        };
+        if self.cache.rejects() && !(fenced && self.cache.is_healthy()) {
+            return Ok(unavailable());
+        }
         let result = match AssertUnwindSafe(async { inner.call(request).await }).catch_unwind().await {
             Ok(Ok(response)) if response.status().is_client_error() => {
+                // It changed nothing, but its fences are up.
+                if fence.is_some() {
+                    self.cache.drop_all(drops, fence.as_ref()).await;
+                }
                 return Ok(response.map(InvalidateBody::untouched));
             }
             other => other,
@@ -120,7 +140,7 @@ impl Write {
         };
         self.cache.drop_created(&mut drops, &self.tenants, &self.mutated, location).await;
         let again = drops.clone();
-        let report = self.cache.engine().invalidate(drops).await;
+        let report = self.cache.drop_all(drops, fence.as_ref()).await;
         tracing::info!(%report, "invalidated");
         let mut response = match result {
             Ok(response) => response?,
@@ -144,7 +164,7 @@ pin_project! {
     /// breaks or is dropped, the invalidation is repeated, and its end is held back until that is done.
     pub struct InvalidateBody<R> {
         #[pin]
-        body: R,
+        body: Option<R>,
         watch: Watch,
     }
 }
@@ -160,7 +180,7 @@ impl Watch {
     /// Starts the invalidation, if that has not been done. It is a task, so that it runs to its end in any case.
     fn fire(&mut self) {
         if let Some((cache, drops, runtime)) = self.armed.take() {
-            self.running = Some(runtime.spawn(async move { cache.engine().invalidate(drops).await }));
+            self.running = Some(runtime.spawn(async move { cache.drop_all(drops, None).await }));
         }
     }
 
@@ -182,12 +202,12 @@ impl Drop for Watch {
 
 impl<R> InvalidateBody<R> {
     fn untouched(body: R) -> Self {
-        Self { body, watch: Watch::default() }
+        Self { body: Some(body), watch: Watch::default() }
     }
 
     fn watched(body: R, cache: Cache, drops: Drops) -> Self {
         let armed = Some((cache, drops, Handle::current()));
-        Self { body, watch: Watch { armed, running: None } }
+        Self { body: Some(body), watch: Watch { armed, running: None } }
     }
 }
 
@@ -201,7 +221,8 @@ impl<R: Body> Body for InvalidateBody<R> {
             ready!(this.watch.poll_done(cx));
             return Poll::Ready(None);
         }
-        let frame = ready!(this.body.poll_frame(cx));
+        let Some(body) = this.body.as_pin_mut() else { return Poll::Ready(None) };
+        let frame = ready!(body.poll_frame(cx));
         if !matches!(&frame, Some(Ok(_))) {
             this.watch.fire();
             if frame.is_none() {
@@ -212,10 +233,10 @@ impl<R: Body> Body for InvalidateBody<R> {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.watch.armed.is_none() && self.watch.running.is_none() && self.body.is_end_stream()
+        self.watch.armed.is_none() && self.watch.running.is_none() && self.body.as_ref().is_none_or(Body::is_end_stream)
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
     }
 }

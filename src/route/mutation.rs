@@ -188,6 +188,17 @@ impl Mutated {
         self.route.targets.iter().zip(&self.ids).map(|((t, e, _), id)| (&**t, &**e, &**id))
     }
 
+    /// The data types whose cascades it fires.
+    pub(crate) fn types(&self) -> impl Iterator<Item = &str> {
+        let created = self.route.creates.iter().map(|(t, _)| t.as_str());
+        self.route
+            .targets
+            .iter()
+            .map(|(t, _, _)| t.as_str())
+            .chain(created)
+            .chain(self.all().iter().map(String::as_str))
+    }
+
     pub(crate) fn all(&self) -> &[String] {
         &self.route.all
     }

@@ -17,6 +17,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -26,10 +27,13 @@ use quick_cache::{
     sync::{Cache, DefaultLifecycle},
 };
 
-use super::{Entry, Generation, Lookup, Mark, Millis, Opened, Store, StoreError, StoreFuture, TagGroup};
+use super::{Entry, Fence, Generation, Lookup, Mark, Millis, Opened, Store, StoreError, StoreFuture, TagGroup, Tier};
 use crate::key::{Key, Tag};
 
 const TAG_SHARDS: usize = 64;
+
+/// Set in the version of a fenced tag.
+const FENCED: u64 = 1 << 63;
 
 /// Up to this many entries per group an invalidation counts exactly; above, it reports how many were filled.
 const COUNT_LIMIT: usize = 4096;
@@ -43,10 +47,15 @@ pub struct MemoryStore {
     versions: AtomicU64,
 }
 
+/// Tags resolved, with the versions they had then. While it lives, no drop of them goes unnoticed.
+pub(super) type Captured = Vec<(Arc<TagState>, u64)>;
+
 /// An entry in place, with its tags resolved.
 struct Resident {
     entry: Arc<Entry>,
     tags: Box<[(Arc<TagState>, u64)]>,
+    /// Not answered from after this.
+    until: Millis,
     /// Whether an invalidation's report has counted it, so that no other does.
     counted: AtomicBool,
 }
@@ -57,7 +66,7 @@ impl Resident {
     }
 }
 
-struct TagState {
+pub(super) struct TagState {
     version: AtomicU64,
     /// The entries filled since the last drop, for the counts; pruned when it grows.
     members: Mutex<Vec<Weak<Resident>>>,
@@ -67,21 +76,19 @@ struct TagState {
 struct TagShard {
     states: HashMap<Tag, Arc<TagState>, RandomState>,
     floor: u64,
+    /// Writers that fence a tag, and until when.
+    fences: HashMap<Tag, Vec<(u128, Instant)>, RandomState>,
     /// Forget unused states when there are more than this.
     sweep_at: usize,
 }
 
 impl TagShard {
-    fn version(&self, tag: &Tag) -> u64 {
-        self.states.get(tag).map_or(self.floor, |s| s.version.load(Ordering::Acquire))
-    }
-
     fn state(&mut self, tag: &Tag) -> &Arc<TagState> {
         if self.states.len() > self.sweep_at {
-            let floor = &mut self.floor;
-            self.states.retain(|_, state| {
+            let (floor, fences) = (&mut self.floor, &self.fences);
+            self.states.retain(|tag, state| {
                 // Only this table holds it, and it is locked: nobody can come by a pointer to it meanwhile.
-                let used = Arc::strong_count(state) > 1;
+                let used = Arc::strong_count(state) > 1 || fences.contains_key(tag);
                 if !used {
                     *floor = (*floor).max(state.version.load(Ordering::Acquire));
                 }
@@ -93,6 +100,29 @@ impl TagShard {
         self.states
             .entry(tag.clone())
             .or_insert_with(|| Arc::new(TagState { version: AtomicU64::new(floor), members: Mutex::default() }))
+    }
+}
+
+impl TagShard {
+    /// How many writers fence a tag.
+    fn fences_of(&mut self, tag: &Tag) -> usize {
+        let Some(fences) = self.fences.get_mut(tag) else { return 0 };
+        let now = Instant::now();
+        fences.retain(|(_, until)| *until > now);
+        let left = fences.len();
+        if left == 0 {
+            self.fences.remove(tag);
+        }
+        left
+    }
+
+    /// Takes down the fence of one writer, or leaves it for the time it is to hold.
+    fn lift(&mut self, tag: &Tag, fence: &Fence) {
+        let Some(fences) = self.fences.get_mut(tag) else { return };
+        for (writer, until) in fences.iter_mut().filter(|(writer, _)| *writer == fence.writer) {
+            let _ = writer;
+            *until = Instant::now() + fence.hold;
+        }
     }
 }
 
@@ -135,17 +165,43 @@ impl MemoryStore {
         self.tags[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn fill_now(&self, key: &Key, entry: Arc<Entry>) {
-        let mut tags = Vec::with_capacity(entry.stamps.len());
-        for stamp in &entry.stamps {
-            let state = self.shard(&stamp.tag).state(&stamp.tag).clone();
-            let version = state.version.load(Ordering::Acquire);
-            if generation(version) != stamp.generation {
-                return;
-            }
-            tags.push((state, version));
+    fn next_version(&self) -> u64 {
+        self.versions.fetch_add(1, Ordering::AcqRel) + 1
+    }
+
+    /// The version of a tag now. A fence whose lease has run out is taken down.
+    fn version(&self, shard: &mut TagShard, tag: &Tag) -> u64 {
+        let version = shard.states.get(tag).map_or(shard.floor, |s| s.version.load(Ordering::Acquire));
+        if version & FENCED == 0 || shard.fences_of(tag) > 0 {
+            return version;
         }
-        let resident = Arc::new(Resident { entry, tags: tags.into(), counted: AtomicBool::new(false) });
+        let version = self.next_version();
+        if let Some(state) = shard.states.get(tag) {
+            state.version.store(version, Ordering::Release);
+        }
+        version
+    }
+
+    /// Resolves tags, and notices every drop of them from now on.
+    pub(super) fn capture<'t>(&self, tags: impl IntoIterator<Item = &'t Tag>) -> Captured {
+        let capture = |tag| {
+            let mut shard = self.shard(tag);
+            let state = shard.state(tag).clone();
+            let version = self.version(&mut shard, tag);
+            (state, version)
+        };
+        tags.into_iter().map(capture).collect()
+    }
+
+    /// Stores an entry under what was captured, to be answered from until then.
+    pub(super) fn insert(&self, key: &Key, entry: Arc<Entry>, tags: Captured, until: Millis) {
+        if tags
+            .iter()
+            .any(|(state, version)| version & FENCED != 0 || state.version.load(Ordering::Acquire) != *version)
+        {
+            return;
+        }
+        let resident = Arc::new(Resident { entry, tags: tags.into(), until, counted: AtomicBool::new(false) });
         for (state, _) in &resident.tags {
             let mut members = state.members.lock().unwrap_or_else(PoisonError::into_inner);
             if members.len() == members.capacity() {
@@ -156,7 +212,20 @@ impl MemoryStore {
         self.entries.insert(key.0.clone(), resident);
     }
 
-    fn drop_group(&self, group: &TagGroup) -> u64 {
+    /// The entry, valid or not.
+    pub(super) fn raw(&self, key: &Key) -> Option<Arc<Entry>> {
+        self.entries.get(&key.0).map(|resident| resident.entry.clone())
+    }
+
+    /// Drops a tag that nobody but this process' entries and captures know.
+    #[cfg(feature = "redis")]
+    pub(super) fn drop_local(&self, tag: &Tag) {
+        if let Some(state) = self.shard(tag).states.get(tag) {
+            state.version.store(self.next_version(), Ordering::Release);
+        }
+    }
+
+    fn drop_group(&self, group: &TagGroup, fence: Option<&Fence>) -> u64 {
         let states: Vec<_> = group.tags.iter().map(|tag| self.shard(tag).states.get(tag).cloned()).collect();
         let mut count = 0;
         let mut exact = 0;
@@ -174,7 +243,11 @@ impl MemoryStore {
         }
         for tag in &group.tags {
             let mut shard = self.shard(tag);
-            let version = self.versions.fetch_add(1, Ordering::AcqRel) + 1;
+            if let Some(fence) = fence {
+                shard.lift(tag, fence);
+            }
+            let fenced = if shard.fences_of(tag) > 0 { FENCED } else { 0 };
+            let version = self.next_version() | fenced;
             match shard.states.get(tag) {
                 Some(state) => state.version.store(version, Ordering::Release),
                 None => shard.floor = version,
@@ -185,7 +258,8 @@ impl MemoryStore {
 }
 
 fn generation(version: u64) -> Generation {
-    Generation(version.into())
+    let generation = Generation((version & !FENCED).into());
+    if version & FENCED == 0 { generation } else { generation.fenced() }
 }
 
 fn done<'a, T: Send + 'a>(value: T) -> StoreFuture<'a, T> {
@@ -195,35 +269,53 @@ fn done<'a, T: Send + 'a>(value: T) -> StoreFuture<'a, T> {
 impl Store for MemoryStore {
     fn peek(&self, key: &[u8], now: Millis) -> Option<Arc<Entry>> {
         let resident = self.entries.get(key)?;
-        (now < resident.entry.keep_until && resident.is_valid()).then(|| resident.entry.clone())
+        (now < resident.until && resident.is_valid()).then(|| resident.entry.clone())
     }
 
-    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag]) -> StoreFuture<'a, Lookup> {
+    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], _: Tier) -> StoreFuture<'a, Lookup> {
+        let version = |tag| self.version(&mut self.shard(tag), tag);
         done(Lookup {
-            entry: self.entries.get(&key.0).map(|resident| resident.entry.clone()),
-            generations: tags.iter().map(|tag| Some(generation(self.shard(tag).version(tag)))).collect(),
+            entry: self.raw(key),
+            generations: tags.iter().map(|tag| Some(generation(version(tag)))).collect(),
         })
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
         // The mark first: whatever is dropped after it has a greater version.
         let mark = Mark(self.versions.load(Ordering::Acquire).into());
-        let version = |tag| self.shard(tag).state(tag).version.load(Ordering::Acquire);
-        done(Opened { generations: tags.iter().map(|tag| generation(version(tag))).collect(), mark })
+        let captured = self.capture(tags);
+        done(Opened { generations: captured.iter().map(|(_, version)| generation(*version)).collect(), mark })
     }
 
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {
-        let version = |tag: &Tag| Some(generation(self.shard(tag).version(tag))).filter(|g| g.0 <= mark.0);
+        // A fenced generation is greater than any mark.
+        let version = |tag: &Tag| Some(generation(self.version(&mut self.shard(tag), tag))).filter(|g| g.0 <= mark.0);
         done(tags.iter().map(version).collect())
     }
 
-    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>) -> StoreFuture<'a, ()> {
-        self.fill_now(key, entry);
+    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, _: Tier) -> StoreFuture<'a, ()> {
+        let captured = self.capture(entry.stamps.iter().map(|s| &s.tag));
+        let current = captured.iter().zip(&entry.stamps).all(|((_, v), stamp)| generation(*v) == stamp.generation);
+        if current {
+            let until = entry.keep_until;
+            self.insert(key, entry, captured, until);
+        }
         done(())
     }
 
-    fn invalidate<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
-        done(groups.iter().map(|group| self.drop_group(group)).collect())
+    fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>> {
+        done(groups.iter().map(|group| self.drop_group(group, fence)).collect())
+    }
+
+    fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
+        for tag in groups.iter().flat_map(|g| &g.tags) {
+            let mut shard = self.shard(tag);
+            let until = Instant::now() + fence.lease;
+            shard.fences.entry(tag.clone()).or_default().push((fence.writer, until));
+            let version = self.next_version() | FENCED;
+            shard.state(tag).version.store(version, Ordering::Release);
+        }
+        done(())
     }
 }
 

@@ -4,14 +4,21 @@
 //! absent, writes entries and drops generations; whether an entry is *valid* is decided by the engine. That is
 //! multi-get, add, set and delete, which the in-process store, Redis and memcached all have without scripts.
 
+#[cfg(feature = "redis")]
+mod codec;
 mod entry;
 mod memory;
+#[cfg(feature = "redis")]
+mod redis;
 
-use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc};
+use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 pub(crate) use entry::Payload;
 pub use entry::{Entry, Stamp, StoredResponse};
 pub use memory::MemoryStore;
+#[cfg(feature = "redis")]
+pub use redis::{RedisBuilder, RedisStats, RedisStore};
+use serde::{Deserialize, Deserializer};
 
 use crate::key::{Key, Tag};
 
@@ -21,6 +28,27 @@ pub type Millis = u64;
 /// The unique value a tag has now. Never reused: dropping it invalidates everything stored under it, for good.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Generation(pub u128);
+
+impl Generation {
+    const FENCED: u128 = 1 << 127;
+
+    /// A new one.
+    pub fn unique() -> Self {
+        Self(rand::random::<u128>() & !Self::FENCED)
+    }
+
+    /// Whether the tag is fenced: a write is under way, and nothing may be stored. The generations of a fenced tag
+    /// are as unique as others, so that reads that began under different ones don't share a flight.
+    pub fn is_fenced(self) -> bool {
+        self.0 & Self::FENCED != 0
+    }
+
+    /// The same as a fenced one.
+    #[must_use]
+    pub fn fenced(self) -> Self {
+        Self(self.0 | Self::FENCED)
+    }
+}
 
 /// A point in a store's history of invalidations, taken by [`Store::open`] before a load begins; its meaning is the
 /// store's own.
@@ -54,6 +82,48 @@ pub struct TagGroup {
     pub tags: Vec<Tag>,
 }
 
+/// How a tier in this process may hold an entry of a store outside it. Configured per data type.
+///
+/// In a file: `tier = "on"`, `"off"`, `"validated"`, or the cap as a duration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Tier {
+    /// Hits are answered in this process, until the entry expires or is said to be dropped.
+    #[default]
+    On,
+    /// The same, for at most this long.
+    Capped(Duration),
+    /// Every hit first asks the store whether the generations are current; only the entry itself is spared.
+    Validated,
+    /// Every hit is read from the store.
+    Off,
+}
+
+impl<'de> Deserialize<'de> for Tier {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Ok(match text.as_str() {
+            "on" => Self::On,
+            "off" => Self::Off,
+            "validated" => Self::Validated,
+            other => Self::Capped(humantime::parse_duration(other).map_err(|e| {
+                serde::de::Error::custom(format!("tier `{other}`: {e}; write on, off, validated or a duration"))
+            })?),
+        })
+    }
+}
+
+/// A writer's claim that what it is about to change must not be stored meanwhile.
+#[derive(Clone, Debug)]
+pub struct Fence {
+    /// The writer: unique, so that each lifts only its own fences.
+    pub writer: u128,
+    /// How long the fence stands if the writer never comes back.
+    pub lease: Duration,
+    /// How long it stands after the invalidation.
+    pub hold: Duration,
+}
+
 /// A future returned by a store.
 pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
@@ -75,7 +145,7 @@ pub trait Store: Send + Sync + 'static {
     }
 
     /// Reads the entry, valid or not, and the current generations of `tags`, in one round trip.
-    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag]) -> StoreFuture<'a, Lookup>;
+    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], tier: Tier) -> StoreFuture<'a, Lookup>;
 
     /// Reads the generations of `tags`, creating those that are absent, and marks this point in time. Called before
     /// the origin is.
@@ -87,32 +157,69 @@ pub trait Store: Send + Sync + 'static {
 
     /// Stores the entry until [`Entry::keep_until`]. No check is needed: an entry whose generations are gone is never
     /// valid.
-    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>) -> StoreFuture<'a, ()>;
+    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier) -> StoreFuture<'a, ()>;
 
     /// Drops the generations of all tags of all groups at once. Returns how many live entries each group had: for the
     /// report only, an estimate will do.
-    fn invalidate<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>>;
+    ///
+    /// With a fence it also lifts that writer's fences from the tags, or holds them for [`Fence::hold`].
+    fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>>;
+
+    /// Drops the generations of all tags, and until the writer invalidates them or its lease runs out, gives them
+    /// only [fenced](Generation::is_fenced) generations, under which nothing is stored.
+    fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()>;
+
+    /// Whether the caller is to load this key for the whole fleet: at most one process is, until it
+    /// [releases](Store::release) the key or the lease runs out. By default everybody is.
+    fn claim<'a>(&'a self, key: &'a Key, lease: Duration) -> StoreFuture<'a, bool> {
+        let _ = (key, lease);
+        Box::pin(std::future::ready(Ok(true)))
+    }
+
+    /// Ends a claim.
+    fn release<'a>(&'a self, key: &'a Key) -> StoreFuture<'a, ()> {
+        let _ = key;
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// Whether an invalidation would reach the store now, as far as this process knows.
+    fn is_reachable(&self) -> bool {
+        true
+    }
 }
 
 /// Why a store could not do what it was asked.
 #[derive(Debug)]
-pub struct StoreError(Box<dyn StdError + Send + Sync>);
+pub struct StoreError {
+    cause: Box<dyn StdError + Send + Sync>,
+    unreachable: bool,
+}
 
 impl StoreError {
-    /// Wraps the store's own error.
+    /// The store answered that it can't.
     pub fn new(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        Self(cause.into())
+        Self { cause: cause.into(), unreachable: false }
+    }
+
+    /// The store did not answer.
+    pub fn unreachable(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self { cause: cause.into(), unreachable: true }
+    }
+
+    /// Whether the store did not answer: the same may work later.
+    pub fn is_unreachable(&self) -> bool {
+        self.unreachable
     }
 }
 
 impl fmt::Display for StoreError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "store: {}", self.0)
+        write!(f, "store: {}", self.cause)
     }
 }
 
 impl StdError for StoreError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        Some(&*self.0)
+        Some(&*self.cause)
     }
 }

@@ -1,0 +1,275 @@
+//! Entries as bytes, for stores outside this process.
+//!
+//! ```text
+//! version u8 · crc32 u32 (of all that follows) · flags u8 · created u64 · expires u64 · keep_until u64
+//! stamps  u16 × (tag: u16 length + bytes · generation u128)
+//! status  u16 · headers u16 × (name: u16 length + bytes · value: u32 length + bytes) · trailers likewise
+//! body    all the rest; LZ4 with its size in front, if the flags say so
+//! ```
+//!
+//! Numbers are little-endian. A value (of the cache-aside function) has no status, headers or trailers. Reading copies
+//! nothing but header names: the body and the header values are slices of what the store returned. Whatever cannot be
+//! read (foreign, truncated, corrupt, another version) is [`Unreadable`], which the store counts and treats as a miss.
+
+use bytes::{Buf, BufMut, Bytes};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+
+use super::{Entry, Generation, Payload, Stamp, StoredResponse};
+use crate::key::Tag;
+
+const VERSION: u8 = 1;
+/// The version and the checksum.
+const HEAD: usize = 5;
+
+const RESPONSE: u8 = 1;
+const TRAILERS: u8 = 2;
+const LZ4: u8 = 4;
+
+/// Bodies from this size on are compressed.
+#[cfg(feature = "lz4")]
+const COMPRESS_FROM: usize = 1024;
+
+/// No body is larger than this when it is unpacked: a corrupt size must not take the process's memory.
+#[cfg(feature = "lz4")]
+const MAX_BODY: usize = 256 << 20;
+
+/// Bytes that are no entry of ours.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Unreadable;
+
+/// An entry as bytes, and what became of its body.
+pub(crate) struct Encoded {
+    pub(crate) bytes: Vec<u8>,
+    /// The sizes of the body before and after, if it was compressed.
+    pub(crate) compressed: Option<(usize, usize)>,
+}
+
+pub(crate) fn encode(entry: &Entry) -> Encoded {
+    let (body, response) = match &entry.payload {
+        Payload::Value(body) => (body, None),
+        Payload::Response(response) => (&response.body, Some(response)),
+    };
+    let packed = pack(body, response.map(|r| &r.headers));
+    let tail: &[u8] = packed.as_deref().unwrap_or(body);
+    let mut flags = if packed.is_some() { LZ4 } else { 0 };
+    let mut out = Vec::with_capacity(HEAD + entry.weight() - body.len() + tail.len());
+    out.put_u8(VERSION);
+    out.put_u32_le(0);
+    out.put_u8(0);
+    for time in [entry.created, entry.expires, entry.keep_until] {
+        out.put_u64_le(time);
+    }
+    put_count(&mut out, entry.stamps.len());
+    for Stamp { tag, generation } in &entry.stamps {
+        put_count(&mut out, tag.as_bytes().len());
+        out.put_slice(tag.as_bytes());
+        out.put_u128_le(generation.0);
+    }
+    if let Some(response) = response {
+        flags |= RESPONSE;
+        out.put_u16_le(response.status.as_u16());
+        put_headers(&mut out, &response.headers);
+        if let Some(trailers) = &response.trailers {
+            flags |= TRAILERS;
+            put_headers(&mut out, trailers);
+        }
+    }
+    out.put_slice(tail);
+    out[HEAD] = flags;
+    let crc = crc32fast::hash(&out[HEAD..]);
+    out[1..HEAD].copy_from_slice(&crc.to_le_bytes());
+    Encoded { compressed: packed.as_ref().map(|p| (body.len(), p.len())), bytes: out }
+}
+
+pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
+    let mut rest = bytes;
+    if rest.len() <= HEAD || rest[0] != VERSION {
+        return Err(Unreadable);
+    }
+    let crc = u32::from_le_bytes([rest[1], rest[2], rest[3], rest[4]]);
+    rest.advance(HEAD);
+    let flags = rest[0];
+    if crc32fast::hash(&rest) != crc || flags & !(RESPONSE | TRAILERS | LZ4) != 0 {
+        return Err(Unreadable);
+    }
+    rest.advance(1);
+    let mut time = || rest.try_get_u64_le().map_err(|_| Unreadable);
+    let (created, expires, keep_until) = (time()?, time()?, time()?);
+    let count = rest.try_get_u16_le().map_err(|_| Unreadable)?;
+    let mut stamps = Vec::with_capacity(count.into());
+    for _ in 0..count {
+        let length = rest.try_get_u16_le().map_err(|_| Unreadable)?;
+        let tag = Tag(take(&mut rest, length.into())?);
+        let generation = Generation(rest.try_get_u128_le().map_err(|_| Unreadable)?);
+        stamps.push(Stamp { tag, generation });
+    }
+    let response = if flags & RESPONSE == 0 {
+        None
+    } else {
+        let status = rest.try_get_u16_le().map_err(|_| Unreadable)?;
+        let status = StatusCode::from_u16(status).map_err(|_| Unreadable)?;
+        let headers = take_headers(&mut rest)?;
+        let trailers = if flags & TRAILERS == 0 { None } else { Some(take_headers(&mut rest)?) };
+        Some((status, headers, trailers))
+    };
+    let body = if flags & LZ4 == 0 { rest } else { unpack(&rest)? };
+    let payload = match response {
+        None => Payload::Value(body),
+        Some((status, headers, trailers)) => Payload::Response(StoredResponse { status, headers, body, trailers }),
+    };
+    Ok(Entry { payload, stamps: stamps.into(), created, expires, keep_until })
+}
+
+/// Lengths fit: keys' parts are bounded, and HTTP servers bound headers far below.
+fn put_count(out: &mut Vec<u8>, count: usize) {
+    out.put_u16_le(u16::try_from(count).unwrap_or(u16::MAX));
+}
+
+fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) {
+    // The places of `cache-status` and `age` are empty, and made anew when the entry is read.
+    let stored = || headers.iter().filter(|(name, value)| !(value.is_empty() && is_place(name)));
+    put_count(out, stored().count());
+    for (name, value) in stored() {
+        put_count(out, name.as_str().len());
+        out.put_slice(name.as_str().as_bytes());
+        out.put_u32_le(u32::try_from(value.len()).unwrap_or(u32::MAX));
+        out.put_slice(value.as_bytes());
+    }
+}
+
+fn take_headers(rest: &mut Bytes) -> Result<HeaderMap, Unreadable> {
+    let count = rest.try_get_u16_le().map_err(|_| Unreadable)?;
+    let mut headers = HeaderMap::with_capacity(usize::from(count) + 2);
+    for _ in 0..count {
+        let length = rest.try_get_u16_le().map_err(|_| Unreadable)?;
+        let name = HeaderName::from_bytes(&take(rest, length.into())?).map_err(|_| Unreadable)?;
+        let length = rest.try_get_u32_le().map_err(|_| Unreadable)?;
+        let value = take(rest, length as usize)?;
+        headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Unreadable)?);
+    }
+    Ok(headers)
+}
+
+fn take(rest: &mut Bytes, length: usize) -> Result<Bytes, Unreadable> {
+    if length > rest.len() { Err(Unreadable) } else { Ok(rest.split_to(length)) }
+}
+
+fn is_place(name: &HeaderName) -> bool {
+    *name == header::AGE || name.as_str() == "cache-status"
+}
+
+/// The body compressed, if that is worth it: large enough, not compressed already, and at least a tenth smaller.
+#[cfg(feature = "lz4")]
+fn pack(body: &[u8], headers: Option<&HeaderMap>) -> Option<Vec<u8>> {
+    let is_packed = |headers: &HeaderMap| {
+        let media_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+        let packed = ["image/", "video/", "audio/", "font/", "application/zip", "application/gzip", "application/zstd"];
+        headers.contains_key(header::CONTENT_ENCODING)
+            || (packed.iter().any(|p| media_type.starts_with(p.as_bytes())) && !media_type.starts_with(b"image/svg"))
+    };
+    if body.len() < COMPRESS_FROM || headers.is_some_and(is_packed) {
+        return None;
+    }
+    let packed = lz4_flex::compress_prepend_size(body);
+    (packed.len() <= body.len() / 10 * 9).then_some(packed)
+}
+
+#[cfg(not(feature = "lz4"))]
+fn pack(_: &[u8], _: Option<&HeaderMap>) -> Option<Vec<u8>> {
+    None
+}
+
+#[cfg(feature = "lz4")]
+fn unpack(packed: &[u8]) -> Result<Bytes, Unreadable> {
+    let (size, packed) = lz4_flex::block::uncompressed_size(packed).map_err(|_| Unreadable)?;
+    if size > MAX_BODY {
+        return Err(Unreadable);
+    }
+    lz4_flex::decompress(packed, size).map(Bytes::from).map_err(|_| Unreadable)
+}
+
+/// Another process of the fleet may compress: to this one its entries are misses.
+#[cfg(not(feature = "lz4"))]
+fn unpack(_: &[u8]) -> Result<Bytes, Unreadable> {
+    Err(Unreadable)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn entry(body: Vec<u8>, headers: &[(&'static str, &'static str)], response: bool) -> Entry {
+        let stamps = ["a", "b"].map(|id| Stamp {
+            tag: Tag::entity(b"t", "agent", "agent", id.as_bytes()),
+            generation: Generation(u128::MAX - 7),
+        });
+        let body = Bytes::from(body);
+        let payload = if response {
+            let mut map = HeaderMap::new();
+            for (name, value) in headers {
+                map.append(*name, HeaderValue::from_static(value));
+            }
+            let trailers = (!headers.is_empty()).then(|| map.clone());
+            Payload::Response(StoredResponse { status: StatusCode::IM_A_TEAPOT, headers: map, body, trailers })
+        } else {
+            Payload::Value(body)
+        };
+        Entry { payload, stamps: stamps.into(), created: 1, expires: u64::MAX, keep_until: 3 }
+    }
+
+    fn same(a: &Entry, b: &Entry) -> bool {
+        format!("{a:?}") == format!("{b:?}")
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        #[test]
+        fn what_is_written_is_read(body in proptest::collection::vec(0u8..4, 0..5_000), response: bool) {
+            let headers = [("x-a", "1"), ("x-a", "2"), ("content-type", "text/plain")];
+            let entry = entry(body, &headers, response);
+            let read = decode(encode(&entry).bytes.into()).unwrap();
+            prop_assert!(same(&entry, &read));
+        }
+
+        #[test]
+        fn anything_else_is_unreadable(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+            prop_assert!(decode(bytes.into()).is_err());
+        }
+
+        #[test]
+        fn a_flipped_bit_or_a_cut_is_noticed(at in 0usize..3_000, bit in 0u8..8) {
+            let good = encode(&entry(vec![7; 1_000], &[("x-a", "1")], true)).bytes;
+            let mut flipped = good.clone();
+            let at = at % good.len();
+            flipped[at] ^= 1 << bit;
+            prop_assert!(decode(flipped.into()).is_err());
+            prop_assert!(decode(good[..at].to_vec().into()).is_err());
+        }
+    }
+
+    #[cfg(feature = "lz4")]
+    #[test]
+    fn only_what_shrinks_is_compressed() {
+        let packed = |body, headers| encode(&entry(body, headers, true)).compressed;
+        assert!(packed(vec![7; 2_000], &[]).is_some_and(|(from, to)| from == 2_000 && to < 100));
+        assert_eq!(packed(vec![7; 1_000], &[]), None, "small");
+        assert_eq!(packed(vec![7; 2_000], &[("content-encoding", "br")]), None);
+        assert_eq!(packed(vec![7; 2_000], &[("content-type", "image/png")]), None);
+        let noise: Vec<u8> = (0..2_000).map(|_| rand::random()).collect();
+        assert_eq!(packed(noise, &[]), None, "noise");
+    }
+
+    #[cfg(feature = "lz4")]
+    #[test]
+    fn an_absurd_size_is_unreadable() {
+        let mut bytes = encode(&entry(vec![7; 2_000], &[], false)).bytes;
+        let at = bytes.len() - encode(&entry(vec![7; 2_000], &[], false)).compressed.unwrap().1;
+        bytes[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+        let crc = crc32fast::hash(&bytes[HEAD..]);
+        bytes[1..HEAD].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(decode(bytes.into()).unwrap_err(), Unreadable);
+    }
+}
