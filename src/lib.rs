@@ -66,6 +66,7 @@
 //! - `toml`: read the [`Config`] from a file.
 
 #![doc(test(attr(deny(warnings), allow(unused))))]
+#![warn(unreachable_pub)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 

@@ -3,9 +3,6 @@
 //! `routes` and `database` are a program that knows nothing of caching, `caching` declares all of it in one place, and
 //! this file puts the two together: `cargo run --release --example agent_service -- --help`.
 
-// The modules of a program are nobody's API.
-#![allow(unreachable_pub)]
-
 mod caching;
 mod cli;
 mod database;

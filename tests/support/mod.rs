@@ -27,7 +27,11 @@ pub fn example(name: &str) -> PathBuf {
         path.pop();
     }
     let path = path.join("examples").join(name);
-    assert!(path.exists(), "{} is missing: run `cargo test` without --test, or `cargo build --examples`", path.display());
+    assert!(
+        path.exists(),
+        "{} is missing: run `cargo test` without --test, or `cargo build --examples`",
+        path.display()
+    );
     path
 }
 

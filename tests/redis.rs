@@ -1,0 +1,293 @@
+//! Several processes of the agent service on one SQLite file and one Redis: what they promise together, under load and
+//! under every fault.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "support/load.rs"]
+mod load;
+#[path = "support/redis.rs"]
+mod redis;
+mod support;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use load::Load;
+use redis::Redis;
+use serde_json::json;
+use support::{Http, Service};
+use tempfile::TempDir;
+
+/// What the docs say of the tier in process: two heartbeats.
+const BOUND: Duration = Duration::from_millis(500);
+
+/// Slower than this would be waiting for Redis.
+const PATIENCE: Duration = Duration::from_secs(8);
+
+/// Processes of one service.
+struct Fleet {
+    services: Vec<Service>,
+    _dir: TempDir,
+}
+
+impl Fleet {
+    fn start(count: usize, redis: &str, args: &[&str]) -> Self {
+        let dir = TempDir::new().unwrap();
+        let db = dir.path().join("agents.db");
+        let mut all = vec!["--db", db.to_str().unwrap(), "--redis", redis];
+        all.extend(args);
+        Self { services: (0..count).map(|_| Service::start(&all)).collect(), _dir: dir }
+    }
+
+    fn urls(&self) -> Vec<String> {
+        self.services.iter().map(|s| s.url.clone()).collect()
+    }
+
+    fn clients(&self) -> Vec<Http> {
+        self.services.iter().map(|s| Http::new(&s.url, "demo")).collect()
+    }
+}
+
+async fn seconds(n: f64) {
+    tokio::time::sleep(Duration::from_secs_f64(n)).await;
+}
+
+/// Until `client` answers `path` from the cache.
+async fn until_hit(client: &Http, path: &str) {
+    let start = Instant::now();
+    while !client.get(path).await.is_hit() {
+        assert!(start.elapsed() < Duration::from_secs(20), "no hit: {:?}", client.get(path).await);
+        seconds(0.02).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn entries_are_shared_and_fall_everywhere() {
+    let redis = Redis::start(&[]);
+    let fleet = Fleet::start(3, &redis.url(), &[]);
+    let clients = fleet.clients();
+    let paths = ["/agents/agent-1", "/agents/agent-1/config", "/agents/agent-1/tools", "/agents?limit=5"];
+    clients[0].post("/agents/agent-1/conversations", json!({"id": "c"})).await;
+    for path in paths.iter().chain(&["/conversations/c", "/conversations/c/memory", "/conversations/c/messages"]) {
+        assert!(clients[0].get(path).await.is_miss(), "{path}");
+        for client in &clients {
+            until_hit(client, path).await;
+        }
+    }
+    let reply = clients[1].put("/agents/agent-1", json!({"name": "new"})).await;
+    let report = reply.header("cache-invalidated");
+    assert_eq!(report, "agent=1, agent_config=1, agent_tools=1, agents_list=1, conversations=3, total=7");
+    for client in &clients {
+        assert_eq!(client.get("/agents/agent-1").await.json()["version"], 2);
+    }
+    let reply = clients[2].delete("/agents/agent-1").await;
+    assert_eq!(reply.status, 204);
+    for client in &clients {
+        for path in ["/agents/agent-1", "/conversations/c", "/conversations/c/memory", "/agents/agent-1/config"] {
+            assert_eq!(client.get(path).await.status, 404, "{path}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_tier_no_read_is_stale() {
+    let redis = Redis::start(&[]);
+    let fleet = Fleet::start(3, &redis.url(), &["--l1", "off"]);
+    let load = Load::start(&fleet.urls(), Duration::ZERO).await;
+    seconds(30.0).await;
+    let history = load.stop().await;
+    history.assert_good();
+    assert!(history.hits > history.reads / 4, "{history:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_tier_no_read_is_staler_than_the_bound() {
+    let redis = Redis::start(&[]);
+    let fleet = Fleet::start(2, &redis.url(), &["--l1", "on"]);
+    let load = Load::start(&fleet.urls(), BOUND).await;
+    seconds(30.0).await;
+    load.stop().await.assert_good();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_origin_cannot_bring_back_what_was_written_over() {
+    let redis = Redis::start(&[]);
+    let fleet = Fleet::start(2, &redis.url(), &["--l1", "off", "--origin-delay-ms", "30"]);
+    let load = Load::start(&fleet.urls(), Duration::ZERO).await;
+    seconds(10.0).await;
+    load.stop().await.assert_good();
+}
+
+/// Runs a fault under load: nothing fails, nothing waits, nothing is stale, and hits return.
+async fn survives<F: AsyncFnOnce(&mut Redis)>(redis_args: &[&str], args: &[&str], fault: F) {
+    let mut redis = Redis::start(redis_args);
+    let fleet = Fleet::start(2, &redis.url(), args);
+    let bound = if args.contains(&"off") { Duration::ZERO } else { BOUND };
+    let load = Load::start(&fleet.urls(), bound).await;
+    load.until_hits(20).await;
+    fault(&mut redis).await;
+    load.until_hits(50).await;
+    let history = load.stop().await;
+    history.assert_good();
+    assert!(history.slowest < PATIENCE, "somebody waited {:?}", history.slowest);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_frozen_redis_is_survived() {
+    for l1 in ["on", "off"] {
+        survives(&[], &["--l1", l1], async |redis| {
+            for freeze in [0.1, 0.4, 2.5] {
+                redis.signal("-STOP");
+                seconds(freeze).await;
+                redis.signal("-CONT");
+                seconds(2.0).await;
+            }
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_and_restarted_redis_is_survived() {
+    for l1 in ["on", "off"] {
+        survives(&[], &["--l1", l1], async |redis| {
+            redis.kill();
+            seconds(1.5).await;
+            redis.restart();
+            seconds(2.0).await;
+            redis.restart();
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_restart_from_an_old_snapshot_brings_nothing_back() {
+    let mut redis = Redis::start(&["--dbfilename", "old.rdb"]);
+    let fleet = Fleet::start(1, &redis.url(), &["--l1", "off"]);
+    let client = &fleet.clients()[0];
+    client.get("/agents/agent-1").await;
+    until_hit(client, "/agents/agent-1").await;
+    assert!(redis.command(&["SAVE"]).contains("OK"));
+    let written = client.put("/agents/agent-1", json!({"name": "after the snapshot"})).await;
+    assert_eq!(written.dropped("agent"), Some(1));
+    redis.restart();
+    assert!(!redis.keys("*agent-1*").is_empty(), "the snapshot has the old entry");
+    let start = Instant::now();
+    loop {
+        let reply = client.get("/agents/agent-1").await;
+        assert_eq!(reply.json()["version"], 2);
+        if reply.is_hit() {
+            break;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20));
+        seconds(0.05).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn operators_may_do_what_they_like() {
+    survives(&[], &[], async |redis| {
+        for _ in 0..10 {
+            redis.command(&["FLUSHALL"]);
+            seconds(0.1).await;
+            redis.command(&["CLIENT", "KILL", "TYPE", "normal"]);
+            seconds(0.2).await;
+        }
+        for round in 0..20 {
+            for key in redis.keys("cas:*") {
+                match round % 5 {
+                    0 => redis.command(&["SET", &key, "garbage"]),
+                    1 => redis.command(&["DEL", &key]),
+                    2 => redis.command(&["EXPIRE", &key, "1"]),
+                    3 => redis.command(&["SETRANGE", &key, "3", "xx"]),
+                    _ => {
+                        redis.command(&["DEL", &key]);
+                        redis.command(&["LPUSH", &key, "a value of the wrong type"])
+                    }
+                };
+            }
+            seconds(0.1).await;
+        }
+        // What is still of the wrong type is replaced when it is next needed.
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn eviction_costs_hits_and_nothing_else() {
+    for policy in ["allkeys-lru", "allkeys-lfu", "allkeys-random", "volatile-lru", "volatile-ttl", "volatile-random"] {
+        survives(&["--maxmemory", "2500kb", "--maxmemory-policy", policy], &["--l1", "off"], async |redis| {
+            for i in 0..300 {
+                redis.command(&["SET", &format!("ballast:{i}"), &"x".repeat(10_000), "EX", "100"]);
+            }
+            redis.command(&["CONFIG", "SET", "maxmemory", "100mb"]);
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_redis_is_survived() {
+    survives(&["--maxmemory-policy", "noeviction"], &[], async |redis| {
+        redis.command(&["CONFIG", "SET", "maxmemory", "1mb"]);
+        seconds(2.0).await;
+        redis.command(&["CONFIG", "SET", "maxmemory", "0"]);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_may_come_after_the_service() {
+    let port = redis::free_port();
+    let fleet = Fleet::start(1, &format!("redis://127.0.0.1:{port}"), &[]);
+    let client = &fleet.clients()[0];
+    assert_eq!(client.get("/agents/agent-1").await.status, 200);
+    assert_eq!(client.get("/healthz").await.json()["store"], "degraded");
+    assert_eq!(client.put("/agents/agent-1", json!({"name": "x"})).await.status, 200);
+    let redis = Redis::start_on(port);
+    until_hit(client, "/agents/agent-1").await;
+    assert_eq!(client.get("/agents/agent-1").await.json()["version"], 2);
+    assert_eq!(client.get("/healthz").await.json()["store"], "ok");
+    drop(redis);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stampede_on_a_fleet_is_one_read() {
+    let redis = Redis::start(&[]);
+    let fleet = Fleet::start(3, &redis.url(), &["--coalesce", "fleet", "--origin-delay-ms", "300"]);
+    let clients = Arc::new(fleet.clients());
+    // Connected, so that all can begin at once.
+    for client in clients.iter() {
+        until_hit(client, "/agents/agent-2").await;
+    }
+    let mut tasks = vec![];
+    for i in 0..120 {
+        let client = clients[i % 3].clone();
+        tasks.push(tokio::spawn(async move { client.get("/agents/agent-1").await }));
+    }
+    for task in tasks {
+        assert_eq!(task.await.unwrap().json()["version"], 1);
+    }
+    let mut calls = 0;
+    for client in clients.iter() {
+        calls += client.origin_calls("agent").await;
+    }
+    assert_eq!(calls, 2, "one for each agent");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn fenced_writes_are_fresh_too() {
+    let redis = Redis::start(&[]);
+    let fleet = Fleet::start(2, &redis.url(), &["--fence-ms", "5000", "--l1", "off", "--origin-delay-ms", "5"]);
+    let load = Load::start(&fleet.urls(), Duration::ZERO).await;
+    seconds(10.0).await;
+    let history = load.stop().await;
+    history.assert_good();
+    assert!(redis.keys("*:f:*").is_empty(), "every writer has lifted its fences");
+    let client = &fleet.clients()[0];
+    until_hit(client, "/agents/agent-1").await;
+    assert_eq!(client.put("/agents/none", json!({"name": "x"})).await.status, 404);
+    until_hit(client, "/agents/agent-1").await;
+}
