@@ -99,15 +99,19 @@ impl Flights {
 }
 
 /// A seat in another's flight, which it keeps from being forgotten.
-pub(crate) struct Follower(watch::Receiver<Option<Landed>>, #[allow(dead_code)] Arc<Flight>);
+pub(crate) struct Follower(watch::Receiver<Option<Landed>>, Arc<Flight>);
 
 impl Follower {
-    pub(crate) fn landed(&self) -> Option<Landed> {
+    pub(super) fn tags(&self) -> &[Tag] {
+        self.1.tags()
+    }
+
+    pub(super) fn landed(&self) -> Option<Landed> {
         self.0.borrow().clone()
     }
 
-    pub(crate) async fn wait(mut self) -> Landed {
-        match self.0.wait_for(Option::is_some).await {
+    pub(super) async fn wait(&self) -> Landed {
+        match self.0.clone().wait_for(Option::is_some).await {
             Ok(landed) => landed.clone().unwrap_or(Landed::Failed),
             Err(_) => Landed::Failed,
         }

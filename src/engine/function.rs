@@ -233,7 +233,7 @@ where
             Begin::Lead(leader) => break Some(leader),
             Begin::Unavailable => break None,
             Begin::Hit(entry) | Begin::Collapsed(entry) => Some(entry),
-            Begin::Follow(flight) => match flight.wait().await {
+            Begin::Follow(flight) => match engine.follow(flight).await {
                 Landed::Done(entry) => Some(entry),
                 Landed::Unshareable | Landed::Failed => None,
             },

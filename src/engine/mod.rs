@@ -150,10 +150,10 @@ impl Engine {
             None => {}
             Some(other) => {
                 return match other.landed() {
-                    Some(Landed::Done(entry)) => Begin::Hit(entry),
+                    None => Begin::Follow(other),
+                    Some(Landed::Done(entry)) if self.is_proven(&entry, flight.tags()).await => Begin::Hit(entry),
                     // It failed before this request came: that is no reason to wait.
                     Some(_) => Begin::Lead(leader(flight)),
-                    None => Begin::Follow(other),
                 };
             }
         }
@@ -167,6 +167,26 @@ impl Engine {
             Coalesce::Process => Begin::Lead(leader),
             Coalesce::Fleet => self.lead_fleet(leader, tags).await,
         }
+    }
+
+    /// Waits for another's call to end.
+    pub(crate) async fn follow(&self, flight: Follower) -> Landed {
+        match flight.wait().await {
+            Landed::Done(entry) if !self.is_proven(&entry, flight.tags()).await => Landed::Failed,
+            landed => landed,
+        }
+    }
+
+    /// Whether a flight's result is good for a request that joined it by these tags. Those that only the response
+    /// declared may have been dropped between its landing and that request, which then could not see it.
+    async fn is_proven(&self, entry: &Entry, joined: &[Tag]) -> bool {
+        let late: Vec<_> = entry.stamps.iter().filter(|s| !joined.contains(&s.tag)).collect();
+        if late.is_empty() {
+            return true;
+        }
+        let tags: Vec<_> = late.iter().map(|s| s.tag.clone()).collect();
+        let now = self.store.open(&tags).await;
+        now.is_ok_and(|now| now.generations.iter().eq(late.iter().map(|s| &s.generation)))
     }
 
     /// Leads for the fleet, or waits until the process that does has stored its entry.

@@ -182,7 +182,7 @@ impl Miss {
                 Begin::Unavailable => break None,
                 Begin::Hit(entry) => (entry, None),
                 Begin::Collapsed(entry) => (entry, Some(Handled::Collapsed)),
-                Begin::Follow(flight) => match flight.wait().await {
+                Begin::Follow(flight) => match engine.follow(flight).await {
                     Landed::Done(entry) => (entry, Some(Handled::Collapsed)),
                     Landed::Unshareable | Landed::Failed => {
                         attempt.failures += 1;
