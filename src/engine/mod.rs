@@ -138,6 +138,7 @@ impl Engine {
             engine: self.clone(),
             key: key.clone(),
             flight,
+            named: tags.len(),
             mark: opened.mark,
             tier: policy.tier,
             landed: false,
@@ -287,6 +288,8 @@ pub(crate) struct Leader {
     engine: Arc<Engine>,
     key: Key,
     flight: Arc<Flight>,
+    /// How many of the flight's tags the request names; the rest an earlier response declared.
+    named: usize,
     mark: Mark,
     tier: Tier,
     landed: bool,
@@ -299,13 +302,24 @@ impl Leader {
     /// declares. `None` if one of those may have been dropped since the load began: then the response is good for
     /// nobody but its own request.
     pub(crate) async fn seal(self, payload: Payload, late: Vec<Tag>, ttl: Option<Duration>) -> Option<Sealed> {
-        let mut stamps: Vec<_> = self.flight.stamps().collect();
-        let late: Vec<_> = late.into_iter().filter(|tag| stamps.iter().all(|s| s.tag != *tag)).collect();
-        if !late.is_empty() {
-            let proven = self.engine.store.extend(self.mark, &late).await.ok().flatten();
-            self.engine.remember_late(&self.key, &late);
+        let tags = self.flight.tags();
+        let mut declared: Vec<Tag> = vec![];
+        for tag in late {
+            if !tags[..self.named].contains(&tag) && !declared.contains(&tag) {
+                declared.push(tag);
+            }
+        }
+        if declared != tags[self.named..] {
+            self.engine.remember_late(&self.key, &declared);
+        }
+        // What an earlier response declared and this one does not is none of its tags.
+        let of_entry = self.flight.stamps().enumerate().filter(|(i, s)| *i < self.named || declared.contains(&s.tag));
+        let mut stamps: Vec<_> = of_entry.map(|(_, stamp)| stamp).collect();
+        declared.retain(|tag| !tags.contains(tag));
+        if !declared.is_empty() {
+            let proven = self.engine.store.extend(self.mark, &declared).await.ok().flatten();
             let generations = proven?;
-            stamps.extend(late.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
+            stamps.extend(declared.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
         }
         let created = self.engine.now();
         let expires = match ttl {
