@@ -32,16 +32,18 @@ pub(crate) fn take(
     if let Some(CacheTags(declared)) = parts.extensions.remove() {
         tags.extend(declared.iter().map(|(entity, id)| Tag::entity(tenant, data_type, entity, id.as_bytes())));
     }
-    if parts.headers.contains_key(header) {
-        for value in parts.headers.get_all(header) {
-            let text = value.to_str().map_err(|_| "bad-tags")?;
-            for member in text.split(',').map(str::trim).filter(|m| !m.is_empty()) {
-                let (entity, id) = member.split_once('=').ok_or("bad-tags")?;
-                let id: Vec<u8> = percent_decode_str(id).collect();
-                tags.push(Tag::entity(tenant, data_type, entity, &id));
-            }
+    if !parts.headers.contains_key(header) {
+        return Ok(tags);
+    }
+    let values: Vec<_> = parts.headers.get_all(header).iter().cloned().collect();
+    parts.headers.remove(header);
+    for value in values {
+        let text = value.to_str().map_err(|_| "bad-tags")?;
+        for member in text.split(',').map(str::trim).filter(|m| !m.is_empty()) {
+            let (entity, id) = member.split_once('=').ok_or("bad-tags")?;
+            let id: Vec<u8> = percent_decode_str(id).collect();
+            tags.push(Tag::entity(tenant, data_type, entity, &id));
         }
-        parts.headers.remove(header);
     }
     Ok(tags)
 }
