@@ -10,13 +10,12 @@ use std::fmt;
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
-use smallvec::SmallVec;
 
 /// Longer parts are hashed.
 const MAX_PART: usize = 128;
 
-/// A key being built; most fit on the stack, so that a look-up allocates nothing.
-pub(crate) type KeyBuf = SmallVec<[u8; 256]>;
+/// A key being built.
+pub(crate) type KeyBuf = Vec<u8>;
 
 const HEX: &[u8; 16] = b"0123456789ABCDEF";
 
@@ -53,22 +52,30 @@ pub(crate) fn push_escaped(buf: &mut KeyBuf, part: &[u8]) {
 
 /// Begins a key or tag: `{tenant}:type:`.
 fn push_head(buf: &mut KeyBuf, tenant: &[u8], data_type: &str) {
+    push_tenant(buf, tenant);
+    push_type(buf, data_type);
+}
+
+/// Begins a key: `{tenant}`.
+pub(crate) fn push_tenant(buf: &mut KeyBuf, tenant: &[u8]) {
     buf.push(b'{');
     push_escaped(buf, tenant);
-    buf.extend_from_slice(b"}:");
+    buf.push(b'}');
+}
+
+/// Goes on with `:type:`.
+pub(crate) fn push_type(buf: &mut KeyBuf, data_type: &str) {
+    buf.push(b':');
     push_escaped(buf, data_type.as_bytes());
     buf.push(b':');
 }
 
-/// Writes everything of a key but its variant. `scope` must be sorted by entity name.
-pub(crate) fn push_key<'a>(
+/// Goes on with the ids; what follows is the variant. `scope` must be sorted by entity name.
+pub(crate) fn push_ids<'a>(
     buf: &mut KeyBuf,
-    tenant: &[u8],
-    data_type: &str,
     resource: Option<&[u8]>,
     scope: impl IntoIterator<Item = (&'a str, &'a [u8])>,
 ) {
-    push_head(buf, tenant, data_type);
     if let Some(resource) = resource {
         buf.push(b'=');
         push_escaped(buf, resource);
@@ -94,8 +101,8 @@ pub struct Key(pub(crate) Bytes);
 pub struct Tag(pub(crate) Bytes);
 
 impl Key {
-    pub(crate) fn new(bytes: &[u8]) -> Self {
-        Self(Bytes::copy_from_slice(bytes))
+    pub(crate) fn new(bytes: KeyBuf) -> Self {
+        Self(bytes.into())
     }
 
     /// The canonical bytes: printable ASCII that begins with `{tenant}:`.
@@ -112,7 +119,7 @@ impl Tag {
         push_escaped(&mut buf, entity.as_bytes());
         buf.push(b'=');
         push_escaped(&mut buf, id);
-        Self(Bytes::copy_from_slice(&buf))
+        Self(buf.into())
     }
 
     /// The tag of every entry of `data_type`.
@@ -120,17 +127,17 @@ impl Tag {
         let mut buf = KeyBuf::new();
         push_head(&mut buf, tenant, data_type);
         buf.push(b'*');
-        Self(Bytes::copy_from_slice(&buf))
+        Self(buf.into())
     }
 
     /// The same, for a tenant as [`tenant`](Self::tenant) gives it.
     #[cfg(feature = "redis")]
     pub(crate) fn all_of(tenant: &[u8], data_type: &str) -> Self {
-        let mut buf = KeyBuf::from_slice(tenant);
+        let mut buf = tenant.to_vec();
         buf.push(b':');
         push_escaped(&mut buf, data_type.as_bytes());
         buf.extend_from_slice(b":*");
-        Self(Bytes::copy_from_slice(&buf))
+        Self(buf.into())
     }
 
     /// The canonical bytes: printable ASCII that begins with `{tenant}:`.
@@ -166,8 +173,9 @@ mod tests {
 
     fn key((tenant, data_type, resource, scope): &Parts) -> Vec<u8> {
         let mut buf = KeyBuf::new();
-        push_key(&mut buf, tenant, data_type, resource.as_deref(), scope.iter().map(|(e, i)| (e.as_str(), &i[..])));
-        buf.to_vec()
+        push_head(&mut buf, tenant, data_type);
+        push_ids(&mut buf, resource.as_deref(), scope.iter().map(|(e, i)| (e.as_str(), &i[..])));
+        buf
     }
 
     /// Bytes that separators are made of come up often; so do lengths around the hashing bound.

@@ -101,7 +101,14 @@ async fn every_write_drops_its_cascade_and_nothing_else() {
             all.clone(),
             "agent=1, agent_config=1, agent_tools=1, agents_list=1, conversations=5, total=9",
         ),
-        ("PUT", "/agents/a/config", json!({"config": {"x": 1}}), 200, vec!["/agents/a/config"], "agent_config=1, total=1"),
+        (
+            "PUT",
+            "/agents/a/config",
+            json!({"config": {"x": 1}}),
+            200,
+            vec!["/agents/a/config"],
+            "agent_config=1, total=1",
+        ),
         ("PUT", "/agents/a/tools", json!({"tools": []}), 200, vec!["/agents/a/tools"], "agent_tools=1, total=1"),
         (
             "PUT",
@@ -121,7 +128,14 @@ async fn every_write_drops_its_cascade_and_nothing_else() {
             conversation.to_vec(),
             conversation_report,
         ),
-        ("PUT", "/collections/k", json!({"metadata": {}}), 200, vec!["/collections/k"], "collection_metadata=1, total=1"),
+        (
+            "PUT",
+            "/collections/k",
+            json!({"metadata": {}}),
+            200,
+            vec!["/collections/k"],
+            "collection_metadata=1, total=1",
+        ),
         ("DELETE", "/conversations/c", Value::Null, 204, conversation.to_vec(), conversation_report),
     ];
     for (method, path, body, status, dropped, report) in cases {
@@ -220,8 +234,27 @@ async fn a_refused_write_drops_nothing() {
 #[tokio::test(flavor = "multi_thread")]
 async fn ids_are_whatever_they_are() {
     let ids = [
-        "1", "10", "100", "a:b", "*", "%2A", "{t}", "a=b", "a b", "ä", "a%b", "..", "A", "~", "'", "1,2", "a;b", "a?b", "a#b",
-        "a%2Fb", &"x".repeat(1_000),
+        "1",
+        "10",
+        "100",
+        "a:b",
+        "*",
+        "%2A",
+        "{t}",
+        "a=b",
+        "a b",
+        "ä",
+        "a%b",
+        "..",
+        "A",
+        "~",
+        "'",
+        "1,2",
+        "a;b",
+        "a?b",
+        "a#b",
+        "a%2Fb",
+        &"x".repeat(1_000),
     ];
     let (_service, http) = start(&[]).await;
     let path = |id: &str| {

@@ -38,12 +38,15 @@ enum Sabotage {
     BelieveLateTags,
 }
 
+/// An entry and the generations there were when it was filled.
+type Filled = (Arc<Entry>, Vec<Generation>);
+
 /// The in-process store, as if it were far away: every step may stop before and after it happens.
 struct Chaos {
     inner: MemoryStore,
     rng: Arc<Mutex<SmallRng>>,
     sabotage: Sabotage,
-    filled: Mutex<HashMap<Key, (Arc<Entry>, Vec<Generation>)>>,
+    filled: Mutex<HashMap<Key, Filled>>,
     opened: Mutex<HashMap<Vec<Tag>, Opened>>,
 }
 
@@ -53,13 +56,11 @@ impl Chaos {
         Self { inner: MemoryStore::new(8 << 20), rng, sabotage, filled, opened }
     }
 
-    fn step<'a, T: Send>(&'a self, call: impl Future<Output = T> + Send + 'a) -> impl Future<Output = T> + Send + 'a {
-        async move {
-            stop(&self.rng).await;
-            let result = call.await;
-            stop(&self.rng).await;
-            result
-        }
+    async fn step<T: Send>(&self, call: impl Future<Output = T> + Send) -> T {
+        stop(&self.rng).await;
+        let result = call.await;
+        stop(&self.rng).await;
+        result
     }
 }
 
@@ -231,7 +232,7 @@ async fn value(cache: &Cache, db: &Arc<Database>, parent: usize) -> u64 {
 async fn schedule(seed: u64, sabotage: Sabotage) -> Vec<String> {
     let mut plan = SmallRng::seed_from_u64(seed);
     let rng = Arc::new(Mutex::new(SmallRng::seed_from_u64(plan.next_u64())));
-    let cache = cache(Chaos::new(rng.clone(), sabotage), seed % 4 == 0);
+    let cache = cache(Chaos::new(rng.clone(), sabotage), seed.is_multiple_of(4));
     let db = Arc::new(Database { rng, versions: Default::default(), acknowledged: Default::default() });
     let web = web(&cache, &db);
     let stale = Arc::new(Mutex::new(vec![]));

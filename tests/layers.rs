@@ -61,9 +61,14 @@ async fn keys_tell_apart_what_differs() {
     let calls = Arc::default();
     let web = Web::new(&builder().build().unwrap(), counting(&calls));
     let mut seen = vec![];
-    for (path, tenant) in
-        [("/users/1", "a"), ("/orders/1", "a"), ("/users/1?x=1", "a"), ("/users/1?x=2", "a"), ("/users/2", "a"), ("/users/1", "b")]
-    {
+    for (path, tenant) in [
+        ("/users/1", "a"),
+        ("/orders/1", "a"),
+        ("/users/1?x=1", "a"),
+        ("/users/1?x=2", "a"),
+        ("/users/2", "a"),
+        ("/users/1", "b"),
+    ] {
         let reply = web.send(with(Method::GET, path, &[("x-tenant-id", tenant)])).await;
         assert!(!reply.is_hit(), "{path}");
         seen.push((path, tenant, reply));
@@ -134,12 +139,9 @@ async fn a_request_that_is_not_everybodys_is_not_answered_from_the_cache() {
     let calls = Arc::default();
     let web = Web::new(&single().build().unwrap(), counting(&calls));
     web.get("/users/1").await;
-    for (name, detail) in [
-        ("authorization", "credentials"),
-        ("cookie", "credentials"),
-        ("range", "range"),
-        ("upgrade", "upgrade"),
-    ] {
+    for (name, detail) in
+        [("authorization", "credentials"), ("cookie", "credentials"), ("range", "range"), ("upgrade", "upgrade")]
+    {
         let reply = web.send(with(Method::GET, "/users/1", &[(name, "x")])).await;
         assert_eq!(reply.cache_status(), format!("fwd=bypass; detail={detail}"));
     }
@@ -177,11 +179,16 @@ async fn declared_vary_headers_and_query_are_part_of_the_key() {
     let cache = Cache::builder()
         .single_tenant("t")
         .data_type("page", Ttl::Standard)
-        .route(Route::new("/pages/{page_id}", "page").vary("accept-language").query(Query::Only(vec!["a".into(), "b".into()])))
+        .route(
+            Route::new("/pages/{page_id}", "page")
+                .vary("accept-language")
+                .query(Query::Only(vec!["a".into(), "b".into()])),
+        )
         .build()
         .unwrap();
     let web = Web::new(&cache, counting(&calls));
-    let get = async |path: &str, lang: &str| web.send(with(Method::GET, path, &[("accept-language", lang)])).await.is_hit();
+    let get =
+        async |path: &str, lang: &str| web.send(with(Method::GET, path, &[("accept-language", lang)])).await.is_hit();
     assert!(!get("/pages/1", "de").await);
     assert!(!get("/pages/1", "fr").await);
     assert!(get("/pages/1?utm=1", "de").await);
@@ -200,7 +207,6 @@ fn chunks(count: usize, size: usize, read: &Arc<AtomicUsize>) -> Body {
     });
     UnsyncBoxBody::new(StreamBody::new(futures_util::stream::iter(frames)))
 }
-
 
 /// A body over the limit reaches the client whole, and no more of it than the limit is read ahead.
 #[tokio::test]
@@ -316,7 +322,8 @@ async fn age_is_told_and_cache_status_appended() {
     let clock = now.clone();
     let cache = single().clock(move || SystemTime::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)));
     let web = Web::new(&cache.build().unwrap(), |_| async {
-        let response = Response::builder().header("cache-status", "upstream; hit").header("x-a", "1").header("x-a", "2");
+        let response =
+            Response::builder().header("cache-status", "upstream; hit").header("x-a", "1").header("x-a", "2");
         Ok(response.header("connection", "x-hop").header("x-hop", "1").body(full("text")).unwrap())
     });
     web.get("/users/1").await;
@@ -352,7 +359,9 @@ async fn the_inner_service_that_is_called_was_ready() {
     let cache = single().build().unwrap();
     let mut service = cache.invalidate_layer().layer(cache.layer().layer(Strict { ready: false }));
     let mut limited = cache.layer().layer(ConcurrencyLimitLayer::new(1).layer(Strict { ready: false }));
-    for (method, path) in [(Method::GET, "/users/1"), (Method::PUT, "/users/1"), (Method::POST, "/x"), (Method::GET, "/x")] {
+    for (method, path) in
+        [(Method::GET, "/users/1"), (Method::PUT, "/users/1"), (Method::POST, "/x"), (Method::GET, "/x")]
+    {
         for _ in 0..3 {
             let response = service.ready().await.unwrap().call(request(method.clone(), path)).await.unwrap();
             assert_eq!(response.status(), 200);
@@ -575,7 +584,9 @@ async fn relations_are_resolved_before_and_after() {
 #[tokio::test]
 async fn nothing_panics_on_input() {
     let web = Web::new(&builder().build().unwrap(), |_| async { Ok(ok("text")) });
-    for path in ["/users/%", "/users/%zz", "/users/%00", "/users/%ff%fe", "/users/a?%&=&&==", "/users/", "*", "/users/a//b"] {
+    for path in
+        ["/users/%", "/users/%zz", "/users/%00", "/users/%ff%fe", "/users/a?%&=&&==", "/users/", "*", "/users/a//b"]
+    {
         for tenant in [&b"t"[..], b"\xff\xfe", b"", b"a b", b"%00", &[b'x'; 10_000]] {
             for method in [Method::GET, Method::HEAD, Method::PUT] {
                 let request = Request::builder().method(method).uri(path).header("x-tenant-id", tenant);
@@ -589,7 +600,8 @@ async fn nothing_panics_on_input() {
 #[tokio::test]
 async fn it_layers_over_anything() {
     let cache = single().build().unwrap();
-    let plain = service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, Infallible>(Response::new(Full::<Bytes>::from("x"))) });
+    let plain =
+        service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, Infallible>(Response::new(Full::<Bytes>::from("x"))) });
     let mut stack = tower::ServiceBuilder::new().layer(cache.invalidate_layer()).layer(cache.layer()).service(plain);
     let response = stack.ready().await.unwrap().call(request(Method::GET, "/users/1")).await.unwrap();
     assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "x");

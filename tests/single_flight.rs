@@ -141,7 +141,9 @@ async fn a_call_that_everybody_left_is_still_stored() {
 
 #[tokio::test]
 async fn a_failed_leader_fails_nobody_else() {
-    for (ends, leaders_end) in [(&[End::Error, End::Ok], "error"), (&[End::Panic, End::Ok], "panic"), (&[End::Failure, End::Ok], "503")] {
+    for (ends, leaders_end) in
+        [(&[End::Error, End::Ok], "error"), (&[End::Panic, End::Ok], "panic"), (&[End::Failure, End::Ok], "503")]
+    {
         let origin = Origin::new(ends);
         let leader = origin.crowd(1).await.remove(0);
         let followers = origin.crowd(20).await;
@@ -246,14 +248,21 @@ async fn values_are_loaded_once() {
     let mut generated = 0;
     for task in crowd {
         let (value, report) = task.await.unwrap().unwrap();
-        assert_eq!((value.as_str(), report.data_type.as_str(), report.resource.as_str()), ("generated", "conversation_memory", "7"));
+        assert_eq!(
+            (value.as_str(), report.data_type.as_str(), report.resource.as_str()),
+            ("generated", "conversation_memory", "7")
+        );
         generated += usize::from(report.source == Source::Generated);
         assert!(report.total >= report.lookup + report.fetch + report.generate);
     }
     assert_eq!((calls.load(Ordering::SeqCst), generated), (2, 1));
     let (_, report) = load(true).await.unwrap().unwrap();
     assert_eq!((report.source, report.fetch), (Source::Cache, Duration::ZERO));
-    assert_eq!(cache.invalidate("t").mutated("agent", "42").run().await.total(), 0, "no cascade says that it falls with it");
+    assert_eq!(
+        cache.invalidate("t").mutated("agent", "42").run().await.total(),
+        0,
+        "no cascade says that it falls with it"
+    );
     assert_eq!(cache.invalidate("t").mutated("conversation_memory", "7").run().await.total(), 1);
     assert_eq!(load(true).await.unwrap().unwrap_err(), "database down");
 }

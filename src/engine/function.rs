@@ -15,7 +15,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::{Attempt, Begin, Landed, Leader};
 use crate::{
     Cache,
-    key::{Key, KeyBuf, Tag, push_key},
+    key::{Key, KeyBuf, Tag, push_ids, push_tenant, push_type},
     store::{Entry, Payload},
 };
 
@@ -107,13 +107,15 @@ impl<T> EntryBuilder<T> {
         scope.dedup();
         let (tenant, resource) = (self.tenant.as_bytes(), self.resource.as_bytes());
         let mut key = KeyBuf::new();
-        push_key(&mut key, tenant, &self.data_type, Some(resource), scope.iter().copied());
+        push_tenant(&mut key, tenant);
+        push_type(&mut key, &self.data_type);
+        push_ids(&mut key, Some(resource), scope.iter().copied());
         key.push(b'v');
         let own = (self.cache.routes().entity_of(&self.data_type), resource);
         let entities = scope.iter().copied().filter(|s| *s != own).chain([own]);
         let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(tenant, &self.data_type, e, id)).collect();
         tags.push(Tag::all(tenant, &self.data_type));
-        (Key::new(&key), tags)
+        (Key::new(key), tags)
     }
 }
 

@@ -326,7 +326,14 @@ impl Leader {
             Some(ttl) => created.saturating_add(u64::try_from(ttl.as_millis()).unwrap_or(Millis::MAX)),
             None => Millis::MAX,
         };
-        let entry = Arc::new(Entry { payload, stamps: stamps.into(), created, expires, keep_until: expires });
+        let entry = Arc::new(Entry {
+            payload,
+            stamps: stamps.into(),
+            created,
+            expires,
+            keep_until: expires,
+            replay: Default::default(),
+        });
         self.flight.land(Landed::Done(entry.clone()));
         Some(Sealed { entry, leader: self })
     }

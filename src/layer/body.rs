@@ -24,7 +24,7 @@ pin_project! {
 pin_project! {
     #[project = KindProj]
     enum Kind<B: Body> {
-        Full { data: Option<Bytes>, trailers: Option<HeaderMap> },
+        Full { data: Option<Bytes>, trailers: Option<Box<HeaderMap>> },
         Inner { #[pin] body: B },
         /// What another task reads, and keeps a copy of. It never holds more than the body limit: then it gives the
         /// rest away.
@@ -44,7 +44,7 @@ pub(crate) enum Piece<B: Body> {
 
 impl<B: Body> CacheBody<B> {
     pub(crate) fn full(data: Bytes, trailers: Option<HeaderMap>) -> Self {
-        Self { kind: Kind::Full { data: Some(data).filter(|d| !d.is_empty()), trailers } }
+        Self { kind: Kind::Full { data: Some(data).filter(|d| !d.is_empty()), trailers: trailers.map(Box::new) } }
     }
 
     pub(crate) fn inner(body: B) -> Self {
@@ -64,7 +64,7 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
         match self.project().kind.project() {
             KindProj::Full { data, trailers } => Poll::Ready(match data.take() {
                 Some(data) => Some(Ok(Frame::data(data))),
-                None => trailers.take().map(|t| Ok(Frame::trailers(t))),
+                None => trailers.take().map(|t| Ok(Frame::trailers(*t))),
             }),
             KindProj::Inner { body } => body.poll_frame(cx),
             KindProj::Tee { pieces, rest, left, done } => {

@@ -15,7 +15,11 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
-use http::{HeaderMap, Method, Request, Response, header, response};
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response,
+    header::{self, InvalidHeaderValue},
+    response,
+};
 use http_body::{Body, Frame};
 use tokio::sync::{mpsc, oneshot};
 use tower_layer::Layer;
@@ -106,7 +110,7 @@ where
                 }
                 let tenant = tenants.tenant(&parts).unwrap_or_default();
                 let miss = Miss {
-                    key: Key::new(&key),
+                    key: Key::new(key),
                     tags: route.tags(&tenant, &found.params),
                     tenant: tenant.into_owned(),
                     route: route.clone(),
@@ -132,12 +136,19 @@ fn respond<R: Body>(
     handled: Option<Handled>,
 ) -> Option<Response<CacheBody<R>>> {
     let Payload::Response(stored) = &entry.payload else { return None };
-    let mut headers = stored.headers.clone();
-    let handled = handled.unwrap_or_else(|| Handled::Hit { ttl: entry.ttl(now).map(|ttl| ttl.as_secs()) });
-    handled.append(&mut headers);
-    if let Some(age) = headers.get_mut(header::AGE) {
-        *age = entry.age(now).as_secs().into();
-    }
+    let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now).map(|ttl| ttl.as_secs()));
+    let make = |handled: Handled| {
+        let mut headers = stored.headers.clone();
+        handled.append(&mut headers);
+        if let (Some(place), Ok(age)) = (headers.get_mut(header::AGE), number(age)) {
+            *place = age;
+        }
+        headers
+    };
+    let mut headers = match handled {
+        None => entry.replay.headers(age, ttl.unwrap_or(0), || make(Handled::Hit { ttl })),
+        Some(handled) => make(handled),
+    };
     let body = if *method == Method::HEAD {
         if !stored.body.is_empty() && !headers.contains_key(header::CONTENT_LENGTH) {
             headers.insert(header::CONTENT_LENGTH, stored.body.len().into());
@@ -150,6 +161,11 @@ fn respond<R: Body>(
     *response.status_mut() = stored.status;
     *response.headers_mut() = headers;
     Some(response)
+}
+
+/// A number as a header, in one allocation.
+fn number(number: u64) -> Result<HeaderValue, InvalidHeaderValue> {
+    HeaderValue::from_str(itoa::Buffer::new().format(number))
 }
 
 /// A request that was not answered on the spot.

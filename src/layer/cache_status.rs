@@ -1,10 +1,7 @@
 //! `Cache-Status` (RFC 9211): how a request was handled, on every response of a cacheable route.
 
-use std::fmt::Write;
-
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
-use smallvec::SmallVec;
 
 pub(crate) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 
@@ -28,49 +25,57 @@ pub(crate) enum Handled {
 }
 
 impl Handled {
-    fn write(self, out: &mut impl Write) -> std::fmt::Result {
-        out.write_str(NAME)?;
-        match self {
-            Self::Hit { ttl: None } => out.write_str("; hit"),
-            Self::Hit { ttl: Some(ttl) } => write!(out, "; hit; ttl={ttl}"),
-            Self::Miss { stored, detail } => {
-                out.write_str("; fwd=miss")?;
-                if stored {
-                    out.write_str("; stored")?;
+    fn write(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(NAME.as_bytes());
+        let detail = match self {
+            Self::Hit { ttl } => {
+                out.extend_from_slice(b"; hit");
+                if let Some(ttl) = ttl {
+                    out.extend_from_slice(b"; ttl=");
+                    out.extend_from_slice(itoa::Buffer::new().format(ttl).as_bytes());
                 }
-                detail.map_or(Ok(()), |detail| write!(out, "; detail={detail}"))
+                None
             }
-            Self::Collapsed => out.write_str("; fwd=miss; collapsed"),
-            Self::Bypass(reason) => write!(out, "; fwd=bypass; detail={reason}"),
+            Self::Miss { stored, detail } => {
+                out.extend_from_slice(b"; fwd=miss");
+                if stored {
+                    out.extend_from_slice(b"; stored");
+                }
+                detail
+            }
+            Self::Collapsed => {
+                out.extend_from_slice(b"; fwd=miss; collapsed");
+                None
+            }
+            Self::Bypass(reason) => {
+                out.extend_from_slice(b"; fwd=bypass");
+                Some(reason)
+            }
+        };
+        if let Some(detail) = detail {
+            out.extend_from_slice(b"; detail=");
+            out.extend_from_slice(detail.as_bytes());
         }
     }
 
     /// Appends this cache's member to the header, after those of caches nearer to the origin.
     pub(crate) fn append(self, headers: &mut HeaderMap) {
-        let mut buf = Buf(SmallVec::new());
-        for value in headers.get_all(CACHE_STATUS).iter().filter(|v| !v.is_empty()) {
-            buf.0.extend_from_slice(value.as_bytes());
-            buf.0.extend_from_slice(b", ");
-        }
-        if self.write(&mut buf).is_err() {
+        let mut text = Vec::with_capacity(64);
+        // The usual case on a hit: stored headers have a place for it, so that the map does not grow.
+        if let Some(place) = headers.get_mut(CACHE_STATUS).filter(|place| place.is_empty()) {
+            self.write(&mut text);
+            if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(text)) {
+                *place = value;
+            }
             return;
         }
-        let Ok(value) = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(&buf.0)) else { return };
-        match headers.get_mut(CACHE_STATUS) {
-            // The usual case on a hit: stored headers have a place for it, so that the map does not grow.
-            Some(place) if place.is_empty() => *place = value,
-            _ => {
-                headers.insert(CACHE_STATUS, value);
-            }
+        for value in headers.get_all(CACHE_STATUS) {
+            text.extend_from_slice(value.as_bytes());
+            text.extend_from_slice(b", ");
         }
-    }
-}
-
-struct Buf(SmallVec<[u8; 128]>);
-
-impl Write for Buf {
-    fn write_str(&mut self, s: &str) -> std::fmt::Result {
-        self.0.extend_from_slice(s.as_bytes());
-        Ok(())
+        self.write(&mut text);
+        if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(text)) {
+            headers.insert(CACHE_STATUS, value);
+        }
     }
 }

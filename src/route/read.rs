@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     catalog::{Catalogue, ConfigError, Policy},
-    key::{KeyBuf, Tag, push_escaped, push_key},
+    key::{KeyBuf, Tag, push_escaped, push_ids, push_tenant, push_type},
 };
 
 /// A route whose `GET` responses are cached (and answer `HEAD` too).
@@ -124,6 +124,8 @@ impl Route {
 #[derive(Debug)]
 pub(crate) struct ReadRoute {
     data_type: String,
+    /// The data type as a part of the key.
+    type_part: KeyBuf,
     pub(crate) policy: Policy,
     pattern: Pattern,
     /// Position of the resource among the parameters.
@@ -179,8 +181,11 @@ impl ReadRoute {
             Credentials::PerUser(name) => Credential::PerUser(header(name)?),
         };
         let digest = Sha256::digest(route.path.as_bytes());
+        let mut type_part = KeyBuf::new();
+        push_type(&mut type_part, &route.data_type);
         Ok(Self {
             data_type: route.data_type.clone(),
+            type_part,
             policy: catalogue.policy(&route.data_type),
             pattern,
             resource,
@@ -218,32 +223,31 @@ impl ReadRoute {
         let tenant = tenants.tenant(parts)?;
         let headers = &parts.headers;
         let mut user = None;
-        match &self.credentials {
-            Credential::Shared => {}
-            Credential::Bypass => {
-                if headers.contains_key(header::AUTHORIZATION) || headers.contains_key(header::COOKIE) {
+        if let Credential::PerUser(name) = &self.credentials {
+            let mut values = header_values(headers, name);
+            match (values.next(), values.next()) {
+                (Some(id), None) if !id.is_empty() => user = Some(id),
+                _ => return Err("no-user"),
+            }
+        }
+        // One pass over a handful of names is cheaper than asking for each of these.
+        for name in headers.keys() {
+            match *name {
+                header::AUTHORIZATION | header::COOKIE if matches!(self.credentials, Credential::Bypass) => {
                     return Err("credentials");
                 }
-            }
-            Credential::PerUser(name) => {
-                let mut values = header_values(headers, name);
-                match (values.next(), values.next()) {
-                    (Some(id), None) if !id.is_empty() => user = Some(id),
-                    _ => return Err("no-user"),
-                }
+                header::RANGE => return Err("range"),
+                header::UPGRADE => return Err("upgrade"),
+                _ => {}
             }
         }
-        if headers.contains_key(header::RANGE) {
-            return Err("range");
-        }
-        if headers.contains_key(header::UPGRADE) {
-            return Err("upgrade");
-        }
-        let mut key = KeyBuf::new();
+        let mut key = KeyBuf::with_capacity(192);
         let names = self.pattern.params();
         let values: SmallVec<[_; 4]> = names.iter().map(|(param, _)| value(params, param)).collect();
         let scope = self.scope.iter().map(|&i| (&*names[i].1, &*values[i]));
-        push_key(&mut key, &tenant, &self.data_type, self.resource.map(|i| &*values[i]), scope);
+        push_tenant(&mut key, &tenant);
+        key.extend_from_slice(&self.type_part);
+        push_ids(&mut key, self.resource.map(|i| &*values[i]), scope);
         key.push(b'h');
         key.extend_from_slice(&self.id);
         if let Some(query) = parts.uri.query() {

@@ -117,7 +117,7 @@ pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
         None => Payload::Value(body),
         Some((status, headers, trailers)) => Payload::Response(StoredResponse { status, headers, body, trailers }),
     };
-    Ok(Entry { payload, stamps: stamps.into(), created, expires, keep_until })
+    Ok(Entry { payload, stamps: stamps.into(), created, expires, keep_until, replay: Default::default() })
 }
 
 /// Lengths fit: keys' parts are bounded, and HTTP servers bound headers far below.
@@ -216,7 +216,14 @@ mod tests {
         } else {
             Payload::Value(body)
         };
-        Entry { payload, stamps: stamps.into(), created: 1, expires: u64::MAX, keep_until: 3 }
+        Entry {
+            payload,
+            stamps: stamps.into(),
+            created: 1,
+            expires: u64::MAX,
+            keep_until: 3,
+            replay: Default::default(),
+        }
     }
 
     fn same(a: &Entry, b: &Entry) -> bool {

@@ -1,6 +1,13 @@
 //! What a store holds under a key: a response or a value, the generations it was filled under, and its times.
 
-use std::time::Duration;
+use std::{
+    fmt,
+    sync::{
+        RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
@@ -47,6 +54,48 @@ pub struct Entry {
     pub(crate) expires: Millis,
     /// Kept until then, to be served stale on purpose.
     pub(crate) keep_until: Millis,
+    pub(crate) replay: Replay,
+}
+
+/// The headers of a hit, which are the same for all hits of one second: made for the second hit, and cloned for the
+/// others. Hot entries are spared the formatting, and others the memory.
+#[derive(Default)]
+pub(crate) struct Replay {
+    /// When it was last hit: (age, time to live) in seconds.
+    last: AtomicU64,
+    headers: RwLock<(u64, HeaderMap)>,
+}
+
+impl Replay {
+    /// The headers of this second, which `make` makes.
+    pub(crate) fn headers(&self, age: u64, ttl: u64, make: impl FnOnce() -> HeaderMap) -> HeaderMap {
+        // Zero is what it begins with; both halves are precise enough for two hits of different seconds to differ.
+        let second = ((age << 32) | (ttl & 0xffff_ffff)).wrapping_add(1);
+        if let Ok(made) = self.headers.try_read()
+            && made.0 == second
+        {
+            return made.1.clone();
+        }
+        let headers = make();
+        if self.last.swap(second, Ordering::Relaxed) == second
+            && let Ok(mut made) = self.headers.try_write()
+        {
+            *made = (second, headers.clone());
+        }
+        headers
+    }
+}
+
+impl Clone for Replay {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl fmt::Debug for Replay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Replay")
+    }
 }
 
 impl Entry {

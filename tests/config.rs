@@ -1,0 +1,185 @@
+//! The configuration from a file: one good one, and one for each mistake, which names what is wrong and the mend.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "support/web.rs"]
+mod web;
+
+use std::time::Duration;
+
+use tower_cache_aside::{Cache, Cascade, Coalesce, Config, DataType, Mutation, Query, Route, Ttl, store::Tier};
+use web::{Web, ok, with};
+
+const GOOD: &str = r#"
+    tenant_header = "x-tenant-id"
+    fence = "5s"
+
+    [types]
+    agent = "standard"
+    agent_config = "1h 30m"
+    agents_list = { ttl = "250ms", tier = "off", coalesce = "fleet" }
+    conversation = "permanent"
+
+    [[routes]]
+    path = "/agents/{agent_id}"
+    type = "agent"
+    vary = ["accept-language"]
+    credentials = "shared"
+
+    [[routes]]
+    path = "/agents"
+    type = "agents_list"
+    query = ["limit", "offset"]
+
+    [[routes]]
+    path = "/agents/{agent_id}/config"
+    type = "agent_config"
+    query = "ignore"
+    credentials = { per_user = "x-user-id" }
+
+    [[routes]]
+    path = "/agents/{agent_id}/conversations/{id}"
+    type = "conversation"
+    resource = "id"
+    entities = { id = "conversation" }
+    declares_tags = true
+
+    [[mutations]]
+    method = "PUT"
+    path = "/agents/{agent_id}"
+    mutates = ["agent"]
+    include = ["conversations"]
+
+    [[mutations]]
+    method = "POST"
+    path = "/agents"
+    creates = "agent"
+    mutates_all = ["agents_list"]
+
+    [[cascades]]
+    type = "agent"
+    drops = ["agent_config"]
+    drops_all = ["agents_list"]
+    relations = { conversations = "conversation" }
+    fenced = "10s"
+    hold = "100ms"
+"#;
+
+#[tokio::test]
+async fn a_file_says_the_same_as_code() {
+    let config = Config::from_toml(GOOD).unwrap();
+    assert_eq!(config.tenant_header.as_deref(), Some("x-tenant-id"));
+    assert_eq!(config.fence, Some(Duration::from_secs(5)));
+    assert_eq!(
+        config.types,
+        [
+            DataType::new("agent", Ttl::Standard),
+            DataType::new("agent_config", Duration::from_secs(5_400)),
+            DataType::new("agents_list", Duration::from_millis(250)).tier(Tier::Off).coalesce(Coalesce::Fleet),
+            DataType::new("conversation", Ttl::Permanent),
+        ]
+    );
+    assert_eq!(
+        config.routes[1],
+        Route::new("/agents", "agents_list").query(Query::Only(vec!["limit".into(), "offset".into()]))
+    );
+    let conversations = Route::new("/agents/{agent_id}/conversations/{id}", "conversation");
+    assert_eq!(config.routes[3], conversations.resource("id").entity("id", "conversation").declares_tags());
+    assert_eq!(config.mutations[0], Mutation::put("/agents/{agent_id}", "agent").include("conversations"));
+    assert_eq!(config.mutations[1], Mutation::post("/agents").creates("agent").mutates_all("agents_list"));
+    let cascade = Cascade::new("agent").drops(["agent_config"]).drops_all(["agents_list"]);
+    let cascade = cascade.relation("conversations", "conversation");
+    assert_eq!(config.cascades, [cascade.fenced(Duration::from_secs(10)).hold(Duration::from_millis(100))]);
+    assert!(config.has_relation("conversations") && !config.has_relation("agents"));
+
+    let web = Web::new(&Cache::builder().config(config).build().unwrap(), |_| async { Ok(ok("text")) });
+    let get = |path: &'static str| web.send(with(http::Method::GET, path, &[("x-tenant-id", "t")]));
+    assert!(!get("/agents/1").await.is_hit());
+    assert!(get("/agents/1").await.is_hit());
+}
+
+/// (what is added to a good file, or replaces a line of it; what the message names; what else it says).
+#[test]
+fn every_mistake_is_refused_with_its_place_and_mend() {
+    let replace = |from: &str, to: &str| {
+        assert!(GOOD.contains(from), "{from}");
+        GOOD.replacen(from, to, 1)
+    };
+    let add = |text: &str| format!("{GOOD}\n{text}");
+    for (text, names, says) in [
+        (replace("type = \"agent\"", "type = \"agnet\""), "/agents/{agent_id}", "unknown data type `agnet`"),
+        (
+            replace("mutates = [\"agent\"]", "mutates = [\"agnet\"]"),
+            "PUT /agents/{agent_id}",
+            "unknown data type `agnet`",
+        ),
+        (replace("drops = [\"agent_config\"]", "drops = [\"agnet\"]"), "agent", "unknown data type `agnet`"),
+        (add("[[routes]]\npath = \"/agents/{agent_id}\"\ntype = \"agent\""), "/agents/{agent_id}", "remove"),
+        (
+            add("[[routes]]\npath = \"/agents/{other_id}\"\ntype = \"agent\""),
+            "/agents/{other_id}",
+            "/agents/{agent_id}",
+        ),
+        (add("[[routes]]\npath = \"/agents/{agent_id\"\ntype = \"agent\""), "/agents/{agent_id", ""),
+        (add("[[routes]]\npath = \"agents\"\ntype = \"agent\""), "agents", "/"),
+        (add("[[routes]]\npath = \"/x/{a_id}/{a_id}\"\ntype = \"agent\""), "/x/{a_id}/{a_id}", "entit"),
+        (
+            add("[[mutations]]\nmethod = \"PUT\"\npath = \"/agents/{agent_id}\"\nmutates = [\"agent\"]"),
+            "PUT /agents/{agent_id}",
+            "",
+        ),
+        (
+            add("[[mutations]]\nmethod = \"GET\"\npath = \"/x/{agent_id}\"\nmutates = [\"agent\"]"),
+            "GET /x/{agent_id}",
+            "safe method",
+        ),
+        (add("[[mutations]]\nmethod = \"PUT\"\npath = \"/x/{agent_id}\""), "PUT /x/{agent_id}", "mutates nothing"),
+        (add("[[mutations]]\nmethod = \"PUT\"\npath = \"/x/{y}\"\nmutates = [\"agent\"]"), "PUT /x/{y}", "agent_id"),
+        (replace("include = [\"conversations\"]", "include = [\"convs\"]"), "PUT /agents/{agent_id}", "conversations"),
+        (add("[[cascades]]\ntype = \"conversation\"\nrelations = { agents = \"agent\" }"), "agent", "cycle"),
+        (add("[[cascades]]\ntype = \"agent\""), "agent", ""),
+        (replace("agent = \"standard\"", "agent = \"0s\""), "agent", "zero"),
+        (replace("agent = \"standard\"", "agent = \"soon\""), "agent", "soon"),
+        (replace("agent = \"standard\"", "agent = 5"), "agent", ""),
+        (replace("agent = \"standard\"", "agent = { ttl = \"5m\", ttll = 1 }"), "agent", "ttll"),
+        (replace("agent = \"standard\"", "agent = \"standard\"\nagent = \"short\""), "agent", "duplicate"),
+        (replace("tier = \"off\"", "tier = \"of\""), "agents_list", "off"),
+        (replace("fence = \"5s\"", "fence = \"0s\""), "fence", "zero"),
+        (replace("fenced = \"10s\"\n", ""), "agent", "fenced"),
+        (replace("tenant_header = \"x-tenant-id\"", "tenant_header = \"x tenant\""), "x tenant", "header"),
+        (replace("tenant_header = \"x-tenant-id\"", ""), "tenant", "tenant_header"),
+        (replace("vary = [\"accept-language\"]", "vary = [\"no such header\"]"), "/agents/{agent_id}", "header name"),
+        (replace("resource = \"id\"", "resource = \"idd\""), "conversations/{id}", "idd"),
+        (replace("credentials = \"shared\"", "credentials = \"all\""), "all", "shared"),
+        (replace("query = \"ignore\"", "query = \"none\""), "none", "ignore"),
+        (replace("type = \"agent\"", "typ = \"agent\""), "typ", "type"),
+        (add("[surprise]\nx = 1"), "surprise", "routes"),
+        ("tenant_header = ".to_owned(), "tenant_header", ""),
+    ] {
+        let result = Config::from_toml(&text).and_then(|config| Cache::builder().config(config).build().map(|_| ()));
+        let message = result.map_or_else(|e| e.to_string(), |()| panic!("accepted: {names} {says}"));
+        assert!(message.contains(names) && message.contains(says), "expected `{names}` and `{says}`:\n{message}");
+    }
+}
+
+/// Mistakes that only code can make.
+#[test]
+fn the_builder_refuses_what_cannot_work() {
+    let good = || {
+        Cache::builder()
+            .single_tenant("t")
+            .data_type("agent", Ttl::Short)
+            .route(Route::new("/agents/{agent_id}", "agent"))
+    };
+    good().build().unwrap();
+    for (builder, says) in [
+        (good().tenant_header("x-tenant-id"), "two tenants"),
+        (good().data_type("agent", Ttl::Short), "declared twice"),
+        (good().tag_header("cache tag"), "cache tag"),
+        (good().memory(1 << 20).body_limit(1 << 20), "body limit"),
+        (good().resolver("nothing", |_, _| async { Ok::<_, std::io::Error>(vec![]) }), "nothing"),
+        (good().fenced(Duration::ZERO), "zero"),
+    ] {
+        let message = builder.build().map_or_else(|e| e.to_string(), |_| panic!("accepted: {says}"));
+        assert!(message.contains(says), "{message}");
+    }
+}
