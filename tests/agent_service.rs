@@ -77,7 +77,9 @@ async fn a_ttl_class_is_what_it_says() {
     }
 }
 
-/// Every mutating route: (method, path, body, status, the paths that then miss; all others still hit; the report).
+/// (method, path, body, status, the paths that then miss; all others still hit; the report).
+type Write<'a> = (&'a str, &'a str, Value, u16, Vec<&'a str>, &'a str);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_write_drops_its_cascade_and_nothing_else() {
     let agent = ["/agents/a", "/agents/a/config", "/agents/a/tools", "/agents?limit=5&offset=0"];
@@ -91,7 +93,7 @@ async fn every_write_drops_its_cascade_and_nothing_else() {
     let all: Vec<_> = agent.iter().chain(&conversation).copied().collect();
     let conversation_report = "conversation=2, conversation_memory=1, conversation_message=1, \
                                conversation_messages_list=1, total=5";
-    let cases: [(&str, &str, Value, u16, Vec<&str>, &str); 10] = [
+    let cases: [Write<'_>; 10] = [
         ("POST", "/agents", json!({"name": "b"}), 201, vec!["/agents?limit=5&offset=0"], "agents_list=1"),
         (
             "PUT",
