@@ -109,6 +109,16 @@ impl Key {
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
+
+    /// The tenant with its braces: what all keys and tags of that tenant begin with.
+    pub fn tenant(&self) -> &[u8] {
+        tenant(&self.0)
+    }
+}
+
+fn tenant(name: &[u8]) -> &[u8] {
+    let end = name.iter().position(|&c| c == b'}').map_or(0, |at| at + 1);
+    &name[..end]
 }
 
 impl Tag {
@@ -147,8 +157,7 @@ impl Tag {
 
     /// The tenant with its braces: what all keys and tags of that tenant begin with.
     pub fn tenant(&self) -> &[u8] {
-        let end = self.0.iter().position(|&c| c == b'}').map_or(0, |at| at + 1);
-        &self.0[..end]
+        tenant(&self.0)
     }
 }
 

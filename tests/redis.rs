@@ -16,8 +16,7 @@ use std::{
 use load::Load;
 use redis::Redis;
 use serde_json::json;
-use support::{Http, Service};
-use tempfile::TempDir;
+use support::{Fleet, until_hit};
 
 /// What the docs say of the tier in process: two heartbeats.
 const BOUND: Duration = Duration::from_millis(500);
@@ -25,41 +24,8 @@ const BOUND: Duration = Duration::from_millis(500);
 /// Slower than this would be waiting for Redis.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// Processes of one service.
-struct Fleet {
-    services: Vec<Service>,
-    _dir: TempDir,
-}
-
-impl Fleet {
-    fn start(count: usize, redis: &str, args: &[&str]) -> Self {
-        let dir = TempDir::new().unwrap();
-        let db = dir.path().join("agents.db");
-        let mut all = vec!["--db", db.to_str().unwrap(), "--redis", redis];
-        all.extend(args);
-        Self { services: (0..count).map(|_| Service::start(&all)).collect(), _dir: dir }
-    }
-
-    fn urls(&self) -> Vec<String> {
-        self.services.iter().map(|s| s.url.clone()).collect()
-    }
-
-    fn clients(&self) -> Vec<Http> {
-        self.services.iter().map(|s| Http::new(&s.url, "demo")).collect()
-    }
-}
-
 async fn seconds(n: f64) {
     tokio::time::sleep(Duration::from_secs_f64(n)).await;
-}
-
-/// Until `client` answers `path` from the cache.
-async fn until_hit(client: &Http, path: &str) {
-    let start = Instant::now();
-    while !client.get(path).await.is_hit() {
-        assert!(start.elapsed() < Duration::from_secs(20), "no hit: {:?}", client.get(path).await);
-        seconds(0.02).await;
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

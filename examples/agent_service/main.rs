@@ -29,6 +29,9 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> Result<(), String> {
+    // Quiet unless asked: RUST_LOG=tower_cache_aside=info shows every invalidation with its report.
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let args = cli::parse(std::env::args_os().skip(1))?;
     if args.help {
         let _ = std::io::stdout().write_all(cli::USAGE.as_bytes());

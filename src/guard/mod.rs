@@ -151,7 +151,10 @@ impl<S: Store> Shared<S> {
                         let left = shared.journal().delivered(&batch);
                         tracing::info!(left, "undelivered invalidations reached the store");
                     }
-                    _ => {
+                    other => {
+                        if let Ok(Err(error)) = other {
+                            tracing::debug!(%error, "an invalidation is still not delivered");
+                        }
                         drop(shared);
                         tokio::time::sleep(RETRY).await;
                     }

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -12,6 +13,7 @@ use http::{HeaderMap, Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{client::legacy::Client, client::legacy::connect::HttpConnector, rt::TokioExecutor};
 use serde_json::Value;
+use tempfile::TempDir;
 
 /// A running agent service; killed when dropped.
 pub struct Service {
@@ -151,5 +153,38 @@ impl Http {
     /// Database reads of a data type since the service started.
     pub async fn origin_calls(&self, data_type: &str) -> u64 {
         self.get("/_origin").await.json()["calls"][data_type].as_u64().unwrap()
+    }
+}
+
+/// Processes of one service: one database, one Redis.
+pub struct Fleet {
+    services: Vec<Service>,
+    _dir: TempDir,
+}
+
+impl Fleet {
+    pub fn start(count: usize, redis: &str, args: &[&str]) -> Self {
+        let dir = TempDir::new().unwrap();
+        let db = dir.path().join("agents.db");
+        let mut all = vec!["--db", db.to_str().unwrap(), "--redis", redis];
+        all.extend(args);
+        Self { services: (0..count).map(|_| Service::start(&all)).collect(), _dir: dir }
+    }
+
+    pub fn urls(&self) -> Vec<String> {
+        self.services.iter().map(|s| s.url.clone()).collect()
+    }
+
+    pub fn clients(&self) -> Vec<Http> {
+        self.services.iter().map(|s| Http::new(&s.url, "demo")).collect()
+    }
+}
+
+/// Until `client` answers `path` from the cache.
+pub async fn until_hit(client: &Http, path: &str) {
+    let start = Instant::now();
+    while !client.get(path).await.is_hit() {
+        assert!(start.elapsed() < Duration::from_secs(20), "no hit: {:?}", client.get(path).await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }

@@ -105,6 +105,173 @@ impl Redis {
     }
 }
 
+/// What `redis-cli` does for operators.
+pub fn cli(args: &[&str]) -> String {
+    let output = Command::new("redis-cli").args(args).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{args:?}: {text} {}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// Three masters with a replica each.
+pub struct RedisCluster {
+    pub nodes: Vec<Redis>,
+}
+
+impl RedisCluster {
+    pub fn start() -> Self {
+        let start = |_| {
+            // The default, ten thousand above the port, may not exist.
+            let bus = free_port().to_string();
+            let quick = ["--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"];
+            Redis::start(&[&["--cluster-enabled", "yes", "--cluster-port", &bus], &quick[..]].concat())
+        };
+        let nodes: Vec<_> = (0..6).map(start).collect();
+        let addresses: Vec<_> = nodes.iter().map(|node| format!("127.0.0.1:{}", node.port)).collect();
+        let mut args = vec!["--cluster", "create"];
+        args.extend(addresses.iter().map(String::as_str));
+        args.extend(["--cluster-replicas", "1", "--cluster-yes"]);
+        cli(&args);
+        let this = Self { nodes };
+        let start = Instant::now();
+        // A replica that has never synchronised would not take over.
+        let is_ready = |node: &Redis| {
+            node.command(&["CLUSTER", "INFO"]).contains("cluster_state:ok")
+                && !node.command(&["INFO", "replication"]).contains("master_link_status:down")
+        };
+        while !this.nodes.iter().all(is_ready) {
+            assert!(start.elapsed() < Duration::from_secs(30), "the cluster does not form");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        this
+    }
+
+    pub fn url(&self) -> String {
+        let hosts: Vec<_> = self.nodes.iter().map(|n| format!("127.0.0.1:{}", n.port)).collect();
+        format!("redis+cluster://{}", hosts.join(","))
+    }
+
+    /// Which node serves a key's slot, and the ids of the masters: its own first.
+    pub fn master_of(&self, key: &str) -> (usize, Vec<String>) {
+        self.master_of_by(5, key)
+    }
+
+    fn master_of_by(&self, witness: usize, key: &str) -> (usize, Vec<String>) {
+        let slot = self.slot(key);
+        let nodes = self.nodes[witness].command(&["CLUSTER", "NODES"]);
+        let (mut own, mut ids) = (None, vec![]);
+        for line in nodes.lines().filter(|line| line.contains("master") && !line.contains("fail")) {
+            let fields: Vec<_> = line.split(' ').collect();
+            let serves = fields[8..].iter().filter(|range| !range.starts_with('[')).any(|range| {
+                let (first, last) = range.split_once('-').unwrap_or((range, range));
+                (first.parse::<u32>().unwrap()..=last.parse().unwrap()).contains(&slot)
+            });
+            if serves {
+                own = self.nodes.iter().position(|n| fields[1].contains(&format!(":{}@", n.port)));
+                ids.insert(0, fields[0].to_owned());
+            } else {
+                ids.push(fields[0].to_owned());
+            }
+        }
+        (own.expect("somebody serves it"), ids)
+    }
+
+    fn slot(&self, key: &str) -> u32 {
+        self.nodes[5].command(&["CLUSTER", "KEYSLOT", key]).lines().next().unwrap()[1..].parse().unwrap()
+    }
+
+    /// Moves the slot of a key to another master, keys and all, as `redis-cli --cluster reshard` does.
+    pub fn migrate(&self, key: &str) {
+        let (from, ids) = self.master_of(key);
+        let slot = self.slot(key).to_string();
+        let to = self.nodes.iter().position(|n| n.command(&["CLUSTER", "MYID"]).contains(&ids[1])).unwrap();
+        let (source, target) = (&self.nodes[from], &self.nodes[to]);
+        target.command(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &ids[0]]);
+        source.command(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &ids[1]]);
+        let port = target.port.to_string();
+        loop {
+            let reply = source.command(&["CLUSTER", "GETKEYSINSLOT", &slot, "100"]);
+            let keys: Vec<_> = reply.lines().filter(|l| !l.starts_with(['*', '$', '+'])).collect();
+            if keys.is_empty() {
+                break;
+            }
+            for key in keys {
+                source.command(&["MIGRATE", "127.0.0.1", &port, key, "0", "1000", "REPLACE"]);
+            }
+        }
+        for node in [target, source] {
+            node.command(&["CLUSTER", "SETSLOT", &slot, "NODE", &ids[1]]);
+        }
+        let start = Instant::now();
+        while !(0..self.nodes.len()).all(|witness| self.master_of_by(witness, key).0 == to) {
+            assert!(start.elapsed() < Duration::from_secs(20), "not everybody learns who serves the slot");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+/// A master, its replica, and two sentinels that watch them.
+pub struct Sentinels {
+    pub master: Redis,
+    pub replica: Redis,
+    sentinels: Vec<(Child, u16, TempDir)>,
+}
+
+impl Sentinels {
+    pub fn start() -> Self {
+        let master = Redis::start(&[]);
+        let replica = Redis::start(&["--replicaof", "127.0.0.1", &master.port.to_string()]);
+        let start = Instant::now();
+        while !replica.command(&["INFO", "replication"]).contains("master_link_status:up") {
+            assert!(start.elapsed() < Duration::from_secs(20), "the replica does not follow");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let sentinels = (0..2).map(|_| sentinel(master.port)).collect();
+        let this = Self { master, replica, sentinels };
+        for (_, port, _) in &this.sentinels {
+            let knows = |what: &str| {
+                cli(&["-p", &port.to_string(), "SENTINEL", "MASTER", "agents"]).replace('\n', " ").contains(what)
+            };
+            while !(knows("num-slaves 1") && knows("num-other-sentinels 1")) {
+                assert!(start.elapsed() < Duration::from_secs(30), "the sentinels do not meet");
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        }
+        this
+    }
+
+    pub fn url(&self) -> String {
+        let hosts: Vec<_> = self.sentinels.iter().map(|(_, port, _)| format!("127.0.0.1:{port}")).collect();
+        format!("redis+sentinel://{}/agents", hosts.join(","))
+    }
+}
+
+impl Drop for Sentinels {
+    fn drop(&mut self) {
+        for (child, ..) in &mut self.sentinels {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+fn sentinel(master: u16) -> (Child, u16, TempDir) {
+    let (port, dir) = (free_port(), TempDir::new().unwrap());
+    let file = dir.path().join("sentinel.conf");
+    let config = format!(
+        "port {port}\nbind 127.0.0.1\nsentinel monitor agents 127.0.0.1 {master} 2\n\
+         sentinel down-after-milliseconds agents 500\nsentinel failover-timeout agents 3000\n"
+    );
+    std::fs::write(&file, config).unwrap();
+    let child = Command::new("redis-server").arg(&file).arg("--sentinel").stdout(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(start.elapsed() < Duration::from_secs(10), "the sentinel does not start");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    (child, port, dir)
+}
+
 fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
     Command::new("redis-server")
         .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir"])

@@ -18,13 +18,6 @@ pub(super) enum Address {
     Cluster(Vec<ConnectionInfo>),
 }
 
-/// What to connect to now.
-pub(super) enum Target {
-    Single(Box<Client>),
-    #[cfg(feature = "redis-cluster")]
-    Cluster(Box<redis::cluster::ClusterClient>),
-}
-
 impl Address {
     /// `redis://`, `rediss://`, `unix://`; `redis+cluster://host:port,host:port` or several addresses for a cluster;
     /// `redis+sentinel://host:port,host:port/master` for sentinels.
@@ -35,14 +28,15 @@ impl Address {
             if let Some(rest) = url.strip_prefix("redis+sentinel://") {
                 let (hosts, master) = rest.split_once('/').unwrap_or((rest, ""));
                 let master = if master.is_empty() { "mymaster" } else { master }.to_owned();
-                let sentinels = hosts.split(',').map(|host| info(&format!("redis://{host}"))).collect::<Result<_, _>>();
+                let sentinels =
+                    hosts.split(',').map(|host| parse(&format!("redis://{host}"))).collect::<Result<_, _>>();
                 return Ok(Self::Sentinel { sentinels: sentinels.map_err(|e| error(&e))?, master });
             }
             if let Some(hosts) = url.strip_prefix("redis+cluster://") {
-                let nodes = hosts.split(',').map(|host| info(&format!("redis://{host}"))).collect::<Result<_, _>>();
+                let nodes = hosts.split(',').map(|host| parse(&format!("redis://{host}"))).collect::<Result<_, _>>();
                 return cluster(nodes.map_err(|e| error(&e))?);
             }
-            singles.push(info(url).map_err(|e| error(&e))?);
+            singles.push(parse(url).map_err(|e| error(&e))?);
         }
         match (singles.len(), singles.pop()) {
             (1, Some(single)) => Ok(Self::Single(single)),
@@ -54,16 +48,24 @@ impl Address {
         }
     }
 
-    pub(super) async fn target(&self) -> Result<Target, RedisError> {
+    pub(super) fn is_cluster(&self) -> bool {
+        #[cfg(feature = "redis-cluster")]
+        return matches!(self, Self::Cluster(_));
+        #[cfg(not(feature = "redis-cluster"))]
+        false
+    }
+
+    /// What to connect to now.
+    pub(super) async fn client(&self) -> Result<Client, RedisError> {
         match self {
-            Self::Single(info) => Ok(Target::Single(Client::open(info.clone())?.into())),
+            Self::Single(info) => Client::open(info.clone()),
             #[cfg(feature = "redis-cluster")]
-            Self::Cluster(nodes) => Ok(Target::Cluster(Box::new(super::cluster::client(nodes)?))),
+            Self::Cluster(_) => Err((redis::ErrorKind::Client, "a cluster is connected to node by node").into()),
             Self::Sentinel { sentinels, master } => {
                 let mut last = None;
                 for sentinel in sentinels {
                     match timeout(CONNECT, ask(sentinel, master)).await {
-                        Ok(Ok(client)) => return Ok(Target::Single(client.into())),
+                        Ok(Ok(client)) => return Ok(client),
                         Ok(Err(error)) => last = Some(error),
                         Err(_) => {}
                     }
@@ -74,11 +76,15 @@ impl Address {
     }
 }
 
-fn info(url: &str) -> Result<ConnectionInfo, String> {
-    let info = url.into_connection_info().map_err(|e| e.to_string())?;
+fn parse(url: &str) -> Result<ConnectionInfo, String> {
+    url.into_connection_info().map(info).map_err(|e| e.to_string())
+}
+
+/// The settings of every connection of ours.
+pub(super) fn info(info: ConnectionInfo) -> ConnectionInfo {
     let redis = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
     let tcp = TcpSettings::default().set_nodelay(true);
-    Ok(info.set_redis_settings(redis).set_tcp_settings(tcp))
+    info.set_redis_settings(redis).set_tcp_settings(tcp)
 }
 
 #[cfg(feature = "redis-cluster")]
@@ -99,7 +105,7 @@ async fn ask(sentinel: &ConnectionInfo, master: &str) -> Result<Client, RedisErr
     let (host, port): (String, u16) =
         ask.arg("get-master-addr-by-name").arg(master).query_async(&mut connection).await?;
     let host = if host.contains(':') { format!("[{host}]") } else { host };
-    let found = info(&format!("redis://{host}:{port}"))
+    let found = parse(&format!("redis://{host}:{port}"))
         .map_err(|e| RedisError::from((redis::ErrorKind::InvalidClientConfig, "bad address from the sentinel", e)))?;
     let redis = found.redis_settings().clone();
     let client = Client::open(found.set_redis_settings(redis))?;

@@ -1,4 +1,5 @@
-//! The connection to Redis: one multiplexed connection (or a cluster's), watched and replaced when it dies.
+//! The connection to Redis: one multiplexed connection (or one to each master of a cluster), watched and replaced when it
+//! dies.
 //!
 //! The client library waits for lost connections beyond its own time-outs and keeps blackholed ones for ever, so this
 //! does neither. While there is no connection, calls fail at once; a connection that was dropped, or that answered three
@@ -17,12 +18,12 @@ use std::{
 };
 
 use redis::{
-    AsyncConnectionConfig, Cmd, Pipeline, RedisError, RedisFuture, Value,
-    aio::{AsyncPushSender, ConnectionLike, MultiplexedConnection},
+    AsyncConnectionConfig, RedisError, Value,
+    aio::{AsyncPushSender, MultiplexedConnection},
 };
 use tokio::{runtime::Handle, sync::Notify, time::timeout};
 
-use super::address::{Address, Target};
+use super::{address::Address, tracker::Held};
 use crate::store::StoreError;
 
 /// How long one attempt to connect may take.
@@ -37,53 +38,66 @@ const HEARTBEAT: Duration = Duration::from_millis(250);
 /// After this many calls in a row without an answer, the connection is given up.
 const MAX_SILENT: u32 = 3;
 
-/// A connection of any kind.
+/// Where the keys of a tenant are.
 #[derive(Clone)]
-pub(super) enum Connection {
-    Single(MultiplexedConnection),
-    #[cfg(feature = "redis-cluster")]
-    Cluster(redis::cluster_async::ClusterConnection),
+pub(super) struct Line {
+    pub(super) connection: MultiplexedConnection,
+    /// What tells the generations of this server from the same bytes on another that took over from it; 0 where the
+    /// space does that.
+    pub(super) run: u128,
 }
 
-impl ConnectionLike for Connection {
-    fn req_packed_command<'a>(&'a mut self, cmd: &'a Cmd) -> RedisFuture<'a, Value> {
-        match self {
-            Self::Single(connection) => connection.req_packed_command(cmd),
-            #[cfg(feature = "redis-cluster")]
-            Self::Cluster(connection) => connection.req_packed_command(cmd),
-        }
-    }
-
-    fn req_packed_commands<'a>(
-        &'a mut self,
-        pipeline: &'a Pipeline,
-        offset: usize,
-        count: usize,
-    ) -> RedisFuture<'a, Vec<Value>> {
-        match self {
-            Self::Single(connection) => connection.req_packed_commands(pipeline, offset, count),
-            #[cfg(feature = "redis-cluster")]
-            Self::Cluster(connection) => connection.req_packed_commands(pipeline, offset, count),
-        }
-    }
-
-    fn get_db(&self) -> i64 {
-        match self {
-            Self::Single(connection) => connection.get_db(),
-            #[cfg(feature = "redis-cluster")]
-            Self::Cluster(connection) => connection.get_db(),
-        }
-    }
+enum Lines {
+    Single(Line),
+    #[cfg(feature = "redis-cluster")]
+    Cluster(RwLock<Arc<super::cluster::Slots>>),
 }
 
 /// A connection in use, and the space its keys are in.
 pub(super) struct Session {
-    pub(super) connection: Connection,
+    lines: Lines,
     /// `prefix:run:`.
     pub(super) space: Arc<str>,
     /// Before this, nothing is read: processes that could not deliver invalidations have this long to do so now.
     settled: Instant,
     silent: AtomicU32,
+    wrong: Notify,
+}
+
+impl Session {
+    /// Where the keys of a tenant are; `tenant` as it is in keys, with its braces.
+    pub(super) fn line(&self, tenant: &[u8]) -> Result<Line, StoreError> {
+        let _ = tenant;
+        match &self.lines {
+            Lines::Single(line) => Ok(line.clone()),
+            #[cfg(feature = "redis-cluster")]
+            Lines::Cluster(slots) => {
+                let slots = slots.read().unwrap_or_else(PoisonError::into_inner).clone();
+                slots.line(tenant).ok_or_else(|| StoreError::unreachable("no node is known to serve this slot"))
+            }
+        }
+    }
+
+    /// Tells the watch that it is wrong about who serves what.
+    pub(super) fn look_again(&self) {
+        self.wrong.notify_one();
+    }
+
+    /// Until somebody has found the watch wrong.
+    #[cfg(feature = "redis-cluster")]
+    pub(super) async fn wrong(&self) {
+        self.wrong.notified().await;
+    }
+
+    /// Whether that changes anything.
+    #[cfg(feature = "redis-cluster")]
+    pub(super) fn publish(&self, new: super::cluster::Slots) -> bool {
+        let Lines::Cluster(slots) = &self.lines else { return false };
+        let mut slots = slots.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = **slots != new;
+        *slots = Arc::new(new);
+        changed
+    }
 }
 
 /// The link to one Redis, shared by everything that talks to it.
@@ -96,6 +110,7 @@ pub(super) struct Link {
     lost: Notify,
     found: Notify,
     ever: AtomicBool,
+    held: Option<Weak<Held>>,
 }
 
 #[derive(Clone, Debug)]
@@ -105,10 +120,11 @@ pub(super) struct LinkOptions {
     pub(super) trust_restarted: bool,
     /// How long nothing is read after an outage.
     pub(super) settle: Duration,
+    pub(super) heartbeat: Duration,
 }
 
 impl Link {
-    pub(super) fn new(address: Address, options: LinkOptions) -> Arc<Self> {
+    pub(super) fn new(address: Address, options: LinkOptions, held: Option<&Arc<Held>>) -> Arc<Self> {
         Arc::new(Self {
             address,
             options,
@@ -117,7 +133,13 @@ impl Link {
             lost: Notify::new(),
             found: Notify::new(),
             ever: AtomicBool::new(false),
+            held: held.map(Arc::downgrade),
         })
+    }
+
+    /// What this process holds of it.
+    pub(super) fn held(&self) -> Option<Weak<Held>> {
+        self.held.clone()
     }
 
     /// Starts the task that connects, once there is a runtime for it.
@@ -176,14 +198,18 @@ impl Link {
                 self.give_up(session, &error);
                 Err(StoreError::unreachable(error))
             }
+            Err(error) if error.is_cluster_error() => {
+                session.look_again();
+                Err(StoreError::unreachable(error))
+            }
             Err(error) => Err(StoreError::new(error)),
         }
     }
 
     fn give_up(&self, session: &Arc<Session>, why: &dyn fmt::Display) {
-        // A cluster's connection mends itself.
+        // A cluster's nodes are watched one by one.
         #[cfg(feature = "redis-cluster")]
-        if matches!(session.connection, Connection::Cluster(_)) {
+        if matches!(session.lines, Lines::Cluster(_)) {
             return;
         }
         let mut current = self.session.write().unwrap_or_else(PoisonError::into_inner);
@@ -194,34 +220,23 @@ impl Link {
         }
     }
 
-    fn connect_config(&self) -> AsyncConnectionConfig {
-        connection_config()
-    }
-
-    async fn connect(&self) -> Result<(Connection, Arc<str>), RedisError> {
-        let mut connection = match &self.address.target().await? {
-            Target::Single(client) => {
-                let config = self.connect_config();
-                Connection::Single(client.get_multiplexed_async_connection_with_config(&config).await?)
-            }
-            #[cfg(feature = "redis-cluster")]
-            Target::Cluster(client) => Connection::Cluster(client.get_async_connection().await?),
-        };
+    async fn connect(&self) -> Result<(Lines, Arc<str>), RedisError> {
+        #[cfg(feature = "redis-cluster")]
+        if self.address.is_cluster() {
+            // Any node may serve a slot, now or later: there the run is part of each generation.
+            let space = format!("{}:0:", self.options.prefix).into();
+            return Ok((Lines::Cluster(RwLock::default()), space));
+        }
+        let client = self.address.client().await?;
+        let mut connection = client.get_multiplexed_async_connection_with_config(&connection_config()).await?;
         let space = self.space(&mut connection).await?;
-        Ok((connection, space))
+        Ok((Lines::Single(Line { connection, run: 0 }), space))
     }
 
     /// The prefix of all keys on this server.
-    pub(super) async fn space(&self, connection: &mut Connection) -> Result<Arc<str>, RedisError> {
-        let prefix = &self.options.prefix;
-        let run = match connection {
-            _ if self.options.trust_restarted => None,
-            Connection::Single(connection) => run_id(connection).await?,
-            // A slot may be served by any node, now or later: what is forgotten in a failover is forgotten.
-            #[cfg(feature = "redis-cluster")]
-            Connection::Cluster(_) => None,
-        };
-        Ok(format!("{prefix}:{}:", run.as_deref().unwrap_or("0")).into())
+    pub(super) async fn space(&self, connection: &mut MultiplexedConnection) -> Result<Arc<str>, RedisError> {
+        let run = if self.options.trust_restarted { None } else { run_id(connection).await? };
+        Ok(format!("{}:{}:", self.options.prefix, run.as_deref().unwrap_or("0")).into())
     }
 }
 
@@ -274,11 +289,12 @@ async fn supervise(link: Weak<Link>) {
         let Some(strong) = link.upgrade() else { return };
         let result = timeout(CONNECT, strong.connect()).await;
         match result {
-            Ok(Ok((connection, space))) => {
+            Ok(Ok((lines, space))) => {
                 let outage = failed || strong.ever.load(Ordering::Acquire);
                 let settle = if outage { strong.options.settle } else { Duration::ZERO };
                 let settled = Instant::now() + settle;
-                let session = Arc::new(Session { connection, space, settled, silent: AtomicU32::new(0) });
+                let session =
+                    Arc::new(Session { lines, space, settled, silent: AtomicU32::new(0), wrong: Notify::new() });
                 *strong.session.write().unwrap_or_else(PoisonError::into_inner) = Some(session.clone());
                 strong.ever.store(true, Ordering::Release);
                 strong.found.notify_waiters();
@@ -310,12 +326,17 @@ async fn supervise(link: Weak<Link>) {
 
 /// Beats until the session is lost (true) or nobody needs it (false).
 async fn watch(link: &Weak<Link>, session: &Arc<Session>) -> bool {
+    #[cfg(feature = "redis-cluster")]
+    if let Some(Address::Cluster(seeds)) = link.upgrade().map(|link| link.address.clone()) {
+        super::cluster::watch(link, session, &seeds).await;
+        return false;
+    }
     loop {
         let Some(strong) = link.upgrade() else { return false };
         if !strong.session().is_some_and(|s| Arc::ptr_eq(&s, session)) {
             return true;
         }
-        let mut connection = session.connection.clone();
+        let Ok(Line { mut connection, .. }) = session.line(b"") else { return true };
         let ping = redis::cmd("PING");
         let beat = async { strong.call(session, ping.query_async::<Value>(&mut connection)).await };
         if timeout(HEARTBEAT, beat).await.is_err() {

@@ -17,7 +17,9 @@
 //! After an outage, every process waits a second ([`settle`](RedisBuilder::settle)) before it reads Redis again, so that
 //! others can deliver. A server that was restarted, or was a replica until now, has another run id: what it holds is not
 //! read, since it may have forgotten invalidations ([`trust_restarted`](RedisBuilder::trust_restarted)). In a cluster
-//! that is not noticed.
+//! every master is watched, and such a change is noticed within two heartbeats: until then, reads of its tenants may find
+//! what the failed server had not yet replicated a drop of. While it is not known who serves a slot, its tenants are
+//! served from the origin.
 //!
 //! Needs Redis 7.0 or later, for `SET NX GET`.
 
@@ -107,7 +109,8 @@ impl RedisStore {
             return;
         }
         let (Some(held), Ok(runtime)) = (&self.0.held, Handle::try_current()) else { return };
-        if !self.0.tracking.swap(true, Ordering::AcqRel) {
+        // A cluster is tracked by the watch over its masters.
+        if !self.0.tracking.swap(true, Ordering::AcqRel) && !self.0.link.address.is_cluster() {
             runtime.spawn(tracker::track(Arc::downgrade(held), Arc::downgrade(&self.0.link), self.0.heartbeat));
         }
     }
@@ -170,10 +173,15 @@ impl RedisBuilder {
     /// An address that cannot be read, or needs a feature that is not turned on.
     pub fn build(self) -> Result<RedisStore, ConfigError> {
         let address = Address::parse(self.urls.iter().map(String::as_str))?;
-        let options = LinkOptions { prefix: self.prefix, trust_restarted: self.trust_restarted, settle: self.settle };
-        let link = Link::new(address, options);
-        let remote = Remote::new(link.clone(), self.generation_ttl);
+        let options = LinkOptions {
+            prefix: self.prefix,
+            trust_restarted: self.trust_restarted,
+            settle: self.settle,
+            heartbeat: self.heartbeat,
+        };
         let held = (self.in_process > 0).then(|| Arc::new(Held::new(MemoryStore::new(self.in_process))));
+        let link = Link::new(address, options, held.as_ref());
+        let remote = Remote::new(link.clone(), self.generation_ttl);
         let store = RedisStore(Arc::new(Shared {
             counters: remote.counters.clone(),
             remote: Guard::new(remote).budget(self.budget),

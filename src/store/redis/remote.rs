@@ -23,9 +23,9 @@ use std::{
 };
 
 use bytes::Bytes;
-use redis::{Pipeline, Value};
+use redis::{Cmd, FromRedisValue, Pipeline, ServerError, Value};
 
-use super::link::{Link, Session};
+use super::link::{Line, Link, Session};
 use crate::{
     engine::Clock,
     key::{Key, Tag},
@@ -90,9 +90,24 @@ impl Remote {
         Self { link, clock: Clock::default(), generation_ttl, counters: Arc::default() }
     }
 
-    async fn pipeline(&self, session: &Arc<Session>, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
-        let mut connection = session.connection.clone();
+    async fn pipeline(
+        &self,
+        session: &Arc<Session>,
+        line: &Line,
+        pipeline: &Pipeline,
+    ) -> Result<Vec<Value>, StoreError> {
+        let mut connection = line.connection.clone();
         self.link.call(session, pipeline.query_async(&mut connection)).await
+    }
+
+    async fn command<T: FromRedisValue>(
+        &self,
+        session: &Arc<Session>,
+        line: Line,
+        command: &Cmd,
+    ) -> Result<T, StoreError> {
+        let mut connection = line.connection;
+        self.link.call(session, command.query_async(&mut connection)).await
     }
 
     /// `SET NX GET`: creates what is absent, and tells what there was.
@@ -106,6 +121,7 @@ impl Remote {
     async fn add(
         &self,
         session: &Arc<Session>,
+        line: &Line,
         names: &[Vec<u8>],
         also: impl Fn(&mut Pipeline),
     ) -> Result<(Vec<Generation>, Vec<Value>), StoreError> {
@@ -117,17 +133,17 @@ impl Remote {
                 self.push_add(&mut pipeline, name.clone(), *generation);
             }
             also(&mut pipeline);
-            let mut replies = self.pipeline(session, &pipeline).await?;
+            let mut replies = self.pipeline(session, line, &pipeline).await?;
             let rest = replies.split_off(names.len().min(replies.len()));
             let mut generations = vec![];
             let mut foreign = redis::cmd("UNLINK");
             let mut clean = true;
             for ((reply, fresh), name) in replies.iter().zip(&fresh).zip(names) {
-                match (reply, parse_generation(reply)) {
-                    (Value::Nil, _) => generations.push(*fresh),
+                match (reply, parse_generation(reply, line.run)) {
+                    (Value::Nil, _) => generations.push(Generation(fresh.0 ^ line.run)),
                     (_, Some(generation)) => generations.push(generation),
                     (Value::ServerError(error), _) if error.code() != "WRONGTYPE" => {
-                        return Err(StoreError::new(error.to_string()));
+                        return Err(refused(session, error));
                     }
                     _ => {
                         foreign.arg(name);
@@ -138,8 +154,7 @@ impl Remote {
             if clean {
                 return Ok((generations, rest));
             }
-            let mut connection = session.connection.clone();
-            self.link.call(session, foreign.query_async::<Value>(&mut connection)).await?;
+            self.command::<Value>(session, line.clone(), &foreign).await?;
         }
         Err(StoreError::new("somebody else writes to our keys"))
     }
@@ -157,13 +172,14 @@ impl Remote {
 
     pub(super) async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
         let session = self.link.settled().await?;
+        let line = session.line(tenant(tags))?;
         let mut get = redis::cmd("MGET");
         for tag in tags {
             get.arg(name(&session, b"g:", tag.as_bytes()));
         }
-        let mut connection = session.connection.clone();
-        let values: Vec<Value> = self.link.call(&session, get.query_async(&mut connection)).await?;
-        Ok(values.iter().map(parse_generation).collect())
+        let run = line.run;
+        let values: Vec<Value> = self.command(&session, line, &get).await?;
+        Ok(values.iter().map(|value| parse_generation(value, run)).collect())
     }
 
     async fn drop_tags(&self, groups: &[TagGroup], fence: Option<&Fence>) -> Result<Vec<u64>, StoreError> {
@@ -176,6 +192,7 @@ impl Remote {
             }
         }
         for (tenant, tags) in tenants {
+            let line = session.line(tenant)?;
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
             let mut counted = vec![];
@@ -199,11 +216,11 @@ impl Remote {
                     drop.arg(name(&session, b"g:", tag.as_bytes()));
                 }
             }
-            let replies = self.pipeline(&session, &pipeline).await?;
+            let replies = self.pipeline(&session, &line, &pipeline).await?;
             // All but the counts must have succeeded.
             for reply in replies.iter().skip(counted.len()) {
                 if let Value::ServerError(error) = reply {
-                    return Err(StoreError::new(error.to_string()));
+                    return Err(refused(&session, error));
                 }
             }
             for (i, reply) in counted.into_iter().zip(&replies) {
@@ -233,15 +250,29 @@ impl Counters {
     }
 }
 
+/// What a server's refusal means: that a slot is elsewhere, or will be in a moment, may be otherwise soon.
+fn refused(session: &Session, error: &ServerError) -> StoreError {
+    if matches!(error.code(), "MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN" | "READONLY" | "LOADING" | "MASTERDOWN") {
+        session.look_again();
+        return StoreError::unreachable(error.to_string());
+    }
+    StoreError::new(error.to_string())
+}
+
+/// The tenant of these tags, which is that of all of them.
+fn tenant(tags: &[Tag]) -> &[u8] {
+    tags.first().map_or(b"{}", Tag::tenant)
+}
+
 /// The name of a key in Redis.
 fn name(session: &Session, kind: &[u8], rest: &[u8]) -> Vec<u8> {
     [session.space.as_bytes(), kind, rest].concat()
 }
 
 /// A generation as it is stored: 16 bytes. Anything else was not written by us, and is no generation.
-fn parse_generation(value: &Value) -> Option<Generation> {
+fn parse_generation(value: &Value, run: u128) -> Option<Generation> {
     match value {
-        Value::BulkString(bytes) => Some(Generation(u128::from_be_bytes(bytes.as_slice().try_into().ok()?))),
+        Value::BulkString(bytes) => Some(Generation(u128::from_be_bytes(bytes.as_slice().try_into().ok()?) ^ run)),
         _ => None,
     }
 }
@@ -273,16 +304,17 @@ impl Store for Remote {
     fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], _: Tier) -> StoreFuture<'a, Lookup> {
         Box::pin(async move {
             let session = self.link.settled().await?;
+            let line = session.line(tenant(tags))?;
             let mut get = redis::cmd("MGET");
             get.arg(name(&session, b"e:", key.as_bytes()));
             for tag in tags {
                 get.arg(name(&session, b"g:", tag.as_bytes()));
             }
-            let mut connection = session.connection.clone();
-            let values: Vec<Value> = self.link.call(&session, get.query_async(&mut connection)).await?;
+            let run = line.run;
+            let values: Vec<Value> = self.command(&session, line, &get).await?;
             let mut values = values.into_iter();
             let entry = values.next().and_then(|value| self.read_entry(value));
-            Ok(Lookup { entry, generations: values.map(|value| parse_generation(&value)).collect() })
+            Ok(Lookup { entry, generations: values.map(|value| parse_generation(&value, run)).collect() })
         })
     }
 
@@ -290,8 +322,9 @@ impl Store for Remote {
         Box::pin(async move {
             let session = self.link.settled().await?;
             let mut names: Vec<_> = tags.iter().map(|tag| name(&session, b"g:", tag.as_bytes())).collect();
-            names.push(name(&session, b"m:", tags.first().map_or(b"{}", Tag::tenant)));
-            let (mut generations, _) = self.add(&session, &names, |_| {}).await?;
+            names.push(name(&session, b"m:", tenant(tags)));
+            let line = session.line(tenant(tags))?;
+            let (mut generations, _) = self.add(&session, &line, &names, |_| {}).await?;
             let mark = generations.pop().map_or(0, |g| g.0);
             Ok(Opened { generations, mark: Mark(mark) })
         })
@@ -301,13 +334,15 @@ impl Store for Remote {
         Box::pin(async move {
             let session = self.link.settled().await?;
             let names: Vec<_> = tags.iter().map(|tag| name(&session, b"g:", tag.as_bytes())).collect();
-            let marked = name(&session, b"m:", tags.first().map_or(b"{}", Tag::tenant));
+            let marked = name(&session, b"m:", tenant(tags));
+            let line = session.line(tenant(tags))?;
             // The generations first: if the mark still stands after them, nothing was dropped before.
             let ask = |pipeline: &mut Pipeline| {
                 pipeline.cmd("GET").arg(&marked);
             };
-            let (generations, rest) = self.add(&session, &names, ask).await?;
-            let stands = rest.first().and_then(parse_generation).is_some_and(|now| now.0 == mark.0);
+            let (generations, rest) = self.add(&session, &line, &names, ask).await?;
+            let stands =
+                rest.first().and_then(|mark| parse_generation(mark, line.run)).is_some_and(|now| now.0 == mark.0);
             Ok(stands.then_some(generations))
         })
     }
@@ -315,6 +350,7 @@ impl Store for Remote {
     fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, _: Tier) -> StoreFuture<'a, ()> {
         Box::pin(async move {
             let session = self.link.settled().await?;
+            let line = session.line(key.tenant())?;
             let keep = entry.keep_until.saturating_sub(self.clock.now());
             let keep = keep.min(self.generation_ttl.as_millis() as Millis);
             if keep == 0 {
@@ -330,8 +366,8 @@ impl Store for Remote {
                 pipeline.cmd("PFADD").arg(&counter).arg(key.as_bytes());
                 pipeline.cmd("PEXPIRE").arg(counter).arg(self.generation_ttl.as_millis() as u64);
             }
-            match self.pipeline(&session, &pipeline).await?.first() {
-                Some(Value::ServerError(error)) => Err(StoreError::new(error.to_string())),
+            match self.pipeline(&session, &line, &pipeline).await?.first() {
+                Some(Value::ServerError(error)) => Err(refused(&session, error)),
                 _ => Ok(()),
             }
         })
@@ -348,10 +384,11 @@ impl Store for Remote {
             for tag in groups.iter().flat_map(|g| &g.tags) {
                 tenants.entry(tag.tenant()).or_default().push(tag);
             }
-            for tags in tenants.into_values() {
+            for (tenant, tags) in tenants {
+                let line = session.line(tenant)?;
                 let mut pipeline = redis::pipe();
                 push_fence(&mut pipeline, &session, tags.into_iter(), fence.writer, fence.lease);
-                self.pipeline(&session, &pipeline).await?;
+                self.pipeline(&session, &line, &pipeline).await?;
             }
             Ok(())
         })
@@ -362,8 +399,8 @@ impl Store for Remote {
             let session = self.link.settled().await?;
             let mut set = redis::cmd("SET");
             set.arg(name(&session, b"l:", key.as_bytes())).arg(1).arg("NX").arg("PX").arg(lease.as_millis() as u64);
-            let mut connection = session.connection.clone();
-            let reply: Value = self.link.call(&session, set.query_async(&mut connection)).await?;
+            let line = session.line(key.tenant())?;
+            let reply: Value = self.command(&session, line, &set).await?;
             Ok(!matches!(reply, Value::Nil))
         })
     }
@@ -371,10 +408,10 @@ impl Store for Remote {
     fn release<'a>(&'a self, key: &'a Key) -> StoreFuture<'a, ()> {
         Box::pin(async move {
             let session = self.link.connected().await?;
-            let mut connection = session.connection.clone();
+            let line = session.line(key.tenant())?;
             let mut unlink = redis::cmd("UNLINK");
             unlink.arg(name(&session, b"l:", key.as_bytes()));
-            self.link.call(&session, unlink.query_async::<Value>(&mut connection)).await.map(drop)
+            self.command::<Value>(&session, line, &unlink).await.map(drop)
         })
     }
 

@@ -17,10 +17,7 @@ use bytes::Bytes;
 use redis::{PushInfo, PushKind, RedisError, Value};
 use tokio::time::timeout;
 
-use super::{
-    address::Target,
-    link::{Connection, Link, RECONNECT, push_config},
-};
+use super::link::{Link, RECONNECT, push_config};
 use crate::{key::Tag, store::MemoryStore};
 
 /// What is held in process, and whether it may be answered from.
@@ -49,13 +46,19 @@ impl Held {
     }
 
     /// Trusts nothing that is held now.
-    fn lose(&self) {
+    pub(super) fn lose(&self) {
         self.alive_until.store(0, Ordering::Release);
         self.memory.drop_local(&self.era);
     }
 
+    /// Every drop before `since` has been heard of, which is good for so long.
+    pub(super) fn prove(&self, since: Instant, good_for: Duration) {
+        let since = since.saturating_duration_since(self.start);
+        self.alive_until.store((since + good_for).as_millis() as u64, Ordering::Release);
+    }
+
     /// Takes one push. It runs on the connection's own task, before any reply that came after it is handed out.
-    fn hear(&self, push: &PushInfo, prefix: &[u8]) {
+    pub(super) fn hear(&self, push: &PushInfo, prefix: &[u8]) {
         match push.kind {
             PushKind::Disconnection => self.lose(),
             PushKind::Invalidate => match push.data.first() {
@@ -101,15 +104,7 @@ impl Tracking {
     async fn begin(held: &Arc<Held>, link: &Arc<Link>) -> Result<Self, RedisError> {
         let refused = |what| RedisError::from((redis::ErrorKind::Client, what));
         let session = link.session().ok_or_else(|| refused("no connection yet"))?;
-        #[cfg(feature = "redis-cluster")]
-        if matches!(session.connection, Connection::Cluster(_)) {
-            return Err(refused("a cluster is tracked node by node"));
-        }
-        let client = match link.address.target().await? {
-            Target::Single(client) => client,
-            #[cfg(feature = "redis-cluster")]
-            Target::Cluster(_) => return Err(refused("a cluster is tracked node by node")),
-        };
+        let client = link.address.client().await?;
         let prefix = format!("{}g:", session.space);
         let ears = Arc::downgrade(held);
         let heard = prefix.clone().into_bytes();
@@ -120,7 +115,7 @@ impl Tracking {
             Ok::<_, std::convert::Infallible>(())
         });
         let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
-        let space = link.space(&mut Connection::Single(connection.clone())).await?;
+        let space = link.space(&mut connection).await?;
         if space != session.space {
             return Err(refused("another server than the one in use"));
         }
@@ -134,7 +129,7 @@ impl Tracking {
     /// Beats until the connection is silent, or the link has gone elsewhere.
     async fn watch(mut self, heartbeat: Duration) {
         while let Some(held) = self.held.upgrade() {
-            let sent = held.now();
+            let sent = Instant::now();
             let ping = redis::cmd("PING");
             let answered = timeout(heartbeat, ping.query_async::<Value>(&mut self.connection)).await;
             let session = self.link.upgrade().and_then(|link| link.session());
@@ -142,10 +137,9 @@ impl Tracking {
                 held.lose();
                 return;
             }
-            held.alive_until.store(sent + 2 * heartbeat.as_millis() as u64, Ordering::Release);
-            let rest = heartbeat.saturating_sub(Duration::from_millis(held.now() - sent));
+            held.prove(sent, heartbeat * 2);
             drop(held);
-            tokio::time::sleep(rest).await;
+            tokio::time::sleep(heartbeat.saturating_sub(sent.elapsed())).await;
         }
     }
 }
