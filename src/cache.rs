@@ -40,6 +40,8 @@ struct Inner {
     report_header: bool,
     fence: Option<FenceTimes>,
     on_unreachable: OnUnreachable,
+    targeted_header: HeaderName,
+    http: HttpOptions,
 }
 
 /// What becomes of writes while the store cannot be told about them.
@@ -123,6 +125,14 @@ impl Cache {
         &self.0.tag_header
     }
 
+    pub(crate) fn targeted_header(&self) -> &HeaderName {
+        &self.0.targeted_header
+    }
+
+    pub(crate) fn http(&self) -> &HttpOptions {
+        &self.0.http
+    }
+
     pub(crate) fn report_header(&self) -> bool {
         self.0.report_header
     }
@@ -130,6 +140,11 @@ impl Cache {
     /// Whether everything works; `false` while the shared store cannot be reached, and requests go to the origin.
     pub fn is_healthy(&self) -> bool {
         self.0.engine.is_reachable()
+    }
+
+    /// The time as dates in headers have it.
+    pub(crate) fn date(&self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_millis(self.0.engine.now())
     }
 
     pub(crate) fn rejects(&self) -> bool {
@@ -259,7 +274,17 @@ pub struct CacheBuilder {
     tag_header: String,
     report_header: bool,
     on_unreachable: OnUnreachable,
+    targeted_header: String,
+    http: HttpOptions,
     clock: Clock,
+}
+
+/// What the HTTP side does besides.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HttpOptions {
+    pub(crate) entity_tags: bool,
+    pub(crate) request_directives: bool,
+    pub(crate) show_keys: bool,
 }
 
 impl Default for CacheBuilder {
@@ -274,6 +299,8 @@ impl Default for CacheBuilder {
             tag_header: "cache-tag".to_owned(),
             report_header: false,
             on_unreachable: OnUnreachable::default(),
+            targeted_header: "tower-cache-control".to_owned(),
+            http: HttpOptions { entity_tags: true, request_directives: false, show_keys: false },
             clock: Clock::default(),
         }
     }
@@ -400,6 +427,34 @@ impl CacheBuilder {
         self
     }
 
+    /// Gives responses without an `ETag` a strong one, so that clients can ask whether what they have is still good; by
+    /// default on.
+    pub fn entity_tags(mut self, on: bool) -> Self {
+        self.http.entity_tags = on;
+        self
+    }
+
+    /// Honours `Cache-Control` in requests: `no-cache`, `no-store`, `max-age`, `min-fresh`, `max-stale` and
+    /// `only-if-cached` (RFC 9111, section 5.2.1). By default off, because it lets any client defeat the cache.
+    pub fn request_directives(mut self, on: bool) -> Self {
+        self.http.request_directives = on;
+        self
+    }
+
+    /// The response header whose directives are for this cache alone, and count instead of `Cache-Control` and `Expires`
+    /// (RFC 9213); by default `tower-cache-control`.
+    pub fn targeted_header(mut self, name: impl Into<String>) -> Self {
+        self.targeted_header = name.into();
+        self
+    }
+
+    /// Says the key in `Cache-Status`, for debugging: it holds the tenant and whatever the request is stored by. By
+    /// default off.
+    pub fn show_keys(mut self, on: bool) -> Self {
+        self.http.show_keys = on;
+        self
+    }
+
     /// The source of time, for tests. By default the wall clock at start, carried on by the monotonic clock.
     pub fn clock<F: Fn() -> SystemTime + Send + Sync + 'static>(mut self, now: F) -> Self {
         self.clock = Clock::Custom(Arc::new(now));
@@ -445,6 +500,9 @@ impl CacheBuilder {
         };
         let tag_header = HeaderName::try_from(&self.tag_header)
             .map_err(|_| ConfigError::new(format!("tag header `{}` is not a header name", self.tag_header)))?;
+        let targeted_header = HeaderName::try_from(&self.targeted_header).map_err(|_| {
+            ConfigError::new(format!("targeted header `{}` is not a header name", self.targeted_header))
+        })?;
         Ok(Cache(Arc::new(Inner {
             catalogue,
             cascades,
@@ -456,6 +514,8 @@ impl CacheBuilder {
             report_header: self.report_header,
             fence,
             on_unreachable: self.on_unreachable,
+            targeted_header,
+            http: self.http,
         })))
     }
 }

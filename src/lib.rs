@@ -24,7 +24,7 @@
 //! # async fn write(Path(id): Path<String>) -> Json<String> { Json(id) }
 //! ```
 //!
-//! The first `GET /agents/42` of a tenant answers `cache-status: tower-cache-aside; fwd=miss; stored`, the second
+//! The first `GET /agents/42` of a tenant answers `cache-status: tower-cache-aside; fwd=uri-miss; stored`, the second
 //! `…; hit; ttl=3599`; after a `PUT /agents/42` the next misses.
 //!
 //! # The guarantee
@@ -81,11 +81,12 @@ mod route;
 pub mod store;
 
 pub use cache::{Cache, CacheBuilder, Invalidation, OnUnreachable};
-pub use catalog::{Cascade, Coalesce, Config, ConfigError, DataType, Ttl};
+pub use catalog::{Cascade, Coalesce, Config, ConfigError, DataType, Freshness, Ttl};
 pub use engine::{EntryBuilder, Fetch, Generate, Invalidated, Report, Source};
 pub use key::{Key, Tag};
 pub use layer::{
-    CacheAside, CacheAsideLayer, CacheBody, CacheTags, Invalidate, InvalidateBody, InvalidateLayer, ResponseFuture,
+    CacheAside, CacheAsideLayer, CacheBody, CacheTags, Invalidate, InvalidateBody, InvalidateLayer, NoCache,
+    ResponseFuture,
 };
 pub use route::{Credentials, Mutation, Query, Route};
 

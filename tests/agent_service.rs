@@ -51,7 +51,7 @@ async fn every_read_misses_then_hits() {
         let before = http.origin_calls(data_type).await;
         let miss = http.get(path).await;
         assert_eq!(miss.status, 200, "{path}");
-        assert_eq!(miss.header("cache-status"), "tower-cache-aside; fwd=miss; stored", "{path}");
+        assert_eq!(miss.header("cache-status"), "tower-cache-aside; fwd=uri-miss; stored; fwd-status=200", "{path}");
         for _ in 0..3 {
             let hit = http.get(path).await;
             assert!(hit.is_hit(), "{path}: {hit:?}");
@@ -369,7 +369,7 @@ async fn a_stampede_is_one_read_of_the_database() {
     for task in tasks {
         let reply = task.await.unwrap();
         assert_eq!(reply.json()["name"], "first");
-        stored += usize::from(reply.header("cache-status").ends_with("; stored"));
+        stored += usize::from(reply.header("cache-status").contains("; stored"));
     }
     assert_eq!((http.origin_calls("agent").await, stored), (1, 1));
 }

@@ -106,7 +106,7 @@ async fn a_thousand_misses_are_one_call() {
     for task in crowd {
         let reply = task.await.unwrap().unwrap();
         assert_eq!(reply.text(), "0");
-        collapsed += usize::from(reply.cache_status() == "fwd=miss; collapsed");
+        collapsed += usize::from(reply.cache_status() == "fwd=uri-miss; collapsed");
     }
     assert_eq!((origin.calls(), collapsed), (1, 999));
 }

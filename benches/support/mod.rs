@@ -50,7 +50,7 @@ pub fn headers() -> HeaderMap {
     for (name, value) in [
         ("content-type", "application/json"),
         ("content-length", "1024"),
-        ("date", "Mon, 23 Nov 2026 12:00:00 GMT"),
+        ("x-served-by", "bench-17"),
         ("etag", "\"33a64df551425fcc55e4d42a148795d9f25f89d4\""),
         ("x-request-id", "0b7c9c3e-5f0a-4f7a-9d3c-0d7d2f1c8a11"),
         ("server", "bench"),

@@ -36,12 +36,75 @@ pub(crate) struct Policy {
     pub(crate) tier: Tier,
     #[serde(default)]
     pub(crate) coalesce: Coalesce,
+    #[serde(default)]
+    pub(crate) freshness: Freshness,
+    #[serde(default, deserialize_with = "config::duration")]
+    pub(crate) stale_while_revalidate: Option<Duration>,
+    #[serde(default, deserialize_with = "config::duration")]
+    pub(crate) stale_if_error: Option<Duration>,
+    #[serde(default)]
+    pub(crate) serve_invalidated_on_error: bool,
+    #[serde(default, deserialize_with = "config::duration")]
+    pub(crate) soft_timeout: Option<Duration>,
+    #[serde(default)]
+    pub(crate) early_refresh: f64,
+    #[serde(default)]
+    pub(crate) jitter: f64,
+    #[serde(default)]
+    pub(crate) negative: Option<Negative>,
+    #[serde(default)]
+    pub(crate) stores_cookies: bool,
 }
 
 impl From<Ttl> for Policy {
     fn from(ttl: Ttl) -> Self {
-        Self { ttl, tier: Tier::default(), coalesce: Coalesce::default() }
+        Self {
+            ttl,
+            tier: Tier::default(),
+            coalesce: Coalesce::default(),
+            freshness: Freshness::default(),
+            stale_while_revalidate: None,
+            stale_if_error: None,
+            serve_invalidated_on_error: false,
+            soft_timeout: None,
+            early_refresh: 0.0,
+            jitter: 0.0,
+            negative: None,
+            stores_cookies: false,
+        }
     }
+}
+
+impl Policy {
+    /// The TTL, shortened by a random part of the jitter.
+    pub(crate) fn jittered(&self) -> Option<Duration> {
+        let ttl = self.ttl.duration()?;
+        Some(if self.jitter > 0.0 { ttl.mul_f64(1.0 - self.jitter * rand::random::<f64>()) } else { ttl })
+    }
+}
+
+/// Which word counts on how long a response stays fresh.
+///
+/// In a file: `freshness = "tighten"` or `"response"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Freshness {
+    /// The data type's TTL, unless the response asks for less (`Cache-Control`, `Expires`); it can never ask for more.
+    #[default]
+    Tighten,
+    /// The response's, as RFC 9111 has it for a shared cache: also for longer than the TTL, also for errors, by
+    /// heuristics if it names only when it was last modified, and with a conditional request to the inner service when
+    /// it is no longer fresh. The TTL, which may be zero, is for responses that say nothing.
+    Response,
+}
+
+/// Statuses that are kept for a while although they are no success.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Negative {
+    pub(crate) statuses: Vec<u16>,
+    pub(crate) ttl: Ttl,
 }
 
 /// How far single flight reaches.
@@ -78,6 +141,78 @@ impl DataType {
         self.policy.coalesce = coalesce;
         self
     }
+
+    /// Whose word counts on how long a response stays fresh; by default [`Freshness::Tighten`].
+    #[must_use]
+    pub fn freshness(mut self, freshness: Freshness) -> Self {
+        self.policy.freshness = freshness;
+        self
+    }
+
+    /// For this long after it expired a response is still served, while one request refreshes it in the background
+    /// (RFC 5861); by default not at all. An invalidated one never is.
+    #[must_use]
+    pub fn stale_while_revalidate(mut self, window: Duration) -> Self {
+        self.policy.stale_while_revalidate = Some(window);
+        self
+    }
+
+    /// For this long after it expired a response is still served when the inner service fails: a 5xx or an error (RFC
+    /// 5861); by default not at all. An invalidated one is not, unless
+    /// [so declared](Self::serve_invalidated_on_error).
+    #[must_use]
+    pub fn stale_if_error(mut self, window: Duration) -> Self {
+        self.policy.stale_if_error = Some(window);
+        self
+    }
+
+    /// On error, serves even what a write has made stale; needs [`stale_if_error`](Self::stale_if_error), and counts
+    /// its window from the expiry too.
+    #[must_use]
+    pub fn serve_invalidated_on_error(mut self) -> Self {
+        self.policy.serve_invalidated_on_error = true;
+        self
+    }
+
+    /// Serves an expired response that [`stale_if_error`](Self::stale_if_error) would allow when the inner service has
+    /// not answered after this long; its answer is stored when it comes.
+    #[must_use]
+    pub fn soft_timeout(mut self, timeout: Duration) -> Self {
+        self.policy.soft_timeout = Some(timeout);
+        self
+    }
+
+    /// Refreshes in the background before the expiry, with a probability that grows towards it, so that popular entries
+    /// never expire and never in a stampede (XFetch: Vattani et al., VLDB 2015). `beta` is usually 1, more is earlier; by
+    /// default 0, never. The time the last load took is measured.
+    #[must_use]
+    pub fn early_refresh(mut self, beta: f64) -> Self {
+        self.policy.early_refresh = beta;
+        self
+    }
+
+    /// Shortens each entry's TTL by a random part of it, up to this share (0.1 for a tenth), so that what was filled
+    /// together doesn't expire together; by default 0.
+    #[must_use]
+    pub fn jitter(mut self, share: f64) -> Self {
+        self.policy.jitter = share;
+        self
+    }
+
+    /// Also keeps responses with these statuses (404, 410), with a TTL of their own.
+    #[must_use]
+    pub fn negative(mut self, statuses: impl IntoIterator<Item = u16>, ttl: impl Into<Ttl>) -> Self {
+        self.policy.negative = Some(Negative { statuses: statuses.into_iter().collect(), ttl: ttl.into() });
+        self
+    }
+
+    /// Stores responses with `Set-Cookie` as well, which everybody in the tenant then gets. For origins whose
+    /// `Cache-Control` is to be taken at its word.
+    #[must_use]
+    pub fn stores_cookies(mut self) -> Self {
+        self.policy.stores_cookies = true;
+        self
+    }
 }
 
 /// The data types that have a TTL without being declared.
@@ -101,10 +236,31 @@ impl Catalogue {
             if name.is_empty() {
                 return Err(ConfigError::new("a data type has an empty name; give it one"));
             }
-            if policy.ttl.duration() == Some(Duration::ZERO) {
+            if policy.ttl.duration() == Some(Duration::ZERO) && policy.freshness == Freshness::Tighten {
                 return Err(ConfigError::new(format!(
                     "data type `{name}`: a TTL of zero (or under a millisecond) would never hit; \
                      give it a longer one, or take its routes out"
+                )));
+            }
+            if !(0.0..1.0).contains(&policy.jitter) {
+                return Err(ConfigError::new(format!(
+                    "data type `{name}`: a jitter of {} is no share of the TTL; choose one from 0 to below 1",
+                    policy.jitter
+                )));
+            }
+            if !(0.0..=1_000.0).contains(&policy.early_refresh) {
+                return Err(ConfigError::new(format!(
+                    "data type `{name}`: early_refresh = {} makes no sense; 1 is usual, 0 turns it off",
+                    policy.early_refresh
+                )));
+            }
+            let needs_window = [
+                ("serve_invalidated_on_error", policy.serve_invalidated_on_error),
+                ("soft_timeout", policy.soft_timeout.is_some()),
+            ];
+            if let Some((setting, _)) = needs_window.iter().find(|(_, on)| *on && policy.stale_if_error.is_none()) {
+                return Err(ConfigError::new(format!(
+                    "data type `{name}`: {setting} needs stale_if_error, which says for how long"
                 )));
             }
             if map.insert(name.clone(), policy.clone()).is_some() {

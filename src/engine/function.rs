@@ -16,7 +16,7 @@ use super::{Attempt, Begin, Landed, Leader};
 use crate::{
     Cache,
     key::{Key, KeyBuf, Tag, push_ids, push_tenant, push_type},
-    store::{Entry, Payload},
+    store::{Entry, Lifetime, Payload},
 };
 
 /// Where a value came from.
@@ -214,7 +214,7 @@ where
     let start = Instant::now();
     let (key, tags) = entry.key();
     let policy = entry.cache.policy(&entry.data_type);
-    let ttl = policy.ttl.duration();
+    let ttl = policy.jittered();
     let EntryBuilder { cache, data_type, resource, .. } = entry;
     let report = |loaded: Option<&Loaded<V>>, lookup| Report {
         source: loaded.map_or(Source::Cache, |l| l.source),
@@ -235,7 +235,7 @@ where
             Begin::Lead(leader) => break Some(leader),
             Begin::Unavailable => break None,
             Begin::Hit(entry) | Begin::Collapsed(entry) => Some(entry),
-            Begin::Follow(flight) => match engine.follow(flight).await {
+            Begin::Follow(flight, _) => match engine.follow(flight).await {
                 Landed::Done(entry) => Some(entry),
                 Landed::Unshareable | Landed::Failed => None,
             },
@@ -271,7 +271,7 @@ where
 async fn store(leader: Leader, json: serde_json::Result<Vec<u8>>, keep: bool, ttl: Option<Duration>) {
     match json {
         Ok(json) => {
-            let sealed = leader.seal(Payload::Value(Bytes::from(json)), vec![], ttl).await;
+            let sealed = leader.seal(Payload::Value(Bytes::from(json)), vec![], Lifetime::fresh_for(ttl), None).await;
             if let Some(sealed) = sealed.filter(|_| keep) {
                 tokio::spawn(sealed.store());
             }
@@ -285,6 +285,6 @@ fn decode<V: DeserializeOwned>(entry: &Entry) -> Option<V> {
         Payload::Value(json) => serde_json::from_slice(json)
             .inspect_err(|error| tracing::warn!(%error, "cached value has another shape: loading it anew"))
             .ok(),
-        Payload::Response(_) => None,
+        Payload::Response(_) | Payload::Vary(_) => None,
     }
 }

@@ -21,13 +21,16 @@ use flight::{Flight, Flights, Follower};
 pub use function::{EntryBuilder, Fetch, Generate, Report, Source};
 pub use invalidated::Invalidated;
 
+use http::HeaderName;
 use quick_cache::sync::Cache as Memo;
 use tokio::runtime::Handle;
 
 use crate::{
     catalog::{Coalesce, Drops, Policy},
     key::{Key, Tag},
-    store::{Entry, Fence, Generation, Lookup, Mark, Millis, Payload, Stamp, Store, StoreError, TagGroup, Tier},
+    store::{
+        Entry, Fence, Generation, Lifetime, Lookup, Mark, Millis, Payload, Stamp, Store, StoreError, TagGroup, Tier,
+    },
 };
 
 /// How long a key whose response could not be shared is loaded by each request on its own, without waiting.
@@ -67,6 +70,28 @@ pub(crate) struct Attempt {
     pub(crate) alone: bool,
     /// What is stored is of no use to it, and is to be replaced.
     pub(crate) reload: bool,
+    /// What is stored is good, and is to be replaced, unless somebody does so already.
+    pub(crate) refresh: bool,
+}
+
+/// What is stored and not fresh, and may still be of use.
+#[derive(Clone)]
+pub(crate) struct Stale {
+    pub(crate) entry: Arc<Entry>,
+    /// A write has made it stale, not just time.
+    pub(crate) invalidated: bool,
+}
+
+impl Stale {
+    /// Whether to serve it while it is refreshed.
+    pub(crate) fn serves_meanwhile(&self, now: Millis) -> bool {
+        !self.invalidated && now < self.entry.refresh_until
+    }
+
+    /// Whether to serve it when the origin fails.
+    pub(crate) fn serves_on_error(&self, now: Millis, policy: &Policy) -> bool {
+        now < self.entry.on_error_until && (!self.invalidated || policy.serve_invalidated_on_error)
+    }
 }
 
 /// What a request has to do.
@@ -78,7 +103,7 @@ pub(crate) enum Begin {
     /// Call the origin, and tell the others.
     Lead(Leader),
     /// Wait for another's call, which began under the generations that are current now.
-    Follow(Follower),
+    Follow(Follower, Option<Stale>),
     /// Call the origin: the store cannot be asked.
     Unavailable,
 }
@@ -110,6 +135,7 @@ impl Engine {
         let seen = self.flights.current(key);
         let mut asked = tags.to_vec();
         asked.extend(memo.iter().flat_map(|m| m.late.iter()).filter(|t| !tags.contains(t)).cloned());
+        let mut stale = None;
         for _ in 0..2 {
             let Lookup { entry, generations } = match self.store.lookup(key, &asked, policy.tier).await {
                 Ok(found) => found,
@@ -117,8 +143,17 @@ impl Engine {
             };
             let Some(entry) = entry else { break };
             match validity(&entry, tags, &asked, &generations) {
-                Validity::Valid if entry.is_fresh(self.now()) && !attempt.reload => return Begin::Hit(entry),
-                Validity::Valid | Validity::Invalid => break,
+                Validity::Valid if entry.is_fresh(self.now()) && !attempt.reload && !attempt.refresh => {
+                    return Begin::Hit(entry);
+                }
+                Validity::Valid => {
+                    stale = Some(Stale { entry, invalidated: false });
+                    break;
+                }
+                Validity::Invalid => {
+                    stale = Some(Stale { entry, invalidated: true });
+                    break;
+                }
                 Validity::Unknown(late) => {
                     self.remember_late(key, &late);
                     asked.extend(late);
@@ -137,10 +172,12 @@ impl Engine {
         let leader = |flight| Leader {
             engine: self.clone(),
             key: key.clone(),
+            primary: key.clone(),
             flight,
             named: tags.len(),
             mark: opened.mark,
             tier: policy.tier,
+            stale: stale.clone(),
             landed: false,
             claimed: false,
         };
@@ -151,7 +188,7 @@ impl Engine {
             None => {}
             Some(other) => {
                 return match other.landed() {
-                    None => Begin::Follow(other),
+                    None => Begin::Follow(other, stale),
                     Some(Landed::Done(entry)) if self.is_proven(&entry, flight.tags()).await => Begin::Hit(entry),
                     // It failed before this request came: that is no reason to wait.
                     Some(_) => Begin::Lead(leader(flight)),
@@ -160,7 +197,7 @@ impl Engine {
         }
         let leader = leader(flight);
         // A flight may have begun and landed since the look-up; its entry was stored before it was taken off the table.
-        if let Some(entry) = self.peek(key.as_bytes(), self.now()) {
+        if let Some(entry) = self.peek(key.as_bytes(), self.now()).filter(|_| !attempt.refresh) {
             leader.flight.land(Landed::Done(entry.clone()));
             return Begin::Hit(entry);
         }
@@ -196,9 +233,16 @@ impl Engine {
         let asked = flight.tags();
         let start = Instant::now();
         let mut pause = Duration::from_millis(5);
+        // With something to serve meanwhile there is no need to wait: whoever has the claim refreshes it.
+        let meanwhile = leader.stale.clone().filter(|stale| stale.serves_meanwhile(self.now()));
         loop {
             match self.store.claim(&leader.key, CLAIM).await {
                 Ok(true) => leader.claimed = true,
+                Ok(false) if meanwhile.is_some() => {
+                    if let Some(stale) = meanwhile {
+                        return Begin::Hit(stale.entry);
+                    }
+                }
                 Ok(false) if start.elapsed() < CLAIM => {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_millis(50));
@@ -287,21 +331,37 @@ fn validity(entry: &Entry, required: &[Tag], asked: &[Tag], generations: &[Optio
 pub(crate) struct Leader {
     engine: Arc<Engine>,
     key: Key,
+    /// The key without request headers that responses turned out to vary by.
+    pub(crate) primary: Key,
     flight: Arc<Flight>,
     /// How many of the flight's tags the request names; the rest an earlier response declared.
     named: usize,
     mark: Mark,
     tier: Tier,
+    /// What was stored when it began, if anything was.
+    stale: Option<Stale>,
     landed: bool,
     /// Whether other processes wait for it.
     claimed: bool,
 }
 
 impl Leader {
+    /// What was stored when it began, and was not fresh or not wanted.
+    pub(crate) fn stale(&self) -> Option<&Stale> {
+        self.stale.as_ref()
+    }
+
     /// Makes an entry of what was loaded and gives it to the followers. `late` are tags that only the response
-    /// declares. `None` if one of those may have been dropped since the load began: then the response is good for
-    /// nobody but its own request.
-    pub(crate) async fn seal(self, payload: Payload, late: Vec<Tag>, ttl: Option<Duration>) -> Option<Sealed> {
+    /// declares, and `varied` says which request headers it depends on, and under which key it is stored for it. `None`
+    /// if one of the tags may have been dropped since the load began: then the response is good for nobody but its own
+    /// request.
+    pub(crate) async fn seal(
+        self,
+        payload: Payload,
+        late: Vec<Tag>,
+        life: Lifetime,
+        varied: Option<(Box<[HeaderName]>, Key)>,
+    ) -> Option<Sealed> {
         let tags = self.flight.tags();
         let mut declared: Vec<Tag> = vec![];
         for tag in late {
@@ -321,19 +381,8 @@ impl Leader {
             let generations = proven?;
             stamps.extend(declared.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
         }
-        let created = self.engine.now();
-        let expires = match ttl {
-            Some(ttl) => created.saturating_add(u64::try_from(ttl.as_millis()).unwrap_or(Millis::MAX)),
-            None => Millis::MAX,
-        };
-        let entry = Arc::new(Entry {
-            payload,
-            stamps: stamps.into(),
-            created,
-            expires,
-            keep_until: expires,
-            replay: Default::default(),
-        });
+        let entry = Entry::new(payload, stamps.into(), self.engine.now(), life);
+        let entry = Arc::new(Entry { varied, ..entry });
         self.flight.land(Landed::Done(entry.clone()));
         Some(Sealed { entry, leader: self })
     }
@@ -379,7 +428,19 @@ impl Sealed {
             return;
         }
         let engine = &self.leader.engine;
-        if let Err(error) = engine.store.fill(&self.leader.key, self.entry.clone(), self.leader.tier).await {
+        let mut filled = Ok(());
+        match &self.entry.varied {
+            None => filled = engine.store.fill(&self.leader.key, self.entry.clone(), self.leader.tier).await,
+            // First the response, then what leads to it.
+            Some((names, key)) => {
+                for (key, entry) in
+                    [(key, self.entry.clone()), (&self.leader.primary, Arc::new(self.entry.marker(names)))]
+                {
+                    filled = filled.and(engine.store.fill(key, entry, self.leader.tier).await);
+                }
+            }
+        }
+        if let Err(error) = filled {
             tracing::debug!(%error, "entry not stored");
         }
         self.leader.land(Landed::Done(self.entry));

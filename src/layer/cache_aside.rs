@@ -10,35 +10,37 @@ use std::{
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
-use http::{
-    HeaderMap, HeaderValue, Method, Request, Response,
-    header::{self, InvalidHeaderValue},
-    response,
-};
+use http::{HeaderMap, HeaderName, Method, Request, Response, StatusCode, header, request, response};
 use http_body::{Body, Frame};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
 use tower_layer::Layer;
 use tower_service::Service;
 use tracing::Instrument;
 
 use super::{
+    NoCache,
     body::{CacheBody, Piece},
-    cache_status::Handled,
-    future::ResponseFuture,
-    storable::{Storable, storable, stored_headers},
+    cache_status::{Forwarded, Handled, Reason},
+    freshness::{Exchange, Storable, judge, stored_headers, updated_headers},
+    future::{Finish, ResponseFuture},
+    serve::{Asked, entity_tag, serve, validate},
     tags,
 };
 use crate::{
     Cache,
-    engine::{Attempt, Begin, Landed, Leader},
+    catalog::Freshness,
+    engine::{Attempt, Begin, Landed, Leader, Stale},
     key::{Key, Tag},
-    route::ReadRoute,
-    store::{Entry, Millis, Payload, StoredResponse},
+    route::{ReadRoute, Wanted, variant_key},
+    store::{Entry, Lifetime, Payload, StoredResponse},
 };
 
 /// A body that streams for longer than this is not waited for by others, and not stored.
@@ -90,97 +92,142 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let method = request.method();
-        if *method != Method::GET && *method != Method::HEAD {
-            return ResponseFuture::pass(self.inner.call(request), None, CacheBody::inner);
-        }
         let (parts, body) = request.into_parts();
-        let Some(found) = self.cache.routes().read(&parts.method, &parts.uri) else {
+        let Some(found) = self.cache.routes().read(&parts.uri) else {
             return ResponseFuture::pass(self.inner.call(Request::from_parts(parts, body)), None, CacheBody::inner);
         };
         let route: &Arc<ReadRoute> = found.value;
-        let tenants = self.cache.tenant_source();
-        let bypass = match route.key(&parts, &found.params, tenants) {
-            Ok(_) if !body.is_end_stream() => "request-body",
-            Ok(key) => {
+        let passed = match self.wanted(route, &parts, &body, &found.params) {
+            Ok((wanted, asked)) => {
                 let engine = self.cache.engine();
                 let now = engine.now();
-                if let Some(response) = engine.peek(&key, now).and_then(|e| respond(&e, now, &parts.method, None)) {
-                    return ResponseFuture::ready(response);
+                let mut variant = None;
+                let mut entry = engine.peek(&wanted.key, now);
+                if let Some(Payload::Vary(names)) = entry.as_deref().map(|e| &e.payload) {
+                    let key = variant_key(&wanted.key, names, &parts.headers);
+                    let of_variant = engine.peek(&key, now);
+                    (variant, entry) = (Some(key), of_variant);
                 }
-                let tenant = tenants.tenant(&parts).unwrap_or_default();
-                let miss = Miss {
-                    key: Key::new(key),
-                    tags: route.tags(&tenant, &found.params),
-                    tenant: tenant.into_owned(),
-                    route: route.clone(),
-                    cache: self.cache.clone(),
-                };
-                // The inner service that was polled ready is called; its clone stays behind.
-                let clone = self.inner.clone();
-                let inner = std::mem::replace(&mut self.inner, clone);
-                return ResponseFuture::boxed(Box::pin(miss.answer(inner, Request::from_parts(parts, body))));
+                let entry = entry.filter(|entry| asked.accepts(entry, now));
+                let response = entry.as_ref().and_then(|entry| serve(entry, now, &asked, None));
+                let is_due = entry.is_some_and(|entry| entry.is_due(now, route.policy.early_refresh));
+                match response {
+                    Some(response) if !is_due => return ResponseFuture::ready(response),
+                    response => {
+                        let tenant = self.cache.tenant_source().tenant(&parts).unwrap_or_default();
+                        let primary = Key::new(wanted.key);
+                        let miss = Miss {
+                            key: variant.map_or_else(|| primary.clone(), Key::new),
+                            primary,
+                            tags: route.tags(&tenant, &found.params),
+                            tenant: tenant.into_owned(),
+                            needs_public: wanted.needs_public,
+                            route: route.clone(),
+                            cache: self.cache.clone(),
+                            asked,
+                        };
+                        // The inner service that was polled ready is called; its clone stays behind.
+                        let clone = self.inner.clone();
+                        let inner = std::mem::replace(&mut self.inner, clone);
+                        let request = Request::from_parts(parts, body);
+                        let Some(response) = response else {
+                            return ResponseFuture::boxed(Box::pin(miss.answer(inner, request)));
+                        };
+                        tokio::spawn(miss.refresh(inner, request).in_current_span());
+                        return ResponseFuture::ready(response);
+                    }
+                }
             }
-            Err(reason) => reason,
+            Err(handled) => Finish { handled, tag_header: self.cache.tag_header().clone() },
         };
-        let passed = self.inner.call(Request::from_parts(parts, body));
-        ResponseFuture::pass(passed, Some(Handled::Bypass(bypass)), CacheBody::inner)
+        ResponseFuture::pass(self.inner.call(Request::from_parts(parts, body)), Some(passed), CacheBody::inner)
     }
 }
 
-/// The response that an entry holds; `None` if it holds none.
-fn respond<R: Body>(
-    entry: &Entry,
-    now: Millis,
-    method: &Method,
-    handled: Option<Handled>,
-) -> Option<Response<CacheBody<R>>> {
-    let Payload::Response(stored) = &entry.payload else { return None };
-    let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now).map(|ttl| ttl.as_secs()));
-    let make = |handled: Handled| {
-        let mut headers = stored.headers.clone();
-        handled.append(&mut headers);
-        if let (Some(place), Ok(age)) = (headers.get_mut(header::AGE), number(age)) {
-            *place = age;
+impl<S> CacheAside<S> {
+    /// What a request of a cacheable route looks for, or why the cache leaves it alone.
+    fn wanted<B: Body>(
+        &self,
+        route: &ReadRoute,
+        parts: &request::Parts,
+        body: &B,
+        params: &matchit::Params<'_, '_>,
+    ) -> Result<(Wanted, Asked), Handled> {
+        let bypass = |detail| Forwarded::because(Reason::Bypass, detail);
+        if parts.method != Method::GET && parts.method != Method::HEAD {
+            return Err(Handled::Forwarded(Forwarded::new(Reason::Method)));
         }
-        headers
-    };
-    let mut headers = match handled {
-        None => entry.replay.headers(age, ttl.unwrap_or(0), || make(Handled::Hit { ttl })),
-        Some(handled) => make(handled),
-    };
-    let body = if *method == Method::HEAD {
-        if !stored.body.is_empty() && !headers.contains_key(header::CONTENT_LENGTH) {
-            headers.insert(header::CONTENT_LENGTH, stored.body.len().into());
+        let wanted = route.wanted(parts, params, self.cache.tenant_source()).map_err(bypass)?;
+        if !body.is_end_stream() {
+            return Err(bypass("request-body"));
         }
-        CacheBody::full(Bytes::new(), None)
-    } else {
-        CacheBody::full(stored.body.clone(), stored.trailers.clone())
-    };
-    let mut response = Response::new(body);
-    *response.status_mut() = stored.status;
-    *response.headers_mut() = headers;
-    Some(response)
-}
-
-/// A number as a header, in one allocation.
-fn number(number: u64) -> Result<HeaderValue, InvalidHeaderValue> {
-    HeaderValue::from_str(itoa::Buffer::new().format(number))
+        if parts.extensions.get::<NoCache>().is_some() {
+            return Err(bypass("no-cache"));
+        }
+        let http = self.cache.http();
+        let mut asked = Asked::new(parts, wanted.is_conditional, http.request_directives);
+        if asked.directives().is_some_and(|directives| directives.no_store) {
+            return Err(Forwarded::because(Reason::Request, "no-store"));
+        }
+        if http.show_keys {
+            asked.key = Some(Bytes::copy_from_slice(&wanted.key));
+        }
+        Ok((wanted, asked))
+    }
 }
 
 /// A request that was not answered on the spot.
 struct Miss {
+    /// The key without request headers that responses turned out to vary by.
+    primary: Key,
+    /// The key with them, as far as they are known.
     key: Key,
     tags: Vec<Tag>,
     tenant: Vec<u8>,
+    needs_public: bool,
     route: Arc<ReadRoute>,
     cache: Cache,
+    asked: Asked,
 }
 
-type Reply<R, E> = oneshot::Sender<Result<Response<CacheBody<R>>, E>>;
+type Replied<R, E> = Result<Response<CacheBody<R>>, E>;
+type Reply<R, E> = oneshot::Sender<Replied<R, E>>;
+
+/// What an entry is to a request that found it.
+enum Found<R: Body> {
+    Answer(Response<CacheBody<R>>),
+    /// The answer to other request headers; this one's is under another key.
+    Elsewhere(Key),
+    Useless,
+}
 
 impl Miss {
-    async fn answer<S, B, R>(self, mut inner: S, request: Request<B>) -> Result<Response<CacheBody<R>>, S::Error>
+    /// What to do with an entry that is fresh, or that is good enough although it is not.
+    fn found<R: Body>(&self, entry: &Entry, headers: &HeaderMap, handled: Option<Handled>) -> Found<R> {
+        let names = match (&entry.payload, &entry.varied) {
+            (Payload::Vary(names), _) => Some((names, None)),
+            (_, Some((names, key))) => Some((names, Some(key))),
+            _ => None,
+        };
+        if let Some((names, of_entry)) = names {
+            let own = Key::new(variant_key(self.primary.as_bytes(), names, headers));
+            if of_entry != Some(&own) {
+                return if own == self.key { Found::Useless } else { Found::Elsewhere(own) };
+            }
+        }
+        let now = self.cache.engine().now();
+        match serve(entry, now, &self.asked, handled) {
+            Some(response) if self.asked.accepts(entry, now) => Found::Answer(response),
+            _ => Found::Useless,
+        }
+    }
+
+    /// Serves what is not fresh, on purpose.
+    fn stale<R: Body>(&self, stale: &Stale) -> Option<Response<CacheBody<R>>> {
+        serve(&stale.entry, self.cache.engine().now(), &self.asked, None)
+    }
+
+    async fn answer<S, B, R>(mut self, mut inner: S, request: Request<B>) -> Result<Response<CacheBody<R>>, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
@@ -189,37 +236,106 @@ impl Miss {
         R: Body<Data = Bytes> + Send + 'static,
         R::Error: Send,
     {
-        let method = request.method().clone();
-        let engine = self.cache.engine();
-        let mut attempt = Attempt { alone: method == Method::HEAD, ..Attempt::default() };
+        let engine = self.cache.engine().clone();
+        let policy = self.route.policy.clone();
+        let only_if_cached = self.asked.directives().is_some_and(|directives| directives.only_if_cached);
+        let passes = if self.asked.head { Some("head") } else { self.asked.has_range().then_some("range") };
+        let mut attempt = Attempt { alone: passes.is_some(), ..Attempt::default() };
+        let mut reason = if self.key == self.primary { Reason::UriMiss } else { Reason::VaryMiss };
         let leader = loop {
-            let (entry, handled) = match engine.begin(&self.key, &self.tags, &self.route.policy, attempt).await {
+            let collapsed = Handled::Forwarded(Forwarded { collapsed: true, ..Forwarded::new(reason) });
+            let (entry, handled) = match engine.begin(&self.key, &self.tags, &policy, attempt).await {
                 Begin::Lead(leader) => break Some(leader),
                 Begin::Unavailable => break None,
                 Begin::Hit(entry) => (entry, None),
-                Begin::Collapsed(entry) => (entry, Some(Handled::Collapsed)),
-                Begin::Follow(flight) => match engine.follow(flight).await {
-                    Landed::Done(entry) => (entry, Some(Handled::Collapsed)),
-                    Landed::Unshareable | Landed::Failed => {
-                        attempt.failures += 1;
-                        continue;
+                Begin::Collapsed(entry) => (entry, Some(collapsed)),
+                Begin::Follow(flight, stale) => {
+                    let stale = stale.filter(|stale| matches!(stale.entry.payload, Payload::Response(_)));
+                    let now = engine.now();
+                    if let Some(response) =
+                        stale.as_ref().filter(|s| s.serves_meanwhile(now)).and_then(|s| self.stale(s))
+                    {
+                        return Ok(response);
                     }
-                },
+                    if only_if_cached {
+                        return Ok(gateway_timeout());
+                    }
+                    match engine.follow(flight).await {
+                        Landed::Done(entry) => (entry, Some(collapsed)),
+                        Landed::Unshareable => {
+                            attempt.failures += 1;
+                            continue;
+                        }
+                        Landed::Failed => {
+                            let served = stale.filter(|s| s.serves_on_error(engine.now(), &policy));
+                            if let Some(response) = served.and_then(|stale| self.stale(&stale)) {
+                                return Ok(response);
+                            }
+                            attempt.failures += 1;
+                            continue;
+                        }
+                    }
+                }
             };
-            match respond(&entry, engine.now(), &method, handled) {
-                Some(response) => return Ok(response),
-                None => attempt.reload = true,
+            match self.found(&entry, request.headers(), handled) {
+                Found::Answer(response) => return Ok(response),
+                Found::Elsewhere(key) => {
+                    (self.key, reason) = (key, Reason::VaryMiss);
+                    attempt.failures += 1;
+                }
+                Found::Useless => {
+                    attempt.reload = true;
+                    reason = Reason::Request;
+                }
             }
         };
-        if method == Method::HEAD {
+        let stale = leader.as_ref().and_then(Leader::stale).cloned();
+        let stale = stale.filter(|stale| matches!(stale.entry.payload, Payload::Response(_)));
+        let now = engine.now();
+        if let Some(stale) = stale.as_ref().filter(|stale| !stale.invalidated) {
+            if !stale.entry.is_fresh(now) {
+                reason = Reason::Stale;
+                if self.asked.accepts_stale(&stale.entry, now, self.cache.targeted_header())
+                    && let Some(response) = self.stale(stale)
+                {
+                    return Ok(response);
+                }
+            }
+            if stale.serves_meanwhile(now)
+                && !attempt.reload
+                && let Some(response) = self.stale(stale)
+            {
+                self.spawn_load(inner, request, leader, reason);
+                return Ok(response);
+            }
+        }
+        if only_if_cached {
+            return Ok(gateway_timeout());
+        }
+        if let Some(detail) = passes {
             drop(leader);
             let mut response = inner.call(request).await?;
-            Handled::Miss { stored: false, detail: Some("head") }.append(response.headers_mut());
+            response.headers_mut().remove(self.cache.tag_header());
+            let status = response.status();
+            let forwarded = Forwarded::because(reason, detail);
+            forwarded.append(response.headers_mut(), Some(status), self.asked.key.as_deref());
             return Ok(response.map(CacheBody::inner));
         }
-        let (reply, replied) = oneshot::channel();
-        let task = tokio::spawn(self.load(inner, request, leader, reply).in_current_span());
-        match replied.await {
+        let patience = policy.soft_timeout;
+        let patience = patience.zip(stale.filter(|s| !s.invalidated && s.serves_on_error(now, &policy)));
+        let asked = self.asked.clone();
+        let (task, mut replied) = self.spawn_load(inner, request, leader, reason);
+        let outcome = match patience {
+            None => replied.await,
+            Some((patience, stale)) => match tokio::time::timeout(patience, &mut replied).await {
+                Ok(outcome) => outcome,
+                Err(_) => match serve(&stale.entry, engine.now(), &asked, None) {
+                    Some(response) => return Ok(response),
+                    None => replied.await,
+                },
+            },
+        };
+        match outcome {
             Ok(result) => result,
             Err(_) => match task.await.map_err(tokio::task::JoinError::try_into_panic) {
                 Err(Ok(panic)) => std::panic::resume_unwind(panic),
@@ -229,13 +345,77 @@ impl Miss {
         }
     }
 
-    /// Calls the inner service, answers its request, and stores the response for others if it may be.
-    async fn load<S, B, R>(self, mut inner: S, request: Request<B>, leader: Option<Leader>, reply: Reply<R, S::Error>)
+    /// Replaces what has been served already, unless somebody else does.
+    async fn refresh<S, B, R>(self, inner: S, request: Request<B>)
     where
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
     {
-        let response = match inner.call(request).await {
+        let attempt = Attempt { refresh: true, ..Attempt::default() };
+        let begun = self.cache.engine().begin(&self.key, &self.tags, &self.route.policy, attempt).await;
+        if let Begin::Lead(leader) = begun {
+            let (nobody, _) = oneshot::channel();
+            self.load(inner, request, Some(leader), Reason::Stale, nobody).await;
+        }
+    }
+
+    /// Calls the inner service in a task, which goes on whatever becomes of its client.
+    fn spawn_load<S, B, R>(
+        self,
+        inner: S,
+        request: Request<B>,
+        leader: Option<Leader>,
+        reason: Reason,
+    ) -> (JoinHandle<()>, oneshot::Receiver<Replied<R, S::Error>>)
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+        R::Error: Send,
+    {
+        let (reply, replied) = oneshot::channel();
+        (tokio::spawn(self.load(inner, request, leader, reason, reply).in_current_span()), replied)
+    }
+
+    /// Calls the inner service, answers its request, and stores the response for others if it may be.
+    async fn load<S, B, R>(
+        self,
+        mut inner: S,
+        mut request: Request<B>,
+        mut leader: Option<Leader>,
+        reason: Reason,
+        reply: Reply<R, S::Error>,
+    ) where
+        S: Service<Request<B>, Response = Response<R>>,
+        R: Body<Data = Bytes>,
+    {
+        let engine = self.cache.engine().clone();
+        let policy = &self.route.policy;
+        let start = Instant::now();
+        let request_headers = request.headers().clone();
+        // The whole response is wanted; the client's conditions are met from that.
+        request.headers_mut().remove(header::IF_NONE_MATCH);
+        request.headers_mut().remove(header::IF_MODIFIED_SINCE);
+        if let Some(leader) = &mut leader {
+            leader.primary = self.primary.clone();
+        }
+        let stale = leader.as_ref().and_then(Leader::stale).cloned();
+        let known = stale.as_ref().filter(|stale| !stale.invalidated && policy.freshness == Freshness::Response);
+        let confirmable = known.and_then(|stale| match &stale.entry.payload {
+            Payload::Response(stored) => validate(request.headers_mut(), &stored.headers).then(|| stored.clone()),
+            _ => None,
+        });
+        let result = inner.call(request).await;
+        if !matches!(&result, Ok(response) if !response.status().is_server_error()) {
+            let served = stale.filter(|stale| stale.serves_on_error(engine.now(), policy));
+            if let Some(response) = served.and_then(|stale| self.stale(&stale)) {
+                let _ = reply.send(Ok(response));
+                return;
+            }
+        }
+        let response = match result {
             Ok(response) => response,
             Err(error) => {
                 drop(leader);
@@ -246,33 +426,111 @@ impl Miss {
         };
         let (mut parts, body) = response.into_parts();
         let late = tags::take(&mut parts, self.cache.tag_header(), &self.tenant, self.route.data_type());
-        let over_limit = body.size_hint().lower() > self.cache.body_limit() as u64;
+        let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(reason) };
+        let confirmed = confirmable.filter(|_| parts.status == StatusCode::NOT_MODIFIED);
+        if let Some(stored) = &confirmed {
+            parts.status = stored.status;
+            parts.headers = updated_headers(&stored.headers, &parts.headers);
+        }
+        let exchange = Exchange {
+            route: &self.route,
+            needs_public: self.needs_public,
+            targeted: self.cache.targeted_header(),
+            now: self.cache.date(),
+            took: start.elapsed(),
+        };
+        let over_limit = confirmed.is_none() && body.size_hint().lower() > self.cache.body_limit() as u64;
         let verdict = match (&late, over_limit) {
             (Err(reason), _) => Storable::No(reason),
             (Ok(_), true) => Storable::No("body-limit"),
-            (Ok(_), false) => storable(&self.route, &parts),
+            (Ok(_), false) => judge(&exchange, &parts),
         };
-        let (stored, detail) = match verdict {
-            Storable::Yes => (leader.is_some(), leader.is_none().then_some("store-unavailable")),
-            Storable::Shared(reason) => (false, Some(reason)),
-            Storable::No(reason) | Storable::Failed(reason) => (false, Some(reason)),
+        let (is_shared, is_alone) =
+            (matches!(verdict, Storable::Yes(..) | Storable::Shared(_)), matches!(verdict, Storable::No(_)));
+        let (life, names) = match verdict {
+            Storable::Yes(life, names) => {
+                forwarded.stored = leader.is_some();
+                forwarded.detail = leader.is_none().then_some("store-unavailable");
+                (life, names)
+            }
+            Storable::Shared(reason) => {
+                forwarded.detail = Some(reason);
+                (Lifetime::fresh_for(Some(Duration::ZERO)), Box::default())
+            }
+            Storable::No(reason) | Storable::Failed(reason) => {
+                forwarded.detail = Some(reason);
+                (Lifetime::default(), Box::default())
+            }
         };
-        let leader = match (leader, verdict) {
-            (Some(leader), Storable::Yes | Storable::Shared(_)) => leader,
-            (leader, verdict) => {
-                match (leader, verdict) {
-                    (Some(leader), Storable::No(_)) => leader.unshareable(),
-                    (leader, _) => drop(leader),
+        if let Some(stored) = confirmed {
+            self.confirm(leader, stored, parts, late.unwrap_or_default(), (life, names), forwarded, reply).await;
+            return;
+        }
+        let leader = match leader {
+            Some(leader) if is_shared => leader,
+            leader => {
+                match leader {
+                    Some(leader) if is_alone => leader.unshareable(),
+                    other => drop(other),
                 }
-                Handled::Miss { stored: false, detail }.append(&mut parts.headers);
+                let key = self.asked.key.as_deref();
+                Handled::Forwarded(forwarded).append(&mut parts.headers, None, key);
                 let _ = reply.send(Ok(Response::from_parts(parts, CacheBody::inner(body))));
                 return;
             }
         };
-        let load =
-            Load { leader, late: late.unwrap_or_default(), parts, stored, detail, limit: self.cache.body_limit() };
-        load.read(body, self.route.policy.ttl.duration(), reply).await;
+        let varied = self.varied(names, &request_headers);
+        let limit = self.cache.body_limit();
+        let adds_tag = self.cache.http().entity_tags
+            && parts.status == StatusCode::OK
+            && !parts.headers.contains_key(header::ETAG);
+        let load = Load { leader, late: late.unwrap_or_default(), parts, forwarded, life, varied, adds_tag, limit };
+        load.read(body, &self.asked, reply).await;
     }
+
+    /// Which headers the response depends on, and the key they give in this request.
+    fn varied(&self, names: Box<[HeaderName]>, headers: &HeaderMap) -> Option<(Box<[HeaderName]>, Key)> {
+        let key = (!names.is_empty()).then(|| Key::new(variant_key(self.primary.as_bytes(), &names, headers)));
+        key.map(|key| (names, key))
+    }
+
+    /// Stores what the origin has confirmed anew, and answers with it.
+    async fn confirm<R: Body, E>(
+        &self,
+        leader: Option<Leader>,
+        stored: StoredResponse,
+        parts: response::Parts,
+        late: Vec<Tag>,
+        (life, names): (Lifetime, Box<[HeaderName]>),
+        mut forwarded: Forwarded,
+        reply: Reply<R, E>,
+    ) {
+        let headers = stored_headers(&parts.headers);
+        let payload = Payload::Response(StoredResponse { headers, ..stored });
+        let engine = self.cache.engine();
+        let varied = (!names.is_empty()).then(|| (names, self.key.clone()));
+        let sealed = match leader.filter(|_| forwarded.stored) {
+            Some(leader) => leader.seal(payload.clone(), late, life, varied).await,
+            None => None,
+        };
+        forwarded.stored = sealed.as_ref().is_some_and(|sealed| !sealed.is_fenced());
+        let unstored = || Arc::new(Entry::new(payload, Box::default(), engine.now(), life));
+        let entry = sealed.as_ref().map_or_else(unstored, |sealed| sealed.entry.clone());
+        if let Some(response) = serve(&entry, engine.now(), &self.asked, Some(Handled::Forwarded(forwarded))) {
+            let _ = reply.send(Ok(response));
+        }
+        if let Some(sealed) = sealed {
+            sealed.store().await;
+        }
+    }
+}
+
+/// The answer to a request that wants nothing but what is stored, when nothing is (RFC 9111, section 5.2.1.7).
+fn gateway_timeout<R: Body>() -> Response<CacheBody<R>> {
+    let mut response = Response::new(CacheBody::full(Bytes::new(), None));
+    *response.status_mut() = StatusCode::GATEWAY_TIMEOUT;
+    Forwarded::because(Reason::Request, "only-if-cached").append(response.headers_mut(), None, None);
+    response
 }
 
 /// A response whose body is being read, to be stored or at least shared.
@@ -280,13 +538,16 @@ struct Load {
     leader: Leader,
     late: Vec<Tag>,
     parts: response::Parts,
-    stored: bool,
-    detail: Option<&'static str>,
+    forwarded: Forwarded,
+    life: Lifetime,
+    varied: Option<(Box<[HeaderName]>, Key)>,
+    /// It has no entity tag, and is to get one.
+    adds_tag: bool,
     limit: usize,
 }
 
 impl Load {
-    async fn read<R, E>(self, body: R, ttl: Option<Duration>, reply: Reply<R, E>)
+    async fn read<R, E>(mut self, body: R, asked: &Asked, reply: Reply<R, E>)
     where
         R: Body<Data = Bytes>,
     {
@@ -295,11 +556,6 @@ impl Load {
         let mut copy = Copy::default();
         let mut client = Client::Waiting(reply);
         let mut deadline = pin!(tokio::time::sleep(STREAM_LIMIT));
-        let head = |parts: &response::Parts, stored| {
-            let mut parts = parts.clone();
-            Handled::Miss { stored, detail: self.detail }.append(&mut parts.headers);
-            parts
-        };
         loop {
             let poll = poll_fn(|cx| match body.as_mut().poll_frame(cx) {
                 Poll::Ready(frame) => Poll::Ready(Read::<R>::Frame(frame)),
@@ -311,17 +567,17 @@ impl Load {
                 Ok(Read::Waits) => {
                     let (tx, rx) = mpsc::unbounded_channel();
                     copy.replay(&tx);
-                    let response = Response::from_parts(head(&self.parts, self.stored), CacheBody::tee(rx, &size));
+                    let response = Response::from_parts(self.head(asked), CacheBody::tee(rx, &size));
                     client = client.stream(response, tx);
                 }
                 Ok(Read::Frame(Some(Ok(frame)))) => {
                     let over = copy.push(&frame, self.limit);
                     client.send(Piece::Frame(frame));
                     if over {
-                        return self.give_up(client, copy, body, &size);
+                        return self.give_up(client, copy, body, &size, asked);
                     }
                 }
-                Ok(Read::TooLong) => return self.give_up(client, copy, body, &size),
+                Ok(Read::TooLong) => return self.give_up(client, copy, body, &size, asked),
                 Ok(Read::Frame(None)) => break,
                 Ok(Read::Frame(Some(Err(error)))) => {
                     drop(self.leader);
@@ -340,33 +596,62 @@ impl Load {
             }
         }
         let (data, trailers) = copy.into_parts();
+        if let (true, Ok(tag)) = (self.adds_tag, entity_tag(&data)) {
+            self.parts.headers.insert(header::ETAG, tag);
+        }
         let stored = StoredResponse {
             status: self.parts.status,
             headers: stored_headers(&self.parts.headers),
             body: data.clone(),
             trailers: trailers.clone(),
         };
-        let ttl = if self.stored { ttl } else { Some(Duration::ZERO) };
-        let sealed = self.leader.seal(Payload::Response(stored), self.late, ttl).await;
+        let (keep, mut forwarded) = (self.forwarded.stored, self.forwarded);
+        let sealed = self.leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
         match client {
             Client::Waiting(reply) => {
-                let mut parts = self.parts;
-                let stored = self.stored && sealed.as_ref().is_some_and(|s| !s.is_fenced());
-                Handled::Miss { stored, detail: self.detail }.append(&mut parts.headers);
-                let _ = reply.send(Ok(Response::from_parts(parts, CacheBody::full(data, trailers))));
+                forwarded.stored = keep && sealed.as_ref().is_some_and(|s| !s.is_fenced());
+                let handled = Handled::Forwarded(forwarded);
+                let conditional = sealed.as_ref().filter(|_| asked.conditions.is_some());
+                let response = conditional.and_then(|sealed| {
+                    let mut response = serve(&sealed.entry, sealed.entry.created, asked, Some(handled))?;
+                    if !self.parts.headers.contains_key(header::AGE) {
+                        response.headers_mut().remove(header::AGE);
+                    }
+                    Some(response)
+                });
+                let response = response.unwrap_or_else(|| {
+                    let mut parts = self.parts;
+                    handled.append(&mut parts.headers, None, asked.key.as_deref());
+                    Response::from_parts(parts, CacheBody::full(data, trailers))
+                });
+                let _ = reply.send(Ok(response));
             }
             mut streaming => streaming.send(Piece::End),
         }
-        if let Some(sealed) = sealed.filter(|_| self.stored) {
+        if let Some(sealed) = sealed.filter(|_| keep) {
             sealed.store().await;
         }
     }
 
+    /// The head of the response, for a client that gets the body while it is read.
+    fn head(&self, asked: &Asked) -> response::Parts {
+        let mut parts = self.parts.clone();
+        Handled::Forwarded(self.forwarded).append(&mut parts.headers, None, asked.key.as_deref());
+        parts
+    }
+
     /// Too large or too slow: the client reads on by itself, and those who wait call the origin.
-    fn give_up<R: Body, E>(self, client: Client<R, E>, copy: Copy, body: Pin<Box<R>>, size: &http_body::SizeHint) {
+    fn give_up<R: Body, E>(
+        mut self,
+        client: Client<R, E>,
+        copy: Copy,
+        body: Pin<Box<R>>,
+        size: &http_body::SizeHint,
+        asked: &Asked,
+    ) {
+        (self.forwarded.stored, self.forwarded.detail) = (false, Some("body-limit"));
+        let parts = self.head(asked);
         self.leader.unshareable();
-        let mut parts = self.parts;
-        Handled::Miss { stored: false, detail: Some("body-limit") }.append(&mut parts.headers);
         client.finish(copy, Piece::Rest(body), |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
     }
 }

@@ -1,7 +1,7 @@
 //! `Cache-Status` (RFC 9211): how a request was handled, on every response of a cacheable route.
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 pub(crate) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 
@@ -11,59 +11,109 @@ const NAME: &str = "tower-cache-aside";
 /// How a request was handled.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Handled {
-    /// From the cache; fresh for this many more seconds, or for ever.
+    /// From the cache; fresh for this many more seconds (fewer than none: stale), or for ever.
     Hit {
-        ttl: Option<u64>,
+        ttl: Option<i64>,
     },
-    Miss {
-        stored: bool,
-        detail: Option<&'static str>,
-    },
+    Forwarded(Forwarded),
+}
+
+/// Why and to what end a request went to the inner service.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Forwarded {
+    pub(crate) reason: Reason,
+    /// What the inner service answered, where that is not what the client gets.
+    pub(crate) status: Option<StatusCode>,
+    pub(crate) stored: bool,
     /// By waiting for another request's call.
-    Collapsed,
-    Bypass(&'static str),
+    pub(crate) collapsed: bool,
+    pub(crate) detail: Option<&'static str>,
+}
+
+/// The `fwd` parameter (RFC 9211, section 2.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// Nothing is stored for the URI, or a write has dropped it.
+    UriMiss,
+    /// What is stored answers other request headers.
+    VaryMiss,
+    /// What is stored is no longer fresh.
+    Stale,
+    /// The cache does not handle such requests.
+    Bypass,
+    /// Nor this method.
+    Method,
+    /// The request asked for it.
+    Request,
+}
+
+impl Reason {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::UriMiss => "uri-miss",
+            Self::VaryMiss => "vary-miss",
+            Self::Stale => "stale",
+            Self::Bypass => "bypass",
+            Self::Method => "method",
+            Self::Request => "request",
+        }
+    }
+}
+
+impl Forwarded {
+    pub(crate) fn new(reason: Reason) -> Self {
+        Self { reason, status: None, stored: false, collapsed: false, detail: None }
+    }
+
+    pub(crate) fn because(reason: Reason, detail: &'static str) -> Handled {
+        Handled::Forwarded(Self { detail: Some(detail), ..Self::new(reason) })
+    }
 }
 
 impl Handled {
-    fn write(self, out: &mut Vec<u8>) {
+    fn write(self, out: &mut Vec<u8>, forwarded_status: Option<StatusCode>, key: Option<&[u8]>) {
         out.extend_from_slice(NAME.as_bytes());
-        let detail = match self {
+        match self {
             Self::Hit { ttl } => {
                 out.extend_from_slice(b"; hit");
                 if let Some(ttl) = ttl {
                     out.extend_from_slice(b"; ttl=");
                     out.extend_from_slice(itoa::Buffer::new().format(ttl).as_bytes());
                 }
-                None
             }
-            Self::Miss { stored, detail } => {
-                out.extend_from_slice(b"; fwd=miss");
-                if stored {
-                    out.extend_from_slice(b"; stored");
+            Self::Forwarded(forwarded) => {
+                out.extend_from_slice(b"; fwd=");
+                out.extend_from_slice(forwarded.reason.as_str().as_bytes());
+                for (flag, on) in [(&b"; stored"[..], forwarded.stored), (b"; collapsed", forwarded.collapsed)] {
+                    if on {
+                        out.extend_from_slice(flag);
+                    }
                 }
-                detail
+                if let Some(detail) = forwarded.detail {
+                    out.extend_from_slice(b"; detail=");
+                    out.extend_from_slice(detail.as_bytes());
+                }
+                if let Some(status) = forwarded.status.or(forwarded_status) {
+                    out.extend_from_slice(b"; fwd-status=");
+                    out.extend_from_slice(status.as_str().as_bytes());
+                }
             }
-            Self::Collapsed => {
-                out.extend_from_slice(b"; fwd=miss; collapsed");
-                None
-            }
-            Self::Bypass(reason) => {
-                out.extend_from_slice(b"; fwd=bypass");
-                Some(reason)
-            }
-        };
-        if let Some(detail) = detail {
-            out.extend_from_slice(b"; detail=");
-            out.extend_from_slice(detail.as_bytes());
+        }
+        if let Some(key) = key {
+            // Keys are printable and have neither quotes nor backslashes.
+            out.extend_from_slice(b"; key=\"");
+            out.extend_from_slice(key);
+            out.push(b'"');
         }
     }
 
-    /// Appends this cache's member to the header, after those of caches nearer to the origin.
-    pub(crate) fn append(self, headers: &mut HeaderMap) {
+    /// Appends this cache's member to the header, after those of caches nearer to the origin. `status` is what the
+    /// inner service answered, if it was asked.
+    pub(crate) fn append(self, headers: &mut HeaderMap, status: Option<StatusCode>, key: Option<&[u8]>) {
         let mut text = Vec::with_capacity(64);
         // The usual case on a hit: stored headers have a place for it, so that the map does not grow.
         if let Some(place) = headers.get_mut(CACHE_STATUS).filter(|place| place.is_empty()) {
-            self.write(&mut text);
+            self.write(&mut text, status, key);
             if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(text)) {
                 *place = value;
             }
@@ -73,7 +123,7 @@ impl Handled {
             text.extend_from_slice(value.as_bytes());
             text.extend_from_slice(b", ");
         }
-        self.write(&mut text);
+        self.write(&mut text, status, key);
         if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(text)) {
             headers.insert(CACHE_STATUS, value);
         }

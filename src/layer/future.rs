@@ -6,10 +6,17 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use http::Response;
+use http::{HeaderName, Response};
 use pin_project_lite::pin_project;
 
 use super::cache_status::Handled;
+
+/// What is done to a response of a cacheable route that passes through.
+pub(crate) struct Finish {
+    pub(crate) handled: Handled,
+    /// Declared tags are for the cache alone.
+    pub(crate) tag_header: HeaderName,
+}
 
 pub(crate) type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<Response<T>, E>> + Send>>;
 
@@ -26,7 +33,7 @@ pin_project! {
     #[project = KindProj]
     enum Kind<F, R, T, E> {
         Ready { response: Option<Response<T>> },
-        Pass { #[pin] future: F, handled: Option<Handled>, body: fn(R) -> T },
+        Pass { #[pin] future: F, finish: Option<Finish>, body: fn(R) -> T },
         Boxed { future: Boxed<T, E> },
     }
 }
@@ -36,8 +43,8 @@ impl<F, R, T, E> ResponseFuture<F, R, T, E> {
         Self { kind: Kind::Ready { response: Some(response) } }
     }
 
-    pub(crate) fn pass(future: F, handled: Option<Handled>, body: fn(R) -> T) -> Self {
-        Self { kind: Kind::Pass { future, handled, body } }
+    pub(crate) fn pass(future: F, finish: Option<Finish>, body: fn(R) -> T) -> Self {
+        Self { kind: Kind::Pass { future, finish, body } }
     }
 
     pub(crate) fn boxed(future: Boxed<T, E>) -> Self {
@@ -54,10 +61,12 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().kind.project() {
             KindProj::Ready { response } => response.take().map_or(Poll::Pending, |r| Poll::Ready(Ok(r))),
-            KindProj::Pass { future, handled, body } => {
+            KindProj::Pass { future, finish, body } => {
                 let mut response = ready!(future.poll(cx))?;
-                if let Some(handled) = handled {
-                    handled.append(response.headers_mut());
+                if let Some(Finish { handled, tag_header }) = finish {
+                    response.headers_mut().remove(&*tag_header);
+                    let status = response.status();
+                    handled.append(response.headers_mut(), Some(status), None);
                 }
                 Poll::Ready(Ok(response.map(*body)))
             }

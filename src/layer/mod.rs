@@ -6,13 +6,15 @@
 mod body;
 mod cache_aside;
 mod cache_status;
+mod directives;
+mod freshness;
 mod future;
 mod invalidate;
-mod storable;
+mod serve;
 mod tags;
 
 pub use body::CacheBody;
 pub use cache_aside::{CacheAside, CacheAsideLayer};
 pub use future::ResponseFuture;
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
-pub use tags::CacheTags;
+pub use tags::{CacheTags, NoCache};

@@ -20,6 +20,11 @@ impl CacheTags {
     }
 }
 
+/// Keeps the cache out of one exchange: in the extensions of a request, which then goes to the inner service whatever is
+/// stored, and in those of a response, which is then not stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NoCache;
+
 /// Takes the declared tags out of a response. Malformed ones are an error of the handler: the response must then not be
 /// stored, since a cascade would not find it.
 pub(crate) fn take(

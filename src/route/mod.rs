@@ -12,8 +12,8 @@ mod tenant;
 pub use mutation::Mutation;
 pub(crate) use mutation::{Mutated, MutationRoute};
 pub use query::Query;
-pub(crate) use read::ReadRoute;
 pub use read::{Credentials, Route};
+pub(crate) use read::{ReadRoute, Wanted, variant_key};
 pub(crate) use tenant::TenantSource;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -99,14 +99,7 @@ impl Routes {
         self.entities.get(data_type).map_or(data_type, String::as_str)
     }
 
-    pub(crate) fn read<'m>(
-        &'m self,
-        method: &Method,
-        uri: &'m Uri,
-    ) -> Option<matchit::Match<'m, 'm, &'m Arc<ReadRoute>>> {
-        if *method != Method::GET && *method != Method::HEAD {
-            return None;
-        }
+    pub(crate) fn read<'m>(&'m self, uri: &'m Uri) -> Option<matchit::Match<'m, 'm, &'m Arc<ReadRoute>>> {
         self.reads.at(uri.path()).ok()
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use http::{HeaderName, header, request};
+use http::{HeaderMap, HeaderName, header, request};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use smallvec::SmallVec;
@@ -59,6 +59,10 @@ pub enum Credentials {
     Shared,
     /// The named request header identifies the user, and is part of the key. Without it the request is not cached.
     PerUser(String),
+    /// What the origin declares: the response to a request with `Authorization` is stored, and then serves everybody in
+    /// the tenant, if its `Cache-Control` says `public`, `s-maxage` or `must-revalidate` (RFC 9111, section 3.5). Cookies
+    /// are ignored.
+    Declared,
 }
 
 impl Route {
@@ -144,6 +148,36 @@ enum Credential {
     Bypass,
     Shared,
     PerUser(HeaderName),
+    Declared,
+}
+
+/// What a cacheable request looks for.
+pub(crate) struct Wanted {
+    pub(crate) key: KeyBuf,
+    /// It has conditions, a range or directives.
+    pub(crate) is_conditional: bool,
+    /// The response may be stored only if it says that it is for everybody.
+    pub(crate) needs_public: bool,
+}
+
+/// The key of the variant that a request asks for, where responses depend on these headers (RFC 9111, section 4.1): lines
+/// of one name are one list, and the spaces in it don't count.
+pub(crate) fn variant_key(primary: &[u8], names: &[HeaderName], headers: &HeaderMap) -> KeyBuf {
+    let mut key = primary.to_vec();
+    key.extend_from_slice(b";;;");
+    for name in names {
+        key.push(b';');
+        push_escaped(&mut key, name.as_str().as_bytes());
+        let mut values = header_values(headers, name).peekable();
+        if values.peek().is_some() {
+            let lines: Vec<_> = values.collect();
+            let line = lines.join(&b","[..]);
+            let members: Vec<_> = line.split(|&b| b == b',').map(<[u8]>::trim_ascii).collect();
+            key.push(b'=');
+            push_escaped(&mut key, &members.join(&b","[..]));
+        }
+    }
+    key
 }
 
 impl ReadRoute {
@@ -179,6 +213,7 @@ impl ReadRoute {
             Credentials::Bypass => Credential::Bypass,
             Credentials::Shared => Credential::Shared,
             Credentials::PerUser(name) => Credential::PerUser(header(name)?),
+            Credentials::Declared => Credential::Declared,
         };
         let digest = Sha256::digest(route.path.as_bytes());
         let mut type_part = KeyBuf::new();
@@ -213,13 +248,13 @@ impl ReadRoute {
         self.resource.map(|i| value(params, &self.pattern.params()[i].0).into_owned())
     }
 
-    /// The key of a request, or the reason why the cache must not answer it.
-    pub(crate) fn key(
+    /// What a request looks for, or the reason why the cache must not answer it.
+    pub(crate) fn wanted(
         &self,
         parts: &request::Parts,
         params: &matchit::Params<'_, '_>,
         tenants: &TenantSource,
-    ) -> Result<KeyBuf, &'static str> {
+    ) -> Result<Wanted, &'static str> {
         let tenant = tenants.tenant(parts)?;
         let headers = &parts.headers;
         let mut user = None;
@@ -230,13 +265,18 @@ impl ReadRoute {
                 _ => return Err("no-user"),
             }
         }
+        let (mut is_conditional, mut needs_public) = (false, false);
         // One pass over a handful of names is cheaper than asking for each of these.
         for name in headers.keys() {
             match *name {
                 header::AUTHORIZATION | header::COOKIE if matches!(self.credentials, Credential::Bypass) => {
                     return Err("credentials");
                 }
-                header::RANGE => return Err("range"),
+                header::AUTHORIZATION => needs_public = matches!(self.credentials, Credential::Declared),
+                header::IF_NONE_MATCH | header::IF_MODIFIED_SINCE | header::RANGE | header::CACHE_CONTROL => {
+                    is_conditional = true;
+                }
+                header::IF_MATCH | header::IF_UNMODIFIED_SINCE | header::IF_RANGE => return Err("precondition"),
                 header::UPGRADE => return Err("upgrade"),
                 _ => {}
             }
@@ -265,7 +305,7 @@ impl ReadRoute {
                 push_escaped(&mut key, value);
             }
         }
-        Ok(key)
+        Ok(Wanted { key, is_conditional, needs_public })
     }
 
     /// The tags of the entry: each entity of the path, and the type as a whole.

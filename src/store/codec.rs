@@ -1,13 +1,14 @@
 //! Entries as bytes, for stores outside this process.
 //!
 //! ```text
-//! version u8 · crc32 u32 (of all that follows) · flags u8 · created u64 · expires u64 · keep_until u64
+//! version u8 · crc32 u32 (of all that follows) · flags u8
+//! created u64 · expires u64 · refresh_until u64 · on_error_until u64 · keep_until u64 · load u32
 //! stamps  u16 × (tag: u16 length + bytes · generation u128)
 //! status  u16 · headers u16 × (name: u16 length + bytes · value: u32 length + bytes) · trailers likewise
 //! body    all the rest; LZ4 with its size in front, if the flags say so
 //! ```
 //!
-//! Numbers are little-endian. A value (of the cache-aside function) has no status, headers or trailers. Reading copies
+//! A list of header names that responses vary by is stored as headers without values. Numbers are little-endian. A value (of the cache-aside function) has no status, headers or trailers. Reading copies
 //! nothing but header names: the body and the header values are slices of what the store returned. Whatever cannot be
 //! read (foreign, truncated, corrupt, another version) is [`Unreadable`], which the store counts and treats as a miss.
 
@@ -17,13 +18,14 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use super::{Entry, Generation, Payload, Stamp, StoredResponse};
 use crate::key::Tag;
 
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// The version and the checksum.
 const HEAD: usize = 5;
 
 const RESPONSE: u8 = 1;
 const TRAILERS: u8 = 2;
 const LZ4: u8 = 4;
+const VARY: u8 = 8;
 
 /// Bodies from this size on are compressed.
 #[cfg(feature = "lz4")]
@@ -45,9 +47,11 @@ pub(crate) struct Encoded {
 }
 
 pub(crate) fn encode(entry: &Entry) -> Encoded {
+    let nothing = Bytes::new();
     let (body, response) = match &entry.payload {
         Payload::Value(body) => (body, None),
         Payload::Response(response) => (&response.body, Some(response)),
+        Payload::Vary(_) => (&nothing, None),
     };
     let packed = pack(body, response.map(|r| &r.headers));
     let tail: &[u8] = packed.as_deref().unwrap_or(body);
@@ -56,9 +60,10 @@ pub(crate) fn encode(entry: &Entry) -> Encoded {
     out.put_u8(VERSION);
     out.put_u32_le(0);
     out.put_u8(0);
-    for time in [entry.created, entry.expires, entry.keep_until] {
+    for time in [entry.created, entry.expires, entry.refresh_until, entry.on_error_until, entry.keep_until] {
         out.put_u64_le(time);
     }
+    out.put_u32_le(entry.load);
     put_count(&mut out, entry.stamps.len());
     for Stamp { tag, generation } in &entry.stamps {
         put_count(&mut out, tag.as_bytes().len());
@@ -73,6 +78,11 @@ pub(crate) fn encode(entry: &Entry) -> Encoded {
             flags |= TRAILERS;
             put_headers(&mut out, trailers);
         }
+    }
+    if let Payload::Vary(names) = &entry.payload {
+        flags |= VARY;
+        let names = names.iter().map(|name| (name.clone(), HeaderValue::from_static("")));
+        put_headers(&mut out, &names.collect());
     }
     out.put_slice(tail);
     out[HEAD] = flags;
@@ -89,12 +99,13 @@ pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
     let crc = u32::from_le_bytes([rest[1], rest[2], rest[3], rest[4]]);
     rest.advance(HEAD);
     let flags = rest[0];
-    if crc32fast::hash(&rest) != crc || flags & !(RESPONSE | TRAILERS | LZ4) != 0 {
+    if crc32fast::hash(&rest) != crc || flags & !(RESPONSE | TRAILERS | LZ4 | VARY) != 0 {
         return Err(Unreadable);
     }
     rest.advance(1);
     let mut time = || rest.try_get_u64_le().map_err(|_| Unreadable);
-    let (created, expires, keep_until) = (time()?, time()?, time()?);
+    let (created, expires, refresh_until, on_error_until, keep_until) = (time()?, time()?, time()?, time()?, time()?);
+    let load = rest.try_get_u32_le().map_err(|_| Unreadable)?;
     let count = rest.try_get_u16_le().map_err(|_| Unreadable)?;
     let mut stamps = Vec::with_capacity(count.into());
     for _ in 0..count {
@@ -112,12 +123,25 @@ pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
         let trailers = if flags & TRAILERS == 0 { None } else { Some(take_headers(&mut rest)?) };
         Some((status, headers, trailers))
     };
+    let names = if flags & VARY == 0 { None } else { Some(take_headers(&mut rest)?) };
     let body = if flags & LZ4 == 0 { rest } else { unpack(&rest)? };
     let payload = match response {
+        None if names.is_some() => Payload::Vary(names.iter().flat_map(HeaderMap::keys).cloned().collect()),
         None => Payload::Value(body),
         Some((status, headers, trailers)) => Payload::Response(StoredResponse { status, headers, body, trailers }),
     };
-    Ok(Entry { payload, stamps: stamps.into(), created, expires, keep_until, replay: Default::default() })
+    Ok(Entry {
+        payload,
+        stamps: stamps.into(),
+        created,
+        expires,
+        refresh_until,
+        on_error_until,
+        keep_until,
+        load,
+        varied: None,
+        replay: Default::default(),
+    })
 }
 
 /// Lengths fit: keys' parts are bounded, and HTTP servers bound headers far below.
@@ -221,7 +245,11 @@ mod tests {
             stamps: stamps.into(),
             created: 1,
             expires: u64::MAX,
-            keep_until: 3,
+            refresh_until: 2,
+            on_error_until: 3,
+            keep_until: 4,
+            load: 5,
+            varied: None,
             replay: Default::default(),
         }
     }
@@ -237,6 +265,14 @@ mod tests {
         fn what_is_written_is_read(body in proptest::collection::vec(0u8..4, 0..5_000), response: bool) {
             let headers = [("x-a", "1"), ("x-a", "2"), ("content-type", "text/plain")];
             let entry = entry(body, &headers, response);
+            let read = decode(encode(&entry).bytes.into()).unwrap();
+            prop_assert!(same(&entry, &read));
+        }
+
+        #[test]
+        fn names_of_headers_are_read(names in proptest::collection::btree_set("x-[a-z]{1,9}", 1..5)) {
+            let names: Box<[HeaderName]> = names.iter().map(|n| n.parse().unwrap()).collect();
+            let entry = Entry { payload: Payload::Vary(names), ..entry(vec![], &[], false) };
             let read = decode(encode(&entry).bytes.into()).unwrap();
             prop_assert!(same(&entry, &read));
         }

@@ -10,10 +10,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 
 use super::{Generation, Millis};
-use crate::key::Tag;
+use crate::key::{Key, Tag};
 
 /// A tag and the generation it had before the load began.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -42,6 +42,8 @@ pub(crate) enum Payload {
     Response(StoredResponse),
     /// A value of the cache-aside function, as JSON.
     Value(Bytes),
+    /// The responses depend on these request headers, and are stored under keys that hold them too.
+    Vary(Box<[HeaderName]>),
 }
 
 /// A stored response or value.
@@ -52,9 +54,41 @@ pub struct Entry {
     pub(crate) created: Millis,
     /// Fresh until then; `Millis::MAX` means for ever.
     pub(crate) expires: Millis,
-    /// Kept until then, to be served stale on purpose.
+    /// Served until then while it is refreshed.
+    pub(crate) refresh_until: Millis,
+    /// Served until then when the origin fails.
+    pub(crate) on_error_until: Millis,
+    /// Kept until then.
     pub(crate) keep_until: Millis,
+    /// How long it took to load, in milliseconds.
+    pub(crate) load: u32,
+    /// The request headers it is the answer to, and the key they give. Known to those who waited for it, until it is
+    /// stored under that key.
+    pub(crate) varied: Option<(Box<[HeaderName]>, Key)>,
     pub(crate) replay: Replay,
+}
+
+/// How long an entry is good for, counted from now.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Lifetime {
+    /// How old it is already.
+    pub(crate) age: Duration,
+    /// For how long from its beginning it is fresh; `None` means for ever.
+    pub(crate) fresh: Option<Duration>,
+    /// How much longer it is served while it is refreshed.
+    pub(crate) refresh: Duration,
+    /// How much longer it is served when the origin fails.
+    pub(crate) on_error: Duration,
+    /// How much longer it is kept to be validated.
+    pub(crate) validate: Duration,
+    /// How long it took to load.
+    pub(crate) load: Duration,
+}
+
+impl Lifetime {
+    pub(crate) fn fresh_for(fresh: Option<Duration>) -> Self {
+        Self { fresh, ..Self::default() }
+    }
 }
 
 /// The headers of a hit, which are the same for all hits of one second: made for the second hit, and cloned for the
@@ -68,9 +102,9 @@ pub(crate) struct Replay {
 
 impl Replay {
     /// The headers of this second, which `make` makes.
-    pub(crate) fn headers(&self, age: u64, ttl: u64, make: impl FnOnce() -> HeaderMap) -> HeaderMap {
+    pub(crate) fn headers(&self, age: u64, ttl: i64, make: impl FnOnce() -> HeaderMap) -> HeaderMap {
         // Zero is what it begins with; both halves are precise enough for two hits of different seconds to differ.
-        let second = ((age << 32) | (ttl & 0xffff_ffff)).wrapping_add(1);
+        let second = ((age << 32) | (ttl as u64 & 0xffff_ffff)).wrapping_add(1);
         if let Ok(made) = self.headers.try_read()
             && made.0 == second
         {
@@ -99,6 +133,39 @@ impl fmt::Debug for Replay {
 }
 
 impl Entry {
+    pub(crate) fn new(payload: Payload, stamps: Box<[Stamp]>, now: Millis, life: Lifetime) -> Self {
+        let millis = |d: Duration| u64::try_from(d.as_millis()).unwrap_or(Millis::MAX);
+        let created = now.saturating_sub(millis(life.age));
+        let expires = life.fresh.map_or(Millis::MAX, |fresh| created.saturating_add(millis(fresh)));
+        let (refresh_until, on_error_until) =
+            (expires.saturating_add(millis(life.refresh)), expires.saturating_add(millis(life.on_error)));
+        Self {
+            payload,
+            stamps,
+            created,
+            expires,
+            refresh_until,
+            on_error_until,
+            keep_until: refresh_until.max(on_error_until).max(expires.saturating_add(millis(life.validate))),
+            load: u32::try_from(life.load.as_millis()).unwrap_or(u32::MAX),
+            varied: None,
+            replay: Replay::default(),
+        }
+    }
+
+    /// What is stored under the key without request headers, to lead to a response that varies by these.
+    pub(crate) fn marker(&self, names: &[HeaderName]) -> Self {
+        let until = self.keep_until;
+        Self {
+            payload: Payload::Vary(names.into()),
+            expires: until,
+            refresh_until: until,
+            on_error_until: until,
+            varied: None,
+            ..self.clone()
+        }
+    }
+
     /// The generations it was filled under: it is valid only while all of them are current.
     pub fn stamps(&self) -> &[Stamp] {
         &self.stamps
@@ -114,6 +181,7 @@ impl Entry {
         let stamps: usize = self.stamps.iter().map(|s| s.tag.0.len() + 48).sum();
         let payload = match &self.payload {
             Payload::Value(bytes) => bytes.len(),
+            Payload::Vary(names) => names.iter().map(|n| n.as_str().len() + 32).sum(),
             Payload::Response(r) => {
                 let headers = |h: &HeaderMap| h.iter().map(|(n, v)| n.as_str().len() + v.len() + 104).sum::<usize>();
                 r.body.len() + headers(&r.headers) + r.trailers.as_ref().map_or(0, headers)
@@ -126,9 +194,20 @@ impl Entry {
         now < self.expires
     }
 
-    /// How long it stays fresh; `None` means for ever.
-    pub(crate) fn ttl(&self, now: Millis) -> Option<Duration> {
-        (self.expires != Millis::MAX).then(|| Duration::from_millis(self.expires.saturating_sub(now)))
+    /// For how many more seconds it is fresh, which is less than none when it is stale; `None` means for ever.
+    pub(crate) fn ttl(&self, now: Millis) -> Option<i64> {
+        let left = i128::from(self.expires) - i128::from(now);
+        (self.expires != Millis::MAX).then(|| i64::try_from(left.div_euclid(1_000)).unwrap_or(i64::MAX))
+    }
+
+    /// Whether to refresh it although it is fresh: with the probability that XFetch gives (Vattani et al., VLDB 2015).
+    pub(crate) fn is_due(&self, now: Millis, beta: f64) -> bool {
+        if beta <= 0.0 || self.expires == Millis::MAX {
+            return false;
+        }
+        // At least a millisecond: what is measured as nothing would never be refreshed early.
+        let ahead = f64::from(self.load.max(1)) * beta * -(1.0 - rand::random::<f64>()).ln();
+        now as f64 + ahead >= self.expires as f64
     }
 
     pub(crate) fn age(&self, now: Millis) -> Duration {

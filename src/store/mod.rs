@@ -13,8 +13,8 @@ mod redis;
 
 use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
-pub(crate) use entry::Payload;
 pub use entry::{Entry, Stamp, StoredResponse};
+pub(crate) use entry::{Lifetime, Payload};
 pub use memory::MemoryStore;
 #[cfg(feature = "redis")]
 pub use redis::{RedisBuilder, RedisStats, RedisStore};

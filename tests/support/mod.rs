@@ -85,7 +85,7 @@ impl Reply {
     }
 
     pub fn is_miss(&self) -> bool {
-        self.header("cache-status").contains("; fwd=miss")
+        ["; fwd=uri-miss", "; fwd=vary-miss", "; fwd=stale"].iter().any(|why| self.header("cache-status").contains(why))
     }
 
     /// A number of the `cache-invalidated` report.

@@ -33,9 +33,11 @@ impl Reply {
         self.headers.get(name).map_or("", |v| v.to_str().unwrap())
     }
 
+    /// This cache's `Cache-Status`, without its name and what the inner service answered.
     pub fn cache_status(&self) -> &str {
         let status = self.header("cache-status");
-        status.strip_prefix("tower-cache-aside; ").unwrap_or(status)
+        let status = status.strip_prefix("tower-cache-aside; ").unwrap_or(status);
+        status.split("; fwd-status").next().unwrap()
     }
 
     pub fn is_hit(&self) -> bool {

@@ -1,0 +1,385 @@
+//! Which responses may be stored and for how long, and which may at least be given to those who wait for the same
+//! (RFC 9111, sections 3 and 4.2, for a shared cache).
+
+use std::time::{Duration, SystemTime};
+
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, StatusCode, header, response};
+
+use super::{
+    NoCache,
+    cache_status::CACHE_STATUS,
+    directives::{ResponseDirectives, date, list, single},
+};
+use crate::{catalog::Freshness, route::ReadRoute, store::Lifetime};
+
+/// How long a response is kept that can only be used after the origin has confirmed it.
+const VALIDATE: Duration = Duration::from_secs(86_400);
+
+/// Statuses that may be fresh without saying so (RFC 9110, section 15.1).
+const HEURISTIC: [u16; 12] = [200, 203, 204, 206, 300, 301, 308, 404, 405, 410, 414, 501];
+
+/// What may be done with a response.
+#[derive(Debug)]
+pub(crate) enum Storable {
+    /// For so long, and for requests that have the same of these headers.
+    Yes(Lifetime, Box<[HeaderName]>),
+    /// Not stored, but good for everybody who waits for it.
+    Shared(&'static str),
+    /// For nobody but its own request.
+    No(&'static str),
+    /// The origin failed: those who wait try themselves.
+    Failed(&'static str),
+}
+
+/// What is known of the exchange besides the response's head.
+pub(crate) struct Exchange<'a> {
+    pub(crate) route: &'a ReadRoute,
+    /// The request had credentials: only a response that says that it is for everybody is.
+    pub(crate) needs_public: bool,
+    pub(crate) targeted: &'a HeaderName,
+    pub(crate) now: SystemTime,
+    /// How long the origin took.
+    pub(crate) took: Duration,
+}
+
+pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Storable {
+    let policy = &exchange.route.policy;
+    let by_response = policy.freshness == Freshness::Response;
+    let (status, headers) = (parts.status, &parts.headers);
+    let directives = ResponseDirectives::of(headers, exchange.targeted);
+    let says = directives.lifetime(headers, exchange.now);
+    let has_validator = headers.contains_key(header::ETAG) || headers.contains_key(header::LAST_MODIFIED);
+    if status.is_server_error() && !(by_response && (says.is_some() || directives.public)) {
+        return Storable::Failed("status");
+    }
+    if let Some(reason) = forbidden(exchange, &parts.extensions, status, headers, &directives) {
+        return Storable::No(reason);
+    }
+    let mut names: Vec<HeaderName> = vec![];
+    for name in list(headers, header::VARY) {
+        let Ok(name) = HeaderName::try_from(name).map_err(|_| ()) else { return Storable::No("vary") };
+        if name.as_str() == "*" {
+            return Storable::No("vary");
+        }
+        if !exchange.route.vary.contains(&name) {
+            names.push(name);
+        }
+    }
+    names.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+    names.dedup();
+    let own = policy.jittered();
+    let stricter = |ttl: Option<Duration>| match (ttl, says) {
+        (Some(ttl), Some(says)) => Some(ttl.min(says)),
+        (ttl, says) => ttl.or(says),
+    };
+    let negative = policy.negative.as_ref().filter(|negative| negative.statuses.contains(&status.as_u16()));
+    let fresh = match (says, negative) {
+        (Some(says), _) if by_response => Some(says),
+        (_, Some(negative)) => stricter(negative.ttl.duration()),
+        _ if by_response => match heuristic(exchange, status, headers, &directives) {
+            None if !status.is_success() => return Storable::Shared("status"),
+            None => own,
+            Some(heuristic) => Some(heuristic),
+        },
+        _ if !status.is_success() => return Storable::Shared("status"),
+        _ => stricter(own),
+    };
+    let age = age(headers, exchange.now);
+    let fresh = if directives.no_cache { Some(Duration::ZERO) } else { fresh };
+    // What must be validated is no use when the origin fails; `s-maxage` says so too (section 5.2.2.10).
+    let strict = directives.no_cache || directives.must_revalidate || directives.s_maxage.is_some();
+    let window = |own: Option<Duration>, says: Option<u64>| match (own, says.map(Duration::from_secs)) {
+        _ if strict => Duration::ZERO,
+        (Some(own), Some(says)) if !by_response => own.min(says),
+        (own, says) if by_response => says.or(own).unwrap_or_default(),
+        (own, _) => own.unwrap_or_default(),
+    };
+    let life = Lifetime {
+        age,
+        fresh,
+        refresh: window(policy.stale_while_revalidate, directives.stale_while_revalidate),
+        on_error: window(policy.stale_if_error, directives.stale_if_error),
+        validate: if by_response && has_validator { VALIDATE } else { Duration::ZERO },
+        load: exchange.took,
+    };
+    let is_stale = fresh.is_some_and(|fresh| fresh <= age);
+    if is_stale && life.validate.is_zero() {
+        return Storable::Shared("stale");
+    }
+    Storable::Yes(life, names.into())
+}
+
+/// Why a response is for nobody but its own request.
+fn forbidden(
+    exchange: &Exchange<'_>,
+    extensions: &Extensions,
+    status: StatusCode,
+    headers: &HeaderMap,
+    directives: &ResponseDirectives,
+) -> Option<&'static str> {
+    let policy = &exchange.route.policy;
+    if matches!(status, StatusCode::PARTIAL_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational() {
+        return Some("status");
+    }
+    if extensions.get::<NoCache>().is_some() {
+        return Some("no-cache");
+    }
+    if headers.contains_key(header::SET_COOKIE) && !policy.stores_cookies {
+        return Some("set-cookie");
+    }
+    if headers.contains_key(header::CONTENT_RANGE) {
+        return Some("partial");
+    }
+    let can_validate = policy.freshness == Freshness::Response;
+    for (forbids, detail) in [
+        (directives.no_store, "no-store"),
+        (directives.private, "private"),
+        (directives.no_cache && !can_validate, "no-cache"),
+    ] {
+        if forbids {
+            return Some(detail);
+        }
+    }
+    let is_public = directives.public || directives.must_revalidate || directives.s_maxage.is_some();
+    if exchange.needs_public && !is_public {
+        return Some("credentials");
+    }
+    let media_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    for stream in [&b"text/event-stream"[..], b"multipart/x-mixed-replace", b"application/grpc"] {
+        if media_type.get(..stream.len()).is_some_and(|start| start.eq_ignore_ascii_case(stream)) {
+            return Some("stream");
+        }
+    }
+    None
+}
+
+/// A tenth of the time since it was last modified (section 4.2.2).
+fn heuristic(
+    exchange: &Exchange<'_>,
+    status: StatusCode,
+    headers: &HeaderMap,
+    directives: &ResponseDirectives,
+) -> Option<Duration> {
+    if !(HEURISTIC.contains(&status.as_u16()) || directives.public) {
+        return None;
+    }
+    let modified = single(headers, header::LAST_MODIFIED).and_then(date)?;
+    let since = single(headers, header::DATE).and_then(date).unwrap_or(exchange.now);
+    since.duration_since(modified).ok().map(|unchanged| unchanged / 10)
+}
+
+/// How old a response is when it arrives (section 4.2.3).
+fn age(headers: &HeaderMap, now: SystemTime) -> Duration {
+    let said = list(headers, header::AGE).filter_map(|age| age.parse().ok()).max().unwrap_or(0);
+    let apparent = single(headers, header::DATE).and_then(date).and_then(|sent| now.duration_since(sent).ok());
+    // Dates have no fractions.
+    let apparent = apparent.filter(|age| age.as_secs() > 0).unwrap_or_default();
+    apparent.max(Duration::from_secs(said))
+}
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    const HOP_BY_HOP: [HeaderName; 6] = [
+        header::CONNECTION,
+        header::PROXY_AUTHENTICATE,
+        header::TE,
+        header::TRAILER,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+    ];
+    HOP_BY_HOP.contains(name)
+        || matches!(
+            name.as_str(),
+            "keep-alive" | "proxy-connection" | "proxy-authentication-info" | "proxy-authorization"
+        )
+}
+
+/// Headers as they are stored: without those of the connection (RFC 9110, section 7.6.1), and with places for those that
+/// a hit adds.
+pub(crate) fn stored_headers(headers: &HeaderMap) -> HeaderMap {
+    let named: Vec<_> = list(headers, header::CONNECTION).collect();
+    let mut stored = HeaderMap::with_capacity(headers.keys_len() + 2);
+    for (name, value) in headers {
+        let hop = is_hop_by_hop(name) || named.iter().any(|n| n.eq_ignore_ascii_case(name.as_str()));
+        if !hop && *name != header::AGE {
+            stored.append(name.clone(), value.clone());
+        }
+    }
+    const EMPTY: HeaderValue = HeaderValue::from_static("");
+    stored.entry(CACHE_STATUS).or_insert(EMPTY);
+    stored.insert(header::AGE, EMPTY);
+    stored
+}
+
+/// The headers of a response that the origin has confirmed with these of a 304 (RFC 9111, section 3.2).
+pub(crate) fn updated_headers(stored: &HeaderMap, confirmed: &HeaderMap) -> HeaderMap {
+    let mut headers = stored.clone();
+    let new = stored_headers(confirmed);
+    for name in new.keys() {
+        // The body is still the old one.
+        let of_body =
+            [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::CONTENT_RANGE, header::AGE].contains(name);
+        if of_body || *name == CACHE_STATUS {
+            continue;
+        }
+        headers.remove(name);
+        for value in new.get_all(name) {
+            headers.append(name.clone(), value.clone());
+        }
+    }
+    headers
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Response;
+
+    use super::*;
+    use crate::{DataType, Route, Ttl, catalog::Catalogue};
+
+    fn judge_as(data_type: DataType, status: u16, headers: &[(&str, &str)]) -> Storable {
+        let route = Route::new("/x", "page").vary("Accept-Language");
+        let route = ReadRoute::new("route", &route, &Catalogue::new(&[data_type]).unwrap()).unwrap();
+        let mut response = Response::builder().status(status);
+        for (name, value) in headers {
+            response = response.header(*name, *value);
+        }
+        let targeted = HeaderName::from_static("tower-cache-control");
+        let exchange = Exchange {
+            route: &route,
+            needs_public: false,
+            targeted: &targeted,
+            now: date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap(),
+            took: Duration::ZERO,
+        };
+        judge(&exchange, &response.body(()).unwrap().into_parts().0)
+    }
+
+    fn show(storable: &Storable) -> String {
+        match storable {
+            Storable::Yes(life, names) if names.is_empty() => {
+                let left = life.fresh.map(|fresh| fresh.saturating_sub(life.age).as_secs());
+                left.map_or("for ever".to_owned(), |left| left.to_string())
+            }
+            Storable::Yes(_, names) => {
+                format!("by {}", names.iter().map(HeaderName::as_str).collect::<Vec<_>>().join(","))
+            }
+            Storable::Shared(reason) => format!("shared: {reason}"),
+            Storable::No(reason) => format!("no: {reason}"),
+            Storable::Failed(reason) => format!("failed: {reason}"),
+        }
+    }
+
+    #[test]
+    fn a_response_can_only_tighten_the_ttl() {
+        for (status, headers, expected) in [
+            (200, &[][..], "3600"),
+            (200, &[("cache-control", "public, max-age=5")], "5"),
+            (200, &[("cache-control", "max-age=9999999")], "3600"),
+            (200, &[("cache-control", "max-age=5"), ("age", "3")], "2"),
+            (200, &[("cache-control", "max-age=5"), ("date", "Sun, 06 Nov 1994 08:49:33 GMT")], "1"),
+            (200, &[("cache-control", "max-age=5"), ("age", "9")], "shared: stale"),
+            (200, &[("cache-control", "max-age=-1")], "shared: stale"),
+            (200, &[("expires", "0")], "shared: stale"),
+            (200, &[("expires", "Sun, 06 Nov 1994 08:50:07 GMT")], "30"),
+            (200, &[("tower-cache-control", "max-age=7"), ("cache-control", "no-store")], "7"),
+            (200, &[("x-private", "private")], "3600"),
+            (204, &[], "3600"),
+            (200, &[("vary", "accept-language, Accept-Language")], "3600"),
+            (200, &[("vary", "accept-language, Accept"), ("vary", "x-b, accept")], "by accept,x-b"),
+            (200, &[("vary", "*")], "no: vary"),
+            (200, &[("vary", "accept, *")], "no: vary"),
+            (404, &[], "shared: status"),
+            (404, &[("cache-control", "max-age=5")], "shared: status"),
+            (301, &[], "shared: status"),
+            (206, &[], "no: status"),
+            (500, &[("cache-control", "max-age=5")], "failed: status"),
+            (200, &[("set-cookie", "a=b")], "no: set-cookie"),
+            (404, &[("set-cookie", "a=b")], "no: set-cookie"),
+            (200, &[("content-range", "bytes 0-1/2")], "no: partial"),
+            (200, &[("cache-control", "Private")], "no: private"),
+            (200, &[("cache-control", "max-age=5,NO-STORE")], "no: no-store"),
+            (200, &[("cache-control", "max-age=5"), ("cache-control", "no-cache=\"x\"")], "no: no-cache"),
+            (200, &[("content-type", "text/event-stream; charset=utf-8")], "no: stream"),
+        ] {
+            let data_type = DataType::new("page", Ttl::Standard);
+            assert_eq!(show(&judge_as(data_type, status, headers)), expected, "{status} {headers:?}");
+        }
+    }
+
+    #[test]
+    fn a_response_may_be_taken_at_its_word() {
+        let modified = ("last-modified", "Sun, 06 Nov 1994 08:32:57 GMT");
+        for (status, headers, expected) in [
+            (200, &[][..], "shared: stale"),
+            (200, &[("cache-control", "max-age=9999999")], "9999999"),
+            (404, &[("cache-control", "max-age=5")], "5"),
+            (503, &[("cache-control", "max-age=5")], "5"),
+            (503, &[], "failed: status"),
+            (200, &[modified], "100"),
+            (404, &[modified], "100"),
+            (403, &[modified], "shared: status"),
+            (599, &[modified], "failed: status"),
+            (599, &[modified, ("cache-control", "public")], "100"),
+            (200, &[("cache-control", "max-age=5, no-cache"), ("etag", "\"a\"")], "0"),
+            (200, &[("cache-control", "no-cache")], "shared: stale"),
+            (200, &[("cache-control", "max-age=0"), ("etag", "\"a\"")], "0"),
+        ] {
+            let data_type = DataType::new("page", Duration::ZERO).freshness(Freshness::Response);
+            assert_eq!(show(&judge_as(data_type, status, headers)), expected, "{status} {headers:?}");
+        }
+    }
+
+    #[test]
+    fn negative_answers_have_a_ttl_of_their_own() {
+        let data_type = || DataType::new("page", Ttl::Standard).negative([404, 410], Duration::from_secs(10));
+        for (status, headers, expected) in [
+            (404, &[][..], "10"),
+            (410, &[], "10"),
+            (404, &[("cache-control", "max-age=5")], "5"),
+            (404, &[("cache-control", "no-store")], "no: no-store"),
+            (403, &[], "shared: status"),
+            (200, &[], "3600"),
+        ] {
+            assert_eq!(show(&judge_as(data_type(), status, headers)), expected, "{status} {headers:?}");
+        }
+    }
+
+    #[test]
+    fn windows_of_staleness_are_the_types_unless_the_response_forbids() {
+        let second = Duration::from_secs(1);
+        let data_type = || {
+            let data_type = DataType::new("page", Ttl::Standard).stale_while_revalidate(60 * second);
+            data_type.stale_if_error(600 * second)
+        };
+        for (control, refresh, on_error) in [
+            ("max-age=5", 60, 600),
+            ("max-age=5, stale-while-revalidate=7, stale-if-error=9000", 7, 600),
+            ("max-age=5, must-revalidate", 0, 0),
+            ("max-age=5, proxy-revalidate", 0, 0),
+            ("s-maxage=5", 0, 0),
+        ] {
+            let Storable::Yes(life, _) = judge_as(data_type(), 200, &[("cache-control", control)]) else { panic!() };
+            assert_eq!((life.refresh.as_secs(), life.on_error.as_secs()), (refresh, on_error), "{control}");
+        }
+    }
+
+    #[test]
+    fn headers_of_the_connection_are_not_stored() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "x-hop, close"),
+            ("x-hop", "1"),
+            ("keep-alive", "1"),
+            ("transfer-encoding", "chunked"),
+            ("age", "7"),
+            ("x-kept", "1"),
+            ("x-kept", "2"),
+        ] {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        let stored = stored_headers(&headers);
+        let mut names: Vec<_> = stored.iter().map(|(n, v)| (n.as_str(), v.to_str().unwrap())).collect();
+        names.sort_unstable();
+        assert_eq!(names, [("age", ""), ("cache-status", ""), ("x-kept", "1"), ("x-kept", "2")]);
+    }
+}
