@@ -160,9 +160,8 @@ impl Cache {
 
     /// Invalidates. Where any fences are used at all, those of other writers are respected.
     pub(crate) async fn drop_all(&self, drops: Drops, fence: Option<&Fence>) -> Invalidated {
-        let nobody = Fence { writer: 0, lease: Duration::ZERO, hold: Duration::ZERO };
         let any = self.0.fence.is_some() || self.0.cascades.any_fence();
-        self.0.engine.invalidate(drops, fence.or(any.then_some(&nobody))).await
+        self.0.engine.invalidate(drops, fence.or(any.then_some(&Fence::NOBODY))).await
     }
 
     async fn drop_entity(&self, drops: &mut Drops, target: Target<'_>) {

@@ -119,6 +119,12 @@ impl Store for Chaos {
 
     fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier) -> StoreFuture<'a, ()> {
         Box::pin(self.step(async move {
+            if self.sabotage == Sabotage::JoinAnyFlight {
+                // The flight goes on until its result is stored: long enough for others to come after a write.
+                for _ in 0..8 {
+                    stop(&self.rng).await;
+                }
+            }
             let tags: Vec<_> = entry.stamps().iter().map(|s| s.tag.clone()).collect();
             let now = self.inner.open(&tags).await?.generations;
             self.filled.lock().unwrap().insert(key.clone(), (entry.clone(), now));

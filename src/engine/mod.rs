@@ -189,8 +189,10 @@ impl Engine {
             Some(other) => {
                 return match other.landed() {
                     None => Begin::Follow(other, stale),
-                    Some(Landed::Done(entry)) if self.is_proven(&entry, flight.tags()).await => Begin::Hit(entry),
-                    // It failed before this request came: that is no reason to wait.
+                    Some(Landed::Done(entry)) if self.is_good_after(&other, &entry, flight.tags()).await => {
+                        Begin::Hit(entry)
+                    }
+                    // It failed before this request came, or is good only for those who waited: no reason to wait.
                     Some(_) => Begin::Lead(leader(flight)),
                 };
             }
@@ -213,6 +215,12 @@ impl Engine {
             Landed::Done(entry) if !self.is_proven(&entry, flight.tags()).await => Landed::Failed,
             landed => landed,
         }
+    }
+
+    /// Whether the result of a flight that has landed is good for a request that comes now: what is not to be stored, or
+    /// was read while a write is under way, is not.
+    async fn is_good_after(&self, flight: &Follower, entry: &Entry, joined: &[Tag]) -> bool {
+        entry.is_fresh(self.now()) && !flight.is_fenced() && self.is_proven(entry, joined).await
     }
 
     /// Whether a flight's result is good for a request that joined it by these tags. Those that only the response

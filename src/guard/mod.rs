@@ -47,6 +47,8 @@ struct Shared<S> {
     journal: Mutex<Journal>,
     /// Whether a task is delivering the journal.
     delivering: AtomicBool,
+    /// Whether any write was fenced: then late invalidations leave the fences of other writers standing, as others do.
+    fenced: AtomicBool,
 }
 
 impl<S: fmt::Debug> fmt::Debug for Shared<S> {
@@ -68,6 +70,7 @@ impl<S: Store> Guard<S> {
             breaker: StateMachine::new(policy, ()),
             journal: Mutex::default(),
             delivering: AtomicBool::new(false),
+            fenced: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared), budget: Duration::from_millis(50), invalidate_budget: Duration::from_secs(1) }
     }
@@ -146,7 +149,8 @@ impl<S: Store> Shared<S> {
                     }
                     return;
                 };
-                match timeout(Duration::from_secs(1), shared.store.invalidate(&batch.groups, None)).await {
+                let fence = shared.fenced.load(Ordering::Relaxed).then_some(&Fence::NOBODY);
+                match timeout(Duration::from_secs(1), shared.store.invalidate(&batch.groups, fence)).await {
                     Ok(Ok(_)) => {
                         let left = shared.journal().delivered(&batch);
                         tracing::info!(left, "undelivered invalidations reached the store");
@@ -200,6 +204,9 @@ impl<S: Store> Store for Guard<S> {
 
     fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>> {
         let shared = &self.shared;
+        if fence.is_some() {
+            shared.fenced.store(true, Ordering::Relaxed);
+        }
         let attempts = async move {
             loop {
                 match shared.store.invalidate(groups, fence).await {

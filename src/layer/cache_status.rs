@@ -2,6 +2,10 @@
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use smallvec::SmallVec;
+
+/// On the stack, so that the header takes one allocation.
+type Text = SmallVec<[u8; 128]>;
 
 pub(crate) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 
@@ -71,7 +75,7 @@ impl Forwarded {
 }
 
 impl Handled {
-    fn write(self, out: &mut Vec<u8>, forwarded_status: Option<StatusCode>, key: Option<&[u8]>) {
+    fn write(self, out: &mut Text, forwarded_status: Option<StatusCode>, key: Option<&[u8]>) {
         out.extend_from_slice(NAME.as_bytes());
         match self {
             Self::Hit { ttl } => {
@@ -110,11 +114,11 @@ impl Handled {
     /// Appends this cache's member to the header, after those of caches nearer to the origin. `status` is what the
     /// inner service answered, if it was asked.
     pub(crate) fn append(self, headers: &mut HeaderMap, status: Option<StatusCode>, key: Option<&[u8]>) {
-        let mut text = Vec::with_capacity(64);
+        let mut text = Text::new();
         // The usual case on a hit: stored headers have a place for it, so that the map does not grow.
         if let Some(place) = headers.get_mut(CACHE_STATUS).filter(|place| place.is_empty()) {
             self.write(&mut text, status, key);
-            if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(text)) {
+            if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(&text)) {
                 *place = value;
             }
             return;
@@ -124,7 +128,7 @@ impl Handled {
             text.extend_from_slice(b", ");
         }
         self.write(&mut text, status, key);
-        if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::from(text)) {
+        if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(&text)) {
             headers.insert(CACHE_STATUS, value);
         }
     }

@@ -124,6 +124,11 @@ pub struct Fence {
     pub hold: Duration,
 }
 
+impl Fence {
+    /// Raises and lifts nothing, and leaves the fences of others standing.
+    pub(crate) const NOBODY: Self = Self { writer: 0, lease: Duration::ZERO, hold: Duration::ZERO };
+}
+
 /// A future returned by a store.
 pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
