@@ -183,6 +183,16 @@ impl Cache {
         }
     }
 
+    /// Adds what is at these paths.
+    pub(crate) async fn drop_located(&self, drops: &mut Drops, tenants: &[Vec<u8>], paths: &[String], include: &[Arc<str>]) {
+        for (data_type, id) in paths.iter().filter_map(|path| self.0.routes.locate(path)) {
+            let entity = self.0.routes.entity_of(data_type);
+            for tenant in tenants {
+                self.drop_entity(drops, Target { tenant, data_type, entity, id: &id, include }).await;
+            }
+        }
+    }
+
     /// Adds what the creation of an entity drops, which the response's `Location` names, if it does.
     pub(crate) async fn drop_created(
         &self,
@@ -193,7 +203,8 @@ impl Cache {
     ) {
         let Some((data_type, entity)) = mutated.creates() else { return };
         let uri = location.and_then(|l| l.parse::<Uri>().ok());
-        let id = uri.and_then(|uri| self.0.routes.locate(uri.path(), data_type));
+        let located = uri.as_ref().and_then(|uri| self.0.routes.locate(uri.path()));
+        let id = located.filter(|(found, _)| *found == data_type).map(|(_, id)| id);
         for tenant in tenants {
             match &id {
                 Some(id) => {

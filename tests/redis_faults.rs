@@ -549,7 +549,7 @@ async fn corrupt_entries_are_misses_and_counted() {
         ("redis.call('SET', key, string.sub(entry, 1, 20))", 1),
         ("redis.call('SET', key, string.sub(entry, 2))", 1),
         ("redis.call('APPEND', key, 'x')", 1),
-        ("redis.call('SETRANGE', key, 0, '\\2')", 1),
+        ("redis.call('SETRANGE', key, 0, '\\9')", 1),
         ("redis.call('SETBIT', key, 100, 1 - redis.call('GETBIT', key, 100))", 1),
         ("redis.call('DEL', key) redis.call('LPUSH', key, entry)", 0),
     ] {

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use http::{HeaderName, HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, Uri, header, uri::Authority};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::{runtime::Handle, task::JoinHandle};
@@ -75,7 +75,12 @@ where
             return ResponseFuture::pass(self.inner.call(request), None, InvalidateBody::untouched);
         };
         let (parts, body) = request.into_parts();
-        let write = Write { tenants: self.cache.tenant_source().tenants(&parts), mutated, cache: self.cache.clone() };
+        let write = Write {
+            tenants: self.cache.tenant_source().tenants(&parts),
+            target: mutated.follows_locations().then(|| (parts.uri.clone(), parts.headers.get(header::HOST).cloned())),
+            mutated,
+            cache: self.cache.clone(),
+        };
         let clone = self.inner.clone();
         let inner = std::mem::replace(&mut self.inner, clone);
         let task = tokio::spawn(write.run(inner, Request::from_parts(parts, body)).in_current_span());
@@ -102,6 +107,8 @@ fn unavailable<R>() -> Response<InvalidateBody<R>> {
 struct Write {
     tenants: Vec<Vec<u8>>,
     mutated: Mutated,
+    /// The URI and host of the request, if what the response locates falls too.
+    target: Option<(Uri, Option<HeaderValue>)>,
     cache: Cache,
 }
 
@@ -139,6 +146,10 @@ impl Write {
             _ => None,
         };
         self.cache.drop_created(&mut drops, &self.tenants, &self.mutated, location).await;
+        if let (Some((uri, host)), Ok(Ok(response))) = (&self.target, &result) {
+            let paths = located(uri, host.as_ref(), response.headers());
+            self.cache.drop_located(&mut drops, &self.tenants, &paths, self.mutated.include()).await;
+        }
         let again = drops.clone();
         let report = self.cache.drop_all(drops, fence.as_ref()).await;
         tracing::info!(%report, "invalidated");
@@ -157,6 +168,26 @@ impl Write {
         };
         Ok(response.map(body))
     }
+}
+
+/// The paths that `Location` and `Content-Location` name on the host of the request.
+fn located(request: &Uri, host: Option<&HeaderValue>, headers: &HeaderMap) -> Vec<String> {
+    let named = [header::LOCATION, header::CONTENT_LOCATION].into_iter().flat_map(|name| headers.get_all(name));
+    let own = request.authority().map(Authority::as_str).or_else(|| host.and_then(|host| host.to_str().ok()));
+    let path_of = |location: &str| match location.parse::<Uri>() {
+        Ok(uri) if uri.authority().is_some() => {
+            let other = uri.authority().map(Authority::as_str);
+            (other == own).then(|| uri.path().to_owned())
+        }
+        Ok(uri) if location.starts_with('/') => Some(uri.path().to_owned()),
+        // Relative to the folder of the request's path.
+        _ => {
+            let folder = request.path().rsplit_once('/').map_or("", |(folder, _)| folder);
+            let name = location.split(['?', '#']).next().unwrap_or_default();
+            Some(format!("{folder}/{name}"))
+        }
+    };
+    named.filter_map(|value| path_of(value.to_str().ok()?)).collect()
 }
 
 pin_project! {

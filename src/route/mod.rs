@@ -108,14 +108,15 @@ impl Routes {
             return None;
         }
         let found = self.writes.at(uri.path()).ok()?;
-        let route = found.value.iter().find(|m| m.method == *method)?;
+        let own = found.value.iter().find(|m| m.method == *method);
+        let route = own.or_else(|| found.value.iter().find(|m| m.is_for(method)))?;
         Some(Mutated::new(route, &found.params))
     }
 
-    /// The value of `entity` in a path of any read route: how a `Location` names what was created.
-    pub(crate) fn locate(&self, path: &str, data_type: &str) -> Option<Vec<u8>> {
+    /// The data type and the id of what a path names, as the read routes know it: how a `Location` names what was created.
+    pub(crate) fn locate(&self, path: &str) -> Option<(&str, Vec<u8>)> {
         let found = self.reads.at(path).ok()?;
-        (found.value.data_type() == data_type).then(|| found.value.resource(&found.params)).flatten()
+        Some((found.value.data_type(), found.value.resource(&found.params)?))
     }
 }
 

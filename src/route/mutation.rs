@@ -35,7 +35,12 @@ pub struct Mutation {
     include: Vec<String>,
     #[serde(default)]
     entities: BTreeMap<String, String>,
+    #[serde(default)]
+    follows_locations: bool,
 }
+
+/// Stands for every method that is not safe.
+const ANY: &str = "*";
 
 fn method<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Method, D::Error> {
     let text = String::deserialize(deserializer)?;
@@ -53,7 +58,15 @@ impl Mutation {
             creates: None,
             include: vec![],
             entities: BTreeMap::new(),
+            follows_locations: false,
         }
+    }
+
+    /// A mutation by every method that is not safe (all but `GET`, `HEAD`, `OPTIONS` and `TRACE`) and has no mutation of
+    /// its own. In a file: `method = "*"`.
+    pub fn any(path: impl Into<String>) -> Self {
+        let any = Method::from_bytes(ANY.as_bytes()).unwrap_or(Method::POST);
+        Self::new(any, path)
     }
 
     /// `PUT path` changes the entity of this data type that the path names.
@@ -107,6 +120,14 @@ impl Mutation {
         self.entities.insert(param.into(), entity.into());
         self
     }
+
+    /// Also changes what the response's `Location` and `Content-Location` name, where they are on the same host (RFC 9111,
+    /// section 4.4).
+    #[must_use]
+    pub fn follows_locations(mut self) -> Self {
+        self.follows_locations = true;
+        self
+    }
 }
 
 /// A compiled [`Mutation`].
@@ -118,6 +139,14 @@ pub(crate) struct MutationRoute {
     all: Vec<String>,
     creates: Option<(String, String)>,
     include: Arc<[Arc<str>]>,
+    follows_locations: bool,
+}
+
+impl MutationRoute {
+    /// Whether it is about this method, on its own or as one of all.
+    pub(crate) fn is_for(&self, method: &Method) -> bool {
+        self.method == *method || self.method.as_str() == ANY
+    }
 }
 
 impl MutationRoute {
@@ -166,6 +195,7 @@ impl MutationRoute {
             all: mutation.mutates_all.clone(),
             creates,
             include: mutation.include.iter().map(|r| r.as_str().into()).collect(),
+            follows_locations: mutation.follows_locations,
         })
     }
 }
@@ -210,5 +240,9 @@ impl Mutated {
 
     pub(crate) fn include(&self) -> &[Arc<str>] {
         &self.route.include
+    }
+
+    pub(crate) fn follows_locations(&self) -> bool {
+        self.route.follows_locations
     }
 }
