@@ -184,7 +184,13 @@ impl Cache {
     }
 
     /// Adds what is at these paths.
-    pub(crate) async fn drop_located(&self, drops: &mut Drops, tenants: &[Vec<u8>], paths: &[String], include: &[Arc<str>]) {
+    pub(crate) async fn drop_located(
+        &self,
+        drops: &mut Drops,
+        tenants: &[Vec<u8>],
+        paths: &[String],
+        include: &[Arc<str>],
+    ) {
         for (data_type, id) in paths.iter().filter_map(|path| self.0.routes.locate(path)) {
             let entity = self.0.routes.entity_of(data_type);
             for tenant in tenants {

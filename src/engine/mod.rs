@@ -354,6 +354,10 @@ pub(crate) struct Leader {
 }
 
 impl Leader {
+    pub(crate) fn now(&self) -> Millis {
+        self.engine.now()
+    }
+
     /// What was stored when it began, and was not fresh or not wanted.
     pub(crate) fn stale(&self) -> Option<&Stale> {
         self.stale.as_ref()

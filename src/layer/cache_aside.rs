@@ -463,7 +463,8 @@ impl Miss {
             }
         };
         if let Some(stored) = confirmed {
-            self.confirm(leader, stored, parts, late.unwrap_or_default(), (life, names), forwarded, reply).await;
+            let late = late.unwrap_or_default();
+            self.confirm(leader, Confirmed { stored, parts, late, life, names, forwarded }, reply).await;
             return;
         }
         let leader = match leader {
@@ -495,16 +496,8 @@ impl Miss {
     }
 
     /// Stores what the origin has confirmed anew, and answers with it.
-    async fn confirm<R: Body, E>(
-        &self,
-        leader: Option<Leader>,
-        stored: StoredResponse,
-        parts: response::Parts,
-        late: Vec<Tag>,
-        (life, names): (Lifetime, Box<[HeaderName]>),
-        mut forwarded: Forwarded,
-        reply: Reply<R, E>,
-    ) {
+    async fn confirm<R: Body, E>(&self, leader: Option<Leader>, confirmed: Confirmed, reply: Reply<R, E>) {
+        let Confirmed { stored, parts, late, life, names, mut forwarded } = confirmed;
         let headers = stored_headers(&parts.headers);
         let payload = Payload::Response(StoredResponse { headers, ..stored });
         let engine = self.cache.engine();
@@ -523,6 +516,16 @@ impl Miss {
             sealed.store().await;
         }
     }
+}
+
+/// A stored response that the origin has confirmed, with its head as it is now.
+struct Confirmed {
+    stored: StoredResponse,
+    parts: response::Parts,
+    late: Vec<Tag>,
+    life: Lifetime,
+    names: Box<[HeaderName]>,
+    forwarded: Forwarded,
 }
 
 /// The answer to a request that wants nothing but what is stored, when nothing is (RFC 9111, section 5.2.1.7).
@@ -606,6 +609,7 @@ impl Load {
             trailers: trailers.clone(),
         };
         let (keep, mut forwarded) = (self.forwarded.stored, self.forwarded);
+        let now = self.leader.now();
         let sealed = self.leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
         match client {
             Client::Waiting(reply) => {
@@ -613,10 +617,11 @@ impl Load {
                 let handled = Handled::Forwarded(forwarded);
                 let conditional = sealed.as_ref().filter(|_| asked.conditions.is_some());
                 let response = conditional.and_then(|sealed| {
-                    let mut response = serve(&sealed.entry, sealed.entry.created, asked, Some(handled))?;
-                    if !self.parts.headers.contains_key(header::AGE) {
-                        response.headers_mut().remove(header::AGE);
-                    }
+                    let mut response = serve(&sealed.entry, now, asked, Some(handled))?;
+                    match self.parts.headers.get(header::AGE) {
+                        Some(age) => response.headers_mut().insert(header::AGE, age.clone()),
+                        None => response.headers_mut().remove(header::AGE),
+                    };
                     Some(response)
                 });
                 let response = response.unwrap_or_else(|| {

@@ -20,6 +20,7 @@ pub(crate) struct ResponseDirectives {
     pub(crate) public: bool,
     /// `must-revalidate` or `proxy-revalidate`.
     pub(crate) must_revalidate: bool,
+    pub(crate) must_understand: bool,
     pub(crate) max_age: Option<u64>,
     pub(crate) s_maxage: Option<u64>,
     pub(crate) stale_while_revalidate: Option<u64>,
@@ -74,6 +75,7 @@ impl ResponseDirectives {
             "no-cache" => self.no_cache = true,
             "public" => self.public = true,
             "must-revalidate" | "proxy-revalidate" => self.must_revalidate = true,
+            "must-understand" => self.must_understand = true,
             "max-age" => self.max_age = seconds(self.max_age),
             "s-maxage" => self.s_maxage = seconds(self.s_maxage),
             "stale-while-revalidate" => self.stale_while_revalidate = seconds(self.stale_while_revalidate),

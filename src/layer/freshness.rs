@@ -49,7 +49,8 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Storabl
     let directives = ResponseDirectives::of(headers, exchange.targeted);
     let says = directives.lifetime(headers, exchange.now);
     let has_validator = headers.contains_key(header::ETAG) || headers.contains_key(header::LAST_MODIFIED);
-    if status.is_server_error() && !(by_response && (says.is_some() || directives.public)) {
+    let is_meant = || says.is_some() || heuristic(exchange, status, headers, &directives).is_some();
+    if status.is_server_error() && !(by_response && is_meant()) {
         return Storable::Failed("status");
     }
     if let Some(reason) = forbidden(exchange, &parts.extensions, status, headers, &directives) {
@@ -85,7 +86,8 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Storabl
         _ => stricter(own),
     };
     let age = age(headers, exchange.now);
-    let fresh = if directives.no_cache { Some(Duration::ZERO) } else { fresh };
+    let fresh = if directives.no_cache || age.is_none() { Some(Duration::ZERO) } else { fresh };
+    let age = age.unwrap_or_default();
     // What must be validated is no use when the origin fails; `s-maxage` says so too (section 5.2.2.10).
     let strict = directives.no_cache || directives.must_revalidate || directives.s_maxage.is_some();
     let window = |own: Option<Duration>, says: Option<u64>| match (own, says.map(Duration::from_secs)) {
@@ -127,10 +129,14 @@ fn forbidden(
     if headers.contains_key(header::SET_COOKIE) && !policy.stores_cookies {
         return Some("set-cookie");
     }
-    if headers.contains_key(header::CONTENT_RANGE) {
+    let can_validate = policy.freshness == Freshness::Response;
+    // In a 200 it means nothing, but is more likely a mistake of the handler's than none.
+    if headers.contains_key(header::CONTENT_RANGE) && !can_validate {
         return Some("partial");
     }
-    let can_validate = policy.freshness == Freshness::Response;
+    if directives.must_understand && status.canonical_reason().is_none() {
+        return Some("must-understand");
+    }
     for (forbids, detail) in [
         (directives.no_store, "no-store"),
         (directives.private, "private"),
@@ -168,13 +174,18 @@ fn heuristic(
     since.duration_since(modified).ok().map(|unchanged| unchanged / 10)
 }
 
-/// How old a response is when it arrives (section 4.2.3).
-fn age(headers: &HeaderMap, now: SystemTime) -> Duration {
-    let said = list(headers, header::AGE).filter_map(|age| age.parse().ok()).max().unwrap_or(0);
+/// How old a response is when it arrives (section 4.2.3); `None` if it says so in a way that cannot be read.
+fn age(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let mut lines = headers.get_all(header::AGE).iter().filter(|line| !line.is_empty());
+    let said = match (lines.next(), lines.next()) {
+        (None, _) => 0,
+        (Some(line), None) => line.to_str().ok()?.parse().ok()?,
+        (Some(_), Some(_)) => return None,
+    };
     let apparent = single(headers, header::DATE).and_then(date).and_then(|sent| now.duration_since(sent).ok());
     // Dates have no fractions.
     let apparent = apparent.filter(|age| age.as_secs() > 0).unwrap_or_default();
-    apparent.max(Duration::from_secs(said))
+    Some(apparent.max(Duration::from_secs(said)))
 }
 
 fn is_hop_by_hop(name: &HeaderName) -> bool {
@@ -216,9 +227,8 @@ pub(crate) fn updated_headers(stored: &HeaderMap, confirmed: &HeaderMap) -> Head
     let new = stored_headers(confirmed);
     for name in new.keys() {
         // The body is still the old one.
-        let of_body =
-            [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::CONTENT_RANGE, header::AGE].contains(name);
-        if of_body || *name == CACHE_STATUS {
+        let of_body = [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::CONTENT_RANGE, header::ETAG];
+        if of_body.contains(name) || matches!(name.as_str(), "age" | "cache-status" | "content-md5") {
             continue;
         }
         headers.remove(name);
@@ -278,6 +288,9 @@ mod tests {
             (200, &[("cache-control", "max-age=5"), ("age", "3")], "2"),
             (200, &[("cache-control", "max-age=5"), ("date", "Sun, 06 Nov 1994 08:49:33 GMT")], "1"),
             (200, &[("cache-control", "max-age=5"), ("age", "9")], "shared: stale"),
+            (200, &[("cache-control", "max-age=5"), ("age", "1, 2")], "shared: stale"),
+            (200, &[("cache-control", "max-age=5"), ("age", "1"), ("age", "1")], "shared: stale"),
+            (200, &[("cache-control", "max-age=5"), ("age", "-1")], "shared: stale"),
             (200, &[("cache-control", "max-age=-1")], "shared: stale"),
             (200, &[("expires", "0")], "shared: stale"),
             (200, &[("expires", "Sun, 06 Nov 1994 08:50:07 GMT")], "30"),
@@ -317,6 +330,10 @@ mod tests {
             (503, &[], "failed: status"),
             (200, &[modified], "100"),
             (404, &[modified], "100"),
+            (501, &[modified], "100"),
+            (502, &[modified], "failed: status"),
+            (599, &[("cache-control", "max-age=5")], "5"),
+            (599, &[("cache-control", "max-age=5, must-understand")], "no: must-understand"),
             (403, &[modified], "shared: status"),
             (599, &[modified], "failed: status"),
             (599, &[modified, ("cache-control", "public")], "100"),

@@ -171,7 +171,11 @@ pub(crate) fn variant_key(primary: &[u8], names: &[HeaderName], headers: &Header
         let mut values = header_values(headers, name).peekable();
         if values.peek().is_some() {
             let lines: Vec<_> = values.collect();
-            let line = lines.join(&b","[..]);
+            let mut line = lines.join(&b","[..]);
+            // Of these, case does not count (RFC 9110, section 12.5).
+            if [header::ACCEPT_LANGUAGE, header::ACCEPT_ENCODING, header::ACCEPT_CHARSET].contains(name) {
+                line.make_ascii_lowercase();
+            }
             let members: Vec<_> = line.split(|&b| b == b',').map(<[u8]>::trim_ascii).collect();
             key.push(b'=');
             push_escaped(&mut key, &members.join(&b","[..]));
