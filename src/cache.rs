@@ -71,6 +71,12 @@ impl Cache {
         InvalidateLayer::new(self.clone())
     }
 
+    /// The layer for tonic's servers: reads and mutations of gRPC methods. (Feature `grpc`.)
+    #[cfg(feature = "grpc")]
+    pub fn grpc_layer(&self) -> crate::GrpcLayer {
+        crate::GrpcLayer::new(self.clone())
+    }
+
     /// The cache-aside function: a typed value by data type and id, for code that is not behind HTTP.
     ///
     /// ```
@@ -164,7 +170,7 @@ impl Cache {
         self.0.engine.invalidate(drops, fence.or(any.then_some(&Fence::NOBODY))).await
     }
 
-    async fn drop_entity(&self, drops: &mut Drops, target: Target<'_>) {
+    pub(crate) async fn drop_entity(&self, drops: &mut Drops, target: Target<'_>) {
         self.0.cascades.add(drops, &target);
         let entity_of = |data_type: &str| self.0.routes.entity_of(data_type).to_owned();
         self.0.cascades.resolve(drops, &target, &entity_of).await;
@@ -292,6 +298,8 @@ pub struct CacheBuilder {
     on_unreachable: OnUnreachable,
     targeted_header: String,
     http: HttpOptions,
+    #[cfg(feature = "grpc")]
+    grpc: Vec<crate::GrpcMethod>,
     clock: Clock,
 }
 
@@ -317,6 +325,8 @@ impl Default for CacheBuilder {
             on_unreachable: OnUnreachable::default(),
             targeted_header: "tower-cache-control".to_owned(),
             http: HttpOptions { entity_tags: true, request_directives: false, show_keys: false },
+            #[cfg(feature = "grpc")]
+            grpc: vec![],
             clock: Clock::default(),
         }
     }
@@ -383,6 +393,20 @@ impl CacheBuilder {
     /// Declares a cacheable route.
     pub fn route(mut self, route: Route) -> Self {
         self.config.routes.push(route);
+        self
+    }
+
+    /// Declares a unary gRPC method whose responses are cached, by its whole message: `/package.Service/Method`. (Feature
+    /// `grpc`.)
+    #[cfg(feature = "grpc")]
+    pub fn grpc(self, path: impl Into<String>, data_type: impl Into<String>) -> Self {
+        self.grpc_method(crate::GrpcMethod::read(path, data_type))
+    }
+
+    /// Declares a unary gRPC method that has more to say, or that mutates. (Feature `grpc`.)
+    #[cfg(feature = "grpc")]
+    pub fn grpc_method(mut self, method: crate::GrpcMethod) -> Self {
+        self.grpc.push(method);
         self
     }
 
@@ -490,10 +514,16 @@ impl CacheBuilder {
         let catalogue = Catalogue::new(types)?;
         let cascades = Cascades::new(&catalogue, cascades, &self.resolvers)?;
         let compiled = Routes::new(&catalogue, &cascades, routes, mutations)?;
+        #[cfg(feature = "grpc")]
+        let compiled = compiled.with_grpc(&self.grpc, &catalogue, &cascades)?;
+        #[cfg(feature = "grpc")]
+        let has_grpc = !self.grpc.is_empty();
+        #[cfg(not(feature = "grpc"))]
+        let has_grpc = false;
         let tenant = match (self.tenant, tenant_header) {
             (Some(tenant), None) => tenant,
             (None, Some(name)) => TenantSource::header(name).map_err(ConfigError::new)?,
-            (None, None) if routes.is_empty() && mutations.is_empty() => TenantSource::Single("".into()),
+            (None, None) if routes.is_empty() && mutations.is_empty() && !has_grpc => TenantSource::Single("".into()),
             (None, None) => {
                 return Err(ConfigError::new(
                     "no tenant: call tenant_header or tenant_from, or single_tenant if there is only one",

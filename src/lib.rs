@@ -62,6 +62,7 @@
 //!
 //! - `redis`: [`store::RedisStore`], the shared store of a fleet, with a coherent tier in each process.
 //! - `redis-cluster`, `redis-tls`: clusters, `rediss://`.
+//! - `grpc`: [`GrpcLayer`], for unary calls of tonic services.
 //! - `lz4`: compress large bodies for the shared store.
 //! - `toml`: read the [`Config`] from a file.
 
@@ -88,7 +89,11 @@ pub use layer::{
     CacheAside, CacheAsideLayer, CacheBody, CacheTags, Invalidate, InvalidateBody, InvalidateLayer, NoCache,
     ResponseFuture,
 };
+#[cfg(feature = "grpc")]
+pub use layer::{Grpc, GrpcBody, GrpcLayer};
 pub use route::{Credentials, Mutation, Query, Route};
+#[cfg(feature = "grpc")]
+pub use route::{GrpcMethod, GrpcTarget};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

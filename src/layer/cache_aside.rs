@@ -191,7 +191,7 @@ struct Miss {
 }
 
 type Replied<R, E> = Result<Response<CacheBody<R>>, E>;
-type Reply<R, E> = oneshot::Sender<Replied<R, E>>;
+pub(super) type Reply<R, E> = oneshot::Sender<Replied<R, E>>;
 
 /// What an entry is to a request that found it.
 enum Found<R: Body> {
@@ -485,7 +485,9 @@ impl Miss {
         let adds_tag = self.cache.http().entity_tags
             && parts.status == StatusCode::OK
             && !parts.headers.contains_key(header::ETAG);
-        let load = Load { leader, late: late.unwrap_or_default(), parts, forwarded, life, varied, adds_tag, limit };
+        let late = late.unwrap_or_default();
+        let accepts = |_: &Bytes, _: Option<&HeaderMap>| Ok(());
+        let load = Load { leader, late, parts, forwarded, life, varied, adds_tag, limit, accepts };
         load.read(body, &self.asked, reply).await;
     }
 
@@ -537,20 +539,22 @@ fn gateway_timeout<R: Body>() -> Response<CacheBody<R>> {
 }
 
 /// A response whose body is being read, to be stored or at least shared.
-struct Load {
-    leader: Leader,
-    late: Vec<Tag>,
-    parts: response::Parts,
-    forwarded: Forwarded,
-    life: Lifetime,
-    varied: Option<(Box<[HeaderName]>, Key)>,
+pub(super) struct Load {
+    pub(super) leader: Leader,
+    pub(super) late: Vec<Tag>,
+    pub(super) parts: response::Parts,
+    pub(super) forwarded: Forwarded,
+    pub(super) life: Lifetime,
+    pub(super) varied: Option<(Box<[HeaderName]>, Key)>,
     /// It has no entity tag, and is to get one.
-    adds_tag: bool,
-    limit: usize,
+    pub(super) adds_tag: bool,
+    pub(super) limit: usize,
+    /// The last word, when all of it has been read: why it may not be stored after all.
+    pub(super) accepts: fn(&Bytes, Option<&HeaderMap>) -> Result<(), &'static str>,
 }
 
 impl Load {
-    async fn read<R, E>(mut self, body: R, asked: &Asked, reply: Reply<R, E>)
+    pub(super) async fn read<R, E>(mut self, body: R, asked: &Asked, reply: Reply<R, E>)
     where
         R: Body<Data = Bytes>,
     {
@@ -599,6 +603,19 @@ impl Load {
             }
         }
         let (data, trailers) = copy.into_parts();
+        if let Err(detail) = (self.accepts)(&data, trailers.as_ref()) {
+            drop(self.leader);
+            match client {
+                Client::Waiting(reply) => {
+                    (self.forwarded.stored, self.forwarded.detail) = (false, Some(detail));
+                    let handled = Handled::Forwarded(self.forwarded);
+                    handled.append(&mut self.parts.headers, None, asked.key.as_deref());
+                    let _ = reply.send(Ok(Response::from_parts(self.parts, CacheBody::full(data, trailers))));
+                }
+                mut streaming => streaming.send(Piece::End),
+            }
+            return;
+        }
         if let (true, Ok(tag)) = (self.adds_tag, entity_tag(&data)) {
             self.parts.headers.insert(header::ETAG, tag);
         }

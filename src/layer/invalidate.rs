@@ -22,9 +22,9 @@ use tower_service::Service;
 use tracing::Instrument;
 
 use super::future::ResponseFuture;
-use crate::{Cache, catalog::Drops, engine::Invalidated, route::Mutated};
+use crate::{Cache, catalog::Drops, engine::Invalidated, route::Mutated, store::Fence};
 
-const REPORT: HeaderName = HeaderName::from_static("cache-invalidated");
+pub(super) const REPORT: HeaderName = HeaderName::from_static("cache-invalidated");
 
 /// Wraps services in [`Invalidate`].
 #[derive(Clone, Debug)]
@@ -203,23 +203,44 @@ pin_project! {
 /// What is done when a streaming body is over: first it is armed, then it runs, then nothing is left to do.
 #[derive(Default)]
 struct Watch {
-    armed: Option<(Cache, Drops, Handle)>,
+    armed: Option<Armed>,
     running: Option<JoinHandle<Invalidated>>,
+    /// The trailers of a gRPC response, which say whether it was a success, held until the invalidation is done.
+    held: Option<HeaderMap>,
+    /// Whether trailers are to be held, and get the report.
+    holds: bool,
+    reports: bool,
+}
+
+struct Armed {
+    cache: Cache,
+    drops: Drops,
+    fence: Option<Fence>,
+    runtime: Handle,
 }
 
 impl Watch {
+    fn of(armed: Option<Armed>, holds: bool, reports: bool) -> Self {
+        Self { armed, running: None, held: None, holds, reports }
+    }
+
     /// Starts the invalidation, if that has not been done. It is a task, so that it runs to its end in any case.
     fn fire(&mut self) {
-        if let Some((cache, drops, runtime)) = self.armed.take() {
-            self.running = Some(runtime.spawn(async move { cache.drop_all(drops, None).await }));
+        if let Some(Armed { cache, drops, fence, runtime }) = self.armed.take() {
+            self.running = Some(runtime.spawn(async move { cache.drop_all(drops, fence.as_ref()).await }));
         }
     }
 
     fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if let Some(task) = &mut self.running {
             // A task that failed was cancelled by a runtime that shuts down.
-            let _ = ready!(task.poll_unpin(cx));
+            let report = ready!(task.poll_unpin(cx));
             self.running = None;
+            if let (Ok(report), Some(trailers), true) = (report, &mut self.held, self.reports)
+                && let Ok(value) = HeaderValue::try_from(report.to_string())
+            {
+                trailers.insert(REPORT, value);
+            }
         }
         Poll::Ready(())
     }
@@ -232,32 +253,67 @@ impl Drop for Watch {
 }
 
 impl<R> InvalidateBody<R> {
-    fn untouched(body: R) -> Self {
+    pub(super) fn untouched(body: R) -> Self {
         Self { body: Some(body), watch: Watch::default() }
     }
 
     fn watched(body: R, cache: Cache, drops: Drops) -> Self {
-        let armed = Some((cache, drops, Handle::current()));
-        Self { body: Some(body), watch: Watch { armed, running: None } }
+        let armed = Some(Armed { cache, drops, fence: None, runtime: Handle::current() });
+        Self { body: Some(body), watch: Watch::of(armed, false, false) }
+    }
+
+    /// Invalidates when the trailers say that it was a success, or don't say that it was none.
+    #[cfg(feature = "grpc")]
+    pub(super) fn until_trailers(body: R, cache: Cache, drops: Drops, fence: Option<Fence>) -> Self {
+        let reports = cache.report_header();
+        let armed = Some(Armed { cache, drops, fence, runtime: Handle::current() });
+        Self { body: Some(body), watch: Watch::of(armed, true, reports) }
     }
 }
 
-impl<R: Body> Body for InvalidateBody<R> {
-    type Data = R::Data;
+/// Whether these trailers say that nothing was changed.
+fn is_refusal(trailers: &HeaderMap) -> bool {
+    let _ = trailers;
+    #[cfg(feature = "grpc")]
+    return super::grpc::is_refusal(trailers);
+    #[cfg(not(feature = "grpc"))]
+    false
+}
+
+impl<R: Body<Data = Bytes>> Body for InvalidateBody<R> {
+    type Data = Bytes;
     type Error = R::Error;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
         let this = self.project();
-        if this.watch.running.is_some() {
-            ready!(this.watch.poll_done(cx));
-            return Poll::Ready(None);
+        let watch = this.watch;
+        if watch.running.is_some() {
+            ready!(watch.poll_done(cx));
+            return Poll::Ready(watch.held.take().map(|trailers| Ok(Frame::trailers(trailers))));
         }
         let Some(body) = this.body.as_pin_mut() else { return Poll::Ready(None) };
-        let frame = ready!(body.poll_frame(cx));
+        let frame = match ready!(body.poll_frame(cx)) {
+            Some(Ok(frame)) if watch.holds && frame.is_trailers() => match frame.into_trailers() {
+                Ok(trailers) => {
+                    let fenced = watch.armed.as_ref().is_some_and(|armed| armed.fence.is_some());
+                    if is_refusal(&trailers) && !fenced {
+                        watch.armed = None;
+                        return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                    }
+                    watch.reports &= !is_refusal(&trailers);
+                    watch.held = Some(trailers);
+                    watch.fire();
+                    ready!(watch.poll_done(cx));
+                    return Poll::Ready(watch.held.take().map(|trailers| Ok(Frame::trailers(trailers))));
+                }
+                Err(frame) => Some(Ok(frame)),
+            },
+            frame => frame,
+        };
         if !matches!(&frame, Some(Ok(_))) {
-            this.watch.fire();
+            watch.fire();
             if frame.is_none() {
-                ready!(this.watch.poll_done(cx));
+                ready!(watch.poll_done(cx));
             }
         }
         Poll::Ready(frame)
@@ -268,6 +324,11 @@ impl<R: Body> Body for InvalidateBody<R> {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint)
+        match &self.body {
+            // An exact size would become a `content-length`, after which there is no room for trailers.
+            Some(_) if self.watch.holds => SizeHint::new(),
+            Some(body) => body.size_hint(),
+            None => SizeHint::with_exact(0),
+        }
     }
 }

@@ -9,6 +9,8 @@ mod cache_status;
 mod directives;
 mod freshness;
 mod future;
+#[cfg(feature = "grpc")]
+mod grpc;
 mod invalidate;
 mod serve;
 mod tags;
@@ -16,5 +18,7 @@ mod tags;
 pub use body::CacheBody;
 pub use cache_aside::{CacheAside, CacheAsideLayer};
 pub use future::ResponseFuture;
+#[cfg(feature = "grpc")]
+pub use grpc::{Grpc, GrpcBody, GrpcLayer};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
 pub use tags::{CacheTags, NoCache};

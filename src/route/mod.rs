@@ -3,12 +3,18 @@
 //! [`Route`]s say what may be cached and [`Mutation`]s what makes it stale; both are plain data. [`Routes`] is their
 //! compiled form: two path matchers (reads and writes), so that a request that is neither costs one look-up.
 
+#[cfg(feature = "grpc")]
+mod grpc;
 mod mutation;
 mod pattern;
 mod query;
 mod read;
 mod tenant;
 
+#[cfg(feature = "grpc")]
+pub(crate) use grpc::GrpcRoute;
+#[cfg(feature = "grpc")]
+pub use grpc::{GrpcMethod, GrpcTarget};
 pub use mutation::Mutation;
 pub(crate) use mutation::{Mutated, MutationRoute};
 pub use query::Query;
@@ -31,9 +37,26 @@ pub(crate) struct Routes {
     writes: matchit::Router<Vec<Arc<MutationRoute>>>,
     /// The entity that the resource of a data type is, where it is not named like the type.
     entities: BTreeMap<String, String>,
+    #[cfg(feature = "grpc")]
+    grpc: std::collections::HashMap<String, Arc<GrpcRoute>>,
 }
 
 impl Routes {
+    #[cfg(feature = "grpc")]
+    pub(crate) fn with_grpc(
+        self,
+        methods: &[GrpcMethod],
+        catalogue: &Catalogue,
+        cascades: &Cascades,
+    ) -> Result<Self, ConfigError> {
+        Ok(Self { grpc: GrpcRoute::compile(methods, catalogue, cascades)?, ..self })
+    }
+
+    #[cfg(feature = "grpc")]
+    pub(crate) fn grpc(&self, path: &str) -> Option<&Arc<GrpcRoute>> {
+        self.grpc.get(path)
+    }
+
     pub(crate) fn new(
         catalogue: &Catalogue,
         cascades: &Cascades,

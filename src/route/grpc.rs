@@ -1,0 +1,244 @@
+//! gRPC methods: which unary calls are cached or mutate, and what their messages are about.
+//!
+//! HTTP cannot tell what kind of call a method is, and buffering a stream of requests would hang it; so caching is an
+//! opt-in list of unary methods. A read's key is made of its path, tenant, encodings and message, or of what a closure
+//! over the decoded message yields (the bytes of equal messages may differ: protobuf has no canonical form).
+
+use std::{collections::HashMap, fmt, sync::Arc};
+
+use http::{HeaderMap, HeaderName, header};
+use sha2::{Digest, Sha256};
+
+use super::tenant::header_values;
+use crate::{
+    catalog::{Cascades, Catalogue, ConfigError, Policy},
+    key::{KeyBuf, Tag, push_escaped, push_ids, push_tenant, push_type},
+};
+
+/// What a message is about.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct GrpcTarget {
+    resource: String,
+    scope: Vec<(String, String)>,
+    tags: Vec<(String, String)>,
+    variant: Vec<u8>,
+}
+
+impl GrpcTarget {
+    /// The thing with this id.
+    pub fn new(resource: impl Into<String>) -> Self {
+        Self { resource: resource.into(), ..Self::default() }
+    }
+
+    /// An entity that it belongs to: part of its key, and a tag that cascades may drop.
+    #[must_use]
+    pub fn scope(mut self, entity: impl Into<String>, id: impl Into<String>) -> Self {
+        self.scope.push((entity.into(), id.into()));
+        self
+    }
+
+    /// An entity that it belongs to, which is no part of its key.
+    #[must_use]
+    pub fn tag(mut self, entity: impl Into<String>, id: impl Into<String>) -> Self {
+        self.tags.push((entity.into(), id.into()));
+        self
+    }
+
+    /// What else the response depends on: page, mask, language.
+    #[must_use]
+    pub fn variant(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.variant = bytes.into();
+        self
+    }
+}
+
+type Describe = dyn Fn(&[u8]) -> Option<GrpcTarget> + Send + Sync;
+
+/// A unary method whose responses are cached, or that mutates.
+#[derive(Clone)]
+pub struct GrpcMethod {
+    path: String,
+    data_type: String,
+    mutates: bool,
+    shared: bool,
+    include: Vec<String>,
+    describe: Option<Arc<Describe>>,
+}
+
+impl GrpcMethod {
+    /// A unary method, as `/package.Service/Method`, whose responses are of this data type.
+    pub fn read(path: impl Into<String>, data_type: impl Into<String>) -> Self {
+        Self {
+            path: path.into(),
+            data_type: data_type.into(),
+            mutates: false,
+            shared: false,
+            include: vec![],
+            describe: None,
+        }
+    }
+
+    /// A unary method that changes the entity of this data type that its [message](Self::message) names. Without that,
+    /// or when the message cannot be read, all entries of the type are dropped.
+    pub fn mutation(path: impl Into<String>, data_type: impl Into<String>) -> Self {
+        Self { mutates: true, ..Self::read(path, data_type) }
+    }
+
+    /// Says what a message is about. `None` leaves a read uncached.
+    #[must_use]
+    pub fn message<M: prost::Message + Default>(
+        mut self,
+        describe: impl Fn(&M) -> Option<GrpcTarget> + Send + Sync + 'static,
+    ) -> Self {
+        self.describe = Some(Arc::new(move |bytes| M::decode(bytes).ok().and_then(|message| describe(&message))));
+        self
+    }
+
+    /// Requests with `authorization` are answered from the cache too: within a tenant everybody who gets through the
+    /// outer layers may see the same response.
+    #[must_use]
+    pub fn shared(mut self) -> Self {
+        self.shared = true;
+        self
+    }
+
+    /// Follows this relation of the mutated type's cascade.
+    #[must_use]
+    pub fn include(mut self, relation: impl Into<String>) -> Self {
+        self.include.push(relation.into());
+        self
+    }
+}
+
+impl fmt::Debug for GrpcMethod {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GrpcMethod({}: {})", self.path, self.data_type)
+    }
+}
+
+/// A compiled method.
+pub(crate) struct GrpcRoute {
+    pub(crate) data_type: String,
+    pub(crate) mutates: bool,
+    pub(crate) shared: bool,
+    pub(crate) policy: Policy,
+    pub(crate) include: Arc<[Arc<str>]>,
+    path: String,
+    describe: Option<Arc<Describe>>,
+}
+
+/// What a read looks for.
+pub(crate) struct GrpcWanted {
+    pub(crate) key: KeyBuf,
+    pub(crate) tags: Vec<Tag>,
+}
+
+impl GrpcRoute {
+    /// The methods by path.
+    pub(crate) fn compile(
+        methods: &[GrpcMethod],
+        catalogue: &Catalogue,
+        cascades: &Cascades,
+    ) -> Result<HashMap<String, Arc<Self>>, ConfigError> {
+        let mut routes = HashMap::new();
+        for method in methods {
+            let what = format!("gRPC method {}", method.path);
+            catalogue.check(&what, &method.data_type)?;
+            if method.path.matches('/').count() != 2 || !method.path.starts_with('/') {
+                return Err(ConfigError::new(format!("{what}: not a method; write it as /package.Service/Method")));
+            }
+            let relations = cascades.relations(&method.data_type);
+            if let Some(unknown) = method.include.iter().find(|r| !relations.contains(&r.as_str())) {
+                let known = relations.join(", ");
+                return Err(ConfigError::new(format!(
+                    "{what}: the cascade of `{}` has no relation `{unknown}`; use one of: {known}",
+                    method.data_type
+                )));
+            }
+            let route = Self {
+                data_type: method.data_type.clone(),
+                mutates: method.mutates,
+                shared: method.shared,
+                policy: catalogue.policy(&method.data_type),
+                include: method.include.iter().map(|r| r.as_str().into()).collect(),
+                path: method.path.clone(),
+                describe: method.describe.clone(),
+            };
+            if routes.insert(method.path.clone(), Arc::new(route)).is_some() {
+                return Err(ConfigError::new(format!("{what} is declared twice; make it one")));
+            }
+        }
+        Ok(routes)
+    }
+
+    /// The id of what a mutation's message names.
+    pub(crate) fn resource(&self, message: Option<&[u8]>) -> Option<String> {
+        self.describe.as_ref().zip(message).and_then(|(describe, message)| describe(message)).map(|t| t.resource)
+    }
+
+    /// What a read looks for; `None` if its message does not say. `framed` is the message as it was sent, `message` the
+    /// same without its frame, unless it is compressed.
+    pub(crate) fn wanted(
+        &self,
+        tenant: &[u8],
+        headers: &HeaderMap,
+        framed: &[u8],
+        message: Option<&[u8]>,
+        entity: &str,
+    ) -> Option<GrpcWanted> {
+        let mut key = KeyBuf::new();
+        push_tenant(&mut key, tenant);
+        push_type(&mut key, &self.data_type);
+        let mut tags = vec![];
+        let target = match &self.describe {
+            None => None,
+            Some(describe) => Some(describe(message?)?),
+        };
+        match &target {
+            None => {
+                push_ids(&mut key, None, []);
+            }
+            Some(target) => {
+                let mut scope: Vec<_> = target.scope.iter().map(|(e, id)| (e.as_str(), id.as_bytes())).collect();
+                scope.sort_unstable();
+                push_ids(&mut key, Some(target.resource.as_bytes()), scope.iter().copied());
+                tags.push(Tag::entity(tenant, &self.data_type, entity, target.resource.as_bytes()));
+                let also = target.tags.iter().map(|(e, id)| (e.as_str(), id.as_bytes()));
+                for (entity, id) in scope.into_iter().chain(also) {
+                    let tag = Tag::entity(tenant, &self.data_type, entity, id);
+                    if !tags.contains(&tag) {
+                        tags.push(tag);
+                    }
+                }
+            }
+        }
+        tags.push(Tag::all(tenant, &self.data_type));
+        key.push(b'g');
+        let mut parts: Vec<&[u8]> = vec![self.path.as_bytes()];
+        for name in [header::CONTENT_TYPE, HeaderName::from_static("grpc-encoding")] {
+            parts.push(headers.get(name).map_or(b"", http::HeaderValue::as_bytes));
+        }
+        let name = HeaderName::from_static("grpc-accept-encoding");
+        let accepted = header_values(headers, &name);
+        let mut accepted: Vec<_> =
+            accepted.flat_map(|line| line.split(|&b| b == b',')).map(<[u8]>::trim_ascii).collect();
+        accepted.sort_unstable();
+        accepted.dedup();
+        let accepted = accepted.join(&b","[..]);
+        parts.push(&accepted);
+        parts.push(target.as_ref().map_or(framed, |target| &target.variant));
+        let mut digest = Sha256::new();
+        for part in parts {
+            digest.update((part.len() as u64).to_be_bytes());
+            digest.update(part);
+        }
+        push_escaped(&mut key, digest.finalize().iter().map(|b| format!("{b:02x}")).collect::<String>().as_bytes());
+        Some(GrpcWanted { key, tags })
+    }
+}
+
+impl fmt::Debug for GrpcRoute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GrpcRoute({}: {})", self.path, self.data_type)
+    }
+}
