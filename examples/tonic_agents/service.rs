@@ -147,9 +147,8 @@ where
                     let chat = service_fn(move |request: Request<Streaming<GetAgent>>| {
                         let this = this.clone();
                         let tenant = tenant(&request);
-                        let answers: Answers = Box::pin(request.into_inner().map(move |asked| {
-                            this.get(tenant.clone()?, asked?.id)
-                        }));
+                        let answers: Answers =
+                            Box::pin(request.into_inner().map(move |asked| this.get(tenant.clone()?, asked?.id)));
                         async { Ok::<_, Status>(Response::new(answers)) }
                     });
                     Server::new(ProstCodec::default()).streaming(chat, request).await

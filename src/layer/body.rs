@@ -42,6 +42,13 @@ pub(crate) enum Piece<B: Body> {
     Panic(Box<dyn Any + Send>),
 }
 
+/// An empty body: what other layers (tower-http's time-out) answer with.
+impl<B: Body> Default for CacheBody<B> {
+    fn default() -> Self {
+        Self::full(Bytes::new(), None)
+    }
+}
+
 impl<B: Body> CacheBody<B> {
     pub(crate) fn full(data: Bytes, trailers: Option<HeaderMap>) -> Self {
         Self { kind: Kind::Full { data: Some(data).filter(|d| !d.is_empty()), trailers: trailers.map(Box::new) } }

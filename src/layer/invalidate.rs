@@ -252,6 +252,13 @@ impl Drop for Watch {
     }
 }
 
+/// An empty body: what other layers (tower-http's time-out) answer with.
+impl<R> Default for InvalidateBody<R> {
+    fn default() -> Self {
+        Self { body: None, watch: Watch::default() }
+    }
+}
+
 impl<R> InvalidateBody<R> {
     pub(super) fn untouched(body: R) -> Self {
         Self { body: Some(body), watch: Watch::default() }

@@ -1,0 +1,436 @@
+//! gRPC through real tonic servers and clients over TCP, and over raw services where a client could not tell.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "../examples/tonic_agents/service.rs"]
+mod service;
+
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use http::{HeaderMap, HeaderValue, Request, Response};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use service::{Agents, AgentsClient, GET, GetAgent, UPDATE, UpdateAgent, WATCH};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
+use tonic::{
+    Code, Status,
+    metadata::MetadataMap,
+    service::interceptor::InterceptedService,
+    transport::{Channel, Endpoint, Server},
+};
+use tower::{Layer, ServiceExt, service_fn};
+use tower_cache_aside::{Cache, Cascade, GrpcMethod, GrpcTarget, Ttl};
+
+fn cache() -> Cache {
+    cache_with(|read| read)
+}
+
+fn cache_with(read: impl Fn(GrpcMethod) -> GrpcMethod) -> Cache {
+    let get = GrpcMethod::read(GET, "agent").message(|get: &GetAgent| Some(GrpcTarget::new(&get.id)));
+    let update = GrpcMethod::mutation(UPDATE, "agent").message(|new: &UpdateAgent| Some(GrpcTarget::new(&new.id)));
+    let builder = Cache::builder().tenant_header("x-tenant-id").report_header(true).data_type("agent", Ttl::Standard);
+    builder.grpc_method(read(get)).grpc_method(update).build().unwrap()
+}
+
+async fn serve(cache: &Cache, agents: &Agents) -> Endpoint {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let server = Server::builder().layer(cache.grpc_layer()).add_service(agents.clone());
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    Endpoint::from_shared(url).unwrap()
+}
+
+async fn connect(endpoint: &Endpoint) -> Channel {
+    endpoint.connect().await.unwrap()
+}
+
+fn status(metadata: &MetadataMap) -> String {
+    let status = metadata.get("cache-status").map_or("", |v| v.to_str().unwrap());
+    status.strip_prefix("tower-cache-aside; ").unwrap_or(status).to_owned()
+}
+
+#[tokio::test]
+async fn a_hit_is_the_same_and_costs_no_call() {
+    let agents = Agents::default();
+    let endpoint = serve(&cache(), &agents).await;
+    let mut client = AgentsClient::new(connect(&endpoint).await, "t");
+    client.update("1", "first").await.unwrap();
+    let miss = client.get("1").await.unwrap();
+    assert_eq!(status(miss.metadata()), "fwd=uri-miss; stored");
+    let hit = client.get("1").await.unwrap();
+    assert!(status(hit.metadata()).starts_with("hit; ttl="), "{hit:?}");
+    assert_eq!((hit.get_ref(), agents.reads()), (miss.get_ref(), 1));
+    let names = |metadata: &MetadataMap| {
+        let keys = metadata.keys().map(|key| format!("{key:?}"));
+        let mut names: Vec<_> = keys.filter(|k| !k.contains("date")).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(hit.metadata()), names(miss.metadata()), "headers and trailers");
+}
+
+#[tokio::test]
+async fn a_write_is_seen_at_once_on_every_connection() {
+    let agents = Agents::default();
+    let endpoint = serve(&cache(), &agents).await;
+    let mut one = AgentsClient::new(connect(&endpoint).await, "t");
+    let mut other = AgentsClient::new(connect(&endpoint).await, "t");
+    for version in 1..20u64 {
+        let written = one.update("1", &format!("name {version}")).await.unwrap();
+        let dropped = written.metadata().get("cache-invalidated").unwrap();
+        assert_eq!(dropped, if version == 1 { "agent=0, total=0" } else { "agent=1, total=1" }, "in the trailers");
+        assert_eq!(other.get("1").await.unwrap().get_ref().version, version);
+        assert!(status(other.get("1").await.unwrap().metadata()).starts_with("hit"));
+    }
+    assert_eq!(agents.reads(), 19);
+}
+
+#[tokio::test]
+async fn tenants_and_ids_are_apart() {
+    let agents = Agents::default();
+    let endpoint = serve(&cache(), &agents).await;
+    let channel = connect(&endpoint).await;
+    for tenant in ["a", "b"] {
+        for id in ["1", "11"] {
+            let mut client = AgentsClient::new(channel.clone(), tenant);
+            client.update(id, &format!("{tenant}{id}")).await.unwrap();
+            client.get(id).await.unwrap();
+            assert_eq!(client.get(id).await.unwrap().get_ref().name, format!("{tenant}{id}"));
+        }
+    }
+    assert_eq!(agents.reads(), 4);
+    AgentsClient::new(channel.clone(), "a").update("1", "new").await.unwrap();
+    for (tenant, id, hit) in [("a", "11", true), ("b", "1", true), ("a", "1", false)] {
+        let reply = AgentsClient::new(channel.clone(), tenant).get(id).await.unwrap();
+        assert_eq!(status(reply.metadata()).starts_with("hit"), hit, "{tenant} {id}");
+    }
+}
+
+#[tokio::test]
+async fn errors_are_not_stored_and_change_nothing() {
+    let agents = Agents::default();
+    let endpoint = serve(&cache(), &agents).await;
+    let mut client = AgentsClient::new(connect(&endpoint).await, "t");
+    for reads in 1..=2 {
+        assert_eq!(client.get("1").await.unwrap_err().code(), Code::NotFound);
+        assert_eq!(agents.reads(), reads);
+    }
+    client.update("1", "first").await.unwrap();
+    client.get("1").await.unwrap();
+    assert_eq!(client.update("1", "").await.unwrap_err().code(), Code::InvalidArgument);
+    assert!(status(client.get("1").await.unwrap().metadata()).starts_with("hit"), "a refused write drops nothing");
+}
+
+#[tokio::test]
+async fn encodings_are_part_of_the_key_and_deadlines_are_not() {
+    let agents = Agents::default();
+    let endpoint = serve(&cache(), &agents).await;
+    let channel = connect(&endpoint).await;
+    let mut identity = AgentsClient::new(channel.clone(), "t");
+    let mut gzip = AgentsClient::new(channel.clone(), "t").gzip();
+    let name = "x".repeat(10_000);
+    identity.update("1", &name).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(gzip.get("1").await.unwrap().get_ref().name, name);
+        assert_eq!(identity.get("1").await.unwrap().get_ref().name, name);
+    }
+    assert_eq!(agents.reads(), 2);
+    for timeout in ["5S", "900m"] {
+        let mut client = AgentsClient::new(channel.clone(), "t").with("grpc-timeout", timeout);
+        assert!(status(client.get("1").await.unwrap().metadata()).starts_with("hit"), "{timeout}");
+    }
+}
+
+#[tokio::test]
+async fn streams_pass_untouched_and_at_once() {
+    // Even if somebody declares them by mistake.
+    let builder = Cache::builder().tenant_header("x-tenant-id").data_type("agent", Ttl::Standard);
+    let declared = builder.grpc(WATCH, "agent").build().unwrap();
+    for cache in [cache(), declared] {
+        let agents = Agents::default();
+        let endpoint = serve(&cache, &agents).await;
+        let mut client = AgentsClient::new(connect(&endpoint).await, "t");
+        client.update("1", "first").await.unwrap();
+        for reads in 1..=2 {
+            let mut stream = client.watch("1").await.unwrap();
+            assert_eq!(stream.message().await.unwrap().unwrap().name, "first", "before the stream ends");
+            assert_eq!(agents.reads(), reads);
+        }
+        let (ask, asked) = tokio::sync::mpsc::unbounded_channel();
+        ask.send(GetAgent { id: "1".into() }).unwrap();
+        let mut answers = client.chat(UnboundedReceiverStream::new(asked)).await.unwrap();
+        for _ in 0..3 {
+            assert_eq!(answers.message().await.unwrap().unwrap().name, "first");
+            ask.send(GetAgent { id: "1".into() }).unwrap();
+        }
+    }
+}
+
+/// An interceptor around a service sits inside `Server::layer`. That is harmless by default: what carries credentials
+/// passes by the cache, and what carries none was never let in.
+#[tokio::test]
+async fn a_warm_entry_is_not_for_who_is_not_let_in() {
+    let guard = |request: tonic::Request<()>| match request.metadata().get("authorization") {
+        Some(token) if token == "secret" => Ok(request),
+        _ => Err(Status::unauthenticated("who are you?")),
+    };
+    for (shared, code) in [(false, Some(Code::Unauthenticated)), (true, None)] {
+        let agents = Agents::default();
+        let cache = cache_with(|read| if shared { read.shared() } else { read });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let guarded = InterceptedService::new(agents.clone(), guard);
+        let server = Server::builder().layer(cache.grpc_layer()).add_service(guarded);
+        tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+        let channel = Endpoint::from_shared(url).unwrap().connect().await.unwrap();
+        let mut known = AgentsClient::new(channel.clone(), "t").with("authorization", "secret");
+        let mut stranger = AgentsClient::new(channel, "t");
+        known.update("1", "first").await.unwrap();
+        for _ in 0..2 {
+            known.get("1").await.unwrap();
+        }
+        let reply = stranger.get("1").await;
+        // Declared shared with the guard inside, the wrong order serves a stranger: the docs say so.
+        assert_eq!(reply.err().map(|status| status.code()), code, "shared: {shared}");
+        assert_eq!(agents.reads(), if shared { 1 } else { 2 });
+    }
+}
+
+type Raw = UnsyncBoxBody<Bytes, std::io::Error>;
+
+fn framed(message: &[u8]) -> Bytes {
+    let mut framed = vec![0];
+    framed.extend_from_slice(&(message.len() as u32).to_be_bytes());
+    framed.extend_from_slice(message);
+    framed.into()
+}
+
+fn call(path: &str, body: Bytes) -> Request<Full<Bytes>> {
+    let request = Request::post(path).header("content-type", "application/grpc").header("x-tenant-id", "t");
+    request.body(Full::new(body)).unwrap()
+}
+
+fn trailers(code: &'static str) -> Frame<Bytes> {
+    Frame::trailers(HeaderMap::from_iter([("grpc-status".parse().unwrap(), HeaderValue::from_static(code))]))
+}
+
+fn answer(frames: Vec<Result<Frame<Bytes>, std::io::Error>>) -> Response<Raw> {
+    let body = UnsyncBoxBody::new(StreamBody::new(futures_util::stream::iter(frames)));
+    Response::builder().header("content-type", "application/grpc").body(body).unwrap()
+}
+
+/// What is stored: exactly one message, and a status of 0 at its end.
+#[tokio::test]
+async fn only_one_whole_message_is_stored() {
+    let data = || Ok(Frame::data(framed(b"hello")));
+    for (what, frames, stored) in [
+        ("whole", vec![data(), Ok(trailers("0"))], true),
+        (
+            "in pieces",
+            vec![
+                Ok(Frame::data(framed(b"hello").slice(..3))),
+                Ok(Frame::data(framed(b"hello").slice(3..))),
+                Ok(trailers("0")),
+            ],
+            true,
+        ),
+        ("an error after data", vec![data(), Ok(trailers("13"))], false),
+        ("no trailers", vec![data()], false),
+        ("two messages", vec![data(), data(), Ok(trailers("0"))], false),
+        ("no message", vec![Ok(trailers("0"))], false),
+        ("cut short", vec![Ok(Frame::data(framed(b"hello").slice(..7))), Ok(trailers("0"))], false),
+        ("broken", vec![data(), Err(std::io::Error::other("broken"))], false),
+    ] {
+        let calls = Arc::new(AtomicU64::new(0));
+        let frames = Arc::new(Mutex::new(Some(frames)));
+        let (counted, once) = (calls.clone(), frames.clone());
+        let inner = service_fn(move |request: Request<_>| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let frames = once.lock().unwrap().take();
+            let frames = frames.unwrap_or_else(|| vec![Ok(Frame::data(framed(b"second"))), Ok(trailers("0"))]);
+            let _: &Request<_> = &request;
+            async { Ok::<_, Infallible>(answer(frames)) }
+        });
+        let builder = Cache::builder().tenant_header("x-tenant-id").data_type("agent", Ttl::Standard);
+        let service = builder.grpc(GET, "agent").build().unwrap().grpc_layer().layer(inner);
+        let first = service.clone().oneshot(call(GET, framed(b"1"))).await.unwrap();
+        assert!(!first.headers().contains_key("content-length"), "{what}");
+        let first = first.into_body().collect().await;
+        let second = service.clone().oneshot(call(GET, framed(b"1"))).await.unwrap();
+        assert!(!second.headers().contains_key("content-length") && !second.headers().contains_key("age"));
+        let second = second.into_body().collect().await.unwrap();
+        assert_eq!(calls.load(Ordering::SeqCst), if stored { 1 } else { 2 }, "{what}");
+        if stored {
+            let first = first.unwrap();
+            assert_eq!(second.trailers(), first.trailers());
+            assert_eq!(second.to_bytes(), first.to_bytes());
+        }
+        // Another message is another key.
+        service.clone().oneshot(call(GET, framed(b"2"))).await.unwrap().into_body().collect().await.unwrap();
+        assert_eq!(calls.load(Ordering::SeqCst), if stored { 2 } else { 3 }, "{what}");
+    }
+}
+
+/// (how a mutation ends, whether it drops): unknown is a write.
+#[tokio::test]
+async fn a_mutation_is_decided_at_its_trailers() {
+    for (ending, drops) in [
+        ("0", true),
+        ("5", false),
+        ("16", false),
+        ("2", true),
+        ("4", true),
+        ("13", true),
+        ("none", true),
+        ("broken", true),
+        ("dropped", true),
+        ("headers 3", false),
+        ("headers 14", true),
+    ] {
+        let version = Arc::new(AtomicU64::new(0));
+        let inner = service_fn(move |request: Request<_>| {
+            let path = request.uri().path().to_owned();
+            let _: &Request<_> = &request;
+            let version = version.clone();
+            async move {
+                let data = Ok(Frame::data(framed(version.load(Ordering::SeqCst).to_string().as_bytes())));
+                if path == GET {
+                    return Ok::<_, Infallible>(answer(vec![data, Ok(trailers("0"))]));
+                }
+                version.fetch_add(1, Ordering::SeqCst);
+                Ok(match ending {
+                    "none" => answer(vec![data]),
+                    "broken" => answer(vec![data, Err(std::io::Error::other("broken"))]),
+                    "dropped" => {
+                        let body = futures_util::stream::iter([data]).chain(futures_util::stream::pending());
+                        Response::new(UnsyncBoxBody::new(StreamBody::new(body)))
+                    }
+                    headers if headers.starts_with("headers") => {
+                        let mut response = answer(vec![]);
+                        let code = HeaderValue::from_static(&headers["headers ".len()..]);
+                        response.headers_mut().insert("grpc-status", code);
+                        response
+                    }
+                    code => answer(vec![data, Ok(trailers(code))]),
+                })
+            }
+        });
+        let service = cache().grpc_layer().layer(inner);
+        let read = async || {
+            let id = prost::Message::encode_to_vec(&GetAgent { id: "1".into() });
+            let response = service.clone().oneshot(call(GET, framed(&id))).await.unwrap();
+            response.into_body().collect().await.unwrap().to_bytes()
+        };
+        let first = read().await;
+        assert_eq!(read().await, first);
+        let new = prost::Message::encode_to_vec(&UpdateAgent { id: "1".into(), name: "x".into() });
+        let mut body = service.clone().oneshot(call(UPDATE, framed(&new))).await.unwrap().into_body();
+        if ending == "dropped" {
+            body.frame().await.unwrap().unwrap();
+            drop(body);
+            while read().await == first {
+                tokio::task::yield_now().await;
+            }
+            continue;
+        }
+        // Until it is over, what it wrote may not be committed; when its trailers are there, it is dropped.
+        while body.frame().await.is_some_and(|frame| frame.is_ok()) {}
+        drop(body);
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(read().await != first, drops, "{ending}");
+    }
+}
+
+/// A client that cancels after the commit, and a server's deadline, cannot come between the write and its invalidation.
+#[tokio::test]
+async fn a_cancelled_mutation_still_invalidates() {
+    let agents = Agents::default();
+    let gate = Arc::new(tokio::sync::Notify::new());
+    let committed = Arc::new(AtomicBool::new(false));
+    let (inner, g, c) = (agents.clone(), gate.clone(), committed.clone());
+    let slow = service_fn(move |request: Request<_>| {
+        let (inner, gate, committed) = (inner.clone(), g.clone(), c.clone());
+        async move {
+            let update = request.uri().path() == UPDATE;
+            let response = inner.oneshot(request).await;
+            if update {
+                committed.store(true, Ordering::SeqCst);
+                gate.notified().await;
+            }
+            response
+        }
+    });
+    let service = cache().grpc_layer().layer(slow);
+    let get = prost::Message::encode_to_vec(&GetAgent { id: "1".into() });
+    let new = |name: &str| prost::Message::encode_to_vec(&UpdateAgent { id: "1".into(), name: name.into() });
+    let send = async |path: &'static str, message: Vec<u8>| {
+        let response = service.clone().oneshot(call(path, framed(&message))).await.unwrap();
+        response.into_body().collect().await.unwrap().to_bytes()
+    };
+    gate.notify_one();
+    send(UPDATE, new("first")).await;
+    committed.store(false, Ordering::SeqCst);
+    let first = send(GET, get.clone()).await;
+    let cancelled = tokio::time::timeout(Duration::from_millis(20), send(UPDATE, new("second"))).await;
+    assert!(cancelled.is_err() && committed.load(Ordering::SeqCst));
+    gate.notify_one();
+    while send(GET, get.clone()).await == first {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Scopes and tags of a message meet the cascades that HTTP and jobs use.
+#[tokio::test]
+async fn cascades_reach_what_a_message_is_about() {
+    let calls = Arc::new(AtomicU64::new(0));
+    let counted = calls.clone();
+    let inner = service_fn(move |request: Request<_>| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        let _: &Request<_> = &request;
+        async { Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))])) }
+    });
+    let read = GrpcMethod::read(GET, "note");
+    let read = read.message(|get: &GetAgent| Some(GrpcTarget::new(&get.id).scope("agent", "7").tag("user", "8")));
+    let builder = Cache::builder().tenant_header("x-tenant-id").data_type("note", Ttl::Standard);
+    let builder = builder.data_type("agent", Ttl::Standard).data_type("user", Ttl::Standard).grpc_method(read);
+    let cascades = ["agent", "user"].map(|of| Cascade::new(of).drops(["note"]));
+    let cache = cascades.into_iter().fold(builder, |b, cascade| b.cascade(cascade)).build().unwrap();
+    let service = cache.grpc_layer().layer(inner);
+    let id = prost::Message::encode_to_vec(&GetAgent { id: "1".into() });
+    for (data_type, id_of, falls) in
+        [("agent", "7", true), ("user", "8", true), ("agent", "8", false), ("note", "1", true)]
+    {
+        for _ in 0..2 {
+            service.clone().oneshot(call(GET, framed(&id))).await.unwrap().into_body().collect().await.unwrap();
+        }
+        let before = calls.load(Ordering::SeqCst);
+        cache.invalidate("t").mutated(data_type, id_of).run().await;
+        service.clone().oneshot(call(GET, framed(&id))).await.unwrap().into_body().collect().await.unwrap();
+        assert_eq!(calls.load(Ordering::SeqCst) > before, falls, "{data_type} {id_of}");
+    }
+}
+
+#[test]
+fn mistakes_are_refused_with_their_place() {
+    let builder = || Cache::builder().single_tenant("t").data_type("agent", Ttl::Short);
+    for (builder, names, says) in [
+        (builder().grpc("/agents.v1.Agents/GetAgent", "agnet"), "GetAgent", "unknown data type"),
+        (builder().grpc("GetAgent", "agent"), "GetAgent", "/package.Service/Method"),
+        (builder().grpc(GET, "agent").grpc(GET, "agent"), "GetAgent", "twice"),
+        (builder().grpc_method(GrpcMethod::mutation(UPDATE, "agent").include("friends")), "UpdateAgent", "friends"),
+    ] {
+        let message = builder.build().map_or_else(|e| e.to_string(), |_| panic!("accepted: {says}"));
+        assert!(message.contains(names) && message.contains(says), "{message}");
+    }
+}
