@@ -38,10 +38,10 @@
 //! # Safe by default
 //!
 //! A request without a tenant, or with two, is not cached, nor is one with `Authorization` or `Cookie` unless its route
-//! says what they mean ([`Credentials`]). A response with `Set-Cookie`, `private`, `no-store`, `no-cache`, or a `Vary`
-//! that its route does not declare, one that is not a success, and one over the [body
-//! limit](CacheBuilder::body_limit) is passed through and not stored. **Put authorization outside the cache**: a hit
-//! never reaches what is inside.
+//! says what they mean ([`Credentials`]). A response with `Set-Cookie`, `private`, `no-store`, `no-cache` or `Vary: *`, one
+//! that is not a success, and one over the [body limit](CacheBuilder::body_limit) is passed through and not stored.
+//! [`docs::http`] says what is made of each header. **Put authorization outside the cache**: a hit never reaches what is
+//! inside ([`docs::layers`]).
 //!
 //! # The parts
 //!
@@ -103,4 +103,10 @@ struct Readme;
 pub mod docs {
     #[doc = include_str!("../docs/configuration.md")]
     pub mod configuration {}
+
+    #[doc = include_str!("../docs/http.md")]
+    pub mod http {}
+
+    #[doc = include_str!("../docs/layers.md")]
+    pub mod layers {}
 }

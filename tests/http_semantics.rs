@@ -321,6 +321,26 @@ async fn stale_while_revalidate() {
     assert_eq!(bench.get(&[]).await.text(), "2", "the window is over");
 }
 
+/// A request for less than the whole refreshes nothing: what it gets is no response for others.
+#[tokio::test]
+async fn a_part_or_a_head_is_never_stored_by_a_refresh() {
+    for early in [false, true] {
+        let data_type = if early { page().early_refresh(1_000.0) } else { page().stale_while_revalidate(60 * SECOND) };
+        let bench = Bench::new(data_type);
+        bench.says(200, &[("cache-control", "max-age=5")]);
+        bench.script.lock().unwrap().delay = Duration::from_millis(5);
+        bench.get(&[]).await;
+        bench.pass(if early { 4_999 * SECOND / 1_000 } else { 6 * SECOND });
+        for _ in 0..20 {
+            let head = bench.web.send(request(Method::HEAD, "/pages/1")).await;
+            assert!(head.is_hit(), "{head:?}");
+            assert!(bench.get(&[("range", "bytes=0-0")]).await.is_hit());
+        }
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        assert_eq!(bench.calls(), 1, "early: {early}");
+    }
+}
+
 /// RFC 5861, section 4: a 5xx, an error, and their maximum age.
 #[tokio::test]
 async fn stale_if_error() {

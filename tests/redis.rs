@@ -257,3 +257,34 @@ async fn fenced_writes_are_fresh_too() {
     assert_eq!(client.put("/agents/none", json!({"name": "x"})).await.status, 404);
     until_hit(client, "/agents/agent-1").await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_connection_may_be_encrypted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let mut authority = rcgen::CertificateParams::new(vec![]).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let key = rcgen::KeyPair::generate().unwrap();
+    std::fs::write(path("ca.pem"), authority.self_signed(&key).unwrap().pem()).unwrap();
+    let issuer = rcgen::Issuer::new(authority, key);
+    let own_key = rcgen::KeyPair::generate().unwrap();
+    let own = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
+    std::fs::write(path("own.pem"), own.signed_by(&own_key, &issuer).unwrap().pem()).unwrap();
+    std::fs::write(path("key.pem"), own_key.serialize_pem()).unwrap();
+    let (port, cert, key, ca) = (redis::free_port().to_string(), path("own.pem"), path("key.pem"), path("ca.pem"));
+    let files = ["--tls-cert-file", &cert, "--tls-key-file", &key, "--tls-ca-cert-file", &ca];
+    let redis = Redis::start(&[&["--tls-port", &port, "--tls-auth-clients", "no"], &files[..]].concat());
+    let url = format!("rediss://127.0.0.1:{port}");
+    let service = support::Service::start_with(&["--redis", &url], &[("SSL_CERT_FILE", &ca)]);
+    let client = support::Http::new(&service.url, "demo");
+    until_hit(&client, "/agents/agent-1").await;
+    assert!(!redis.keys("cas:*agent-1*").is_empty());
+    assert_eq!(client.get("/healthz").await.json()["store"], "ok");
+    // Whose certificate nobody vouches for is not spoken to.
+    let stranger = support::Service::start(&["--redis", &url]);
+    let client = support::Http::new(&stranger.url, "demo");
+    for _ in 0..3 {
+        assert!(!client.get("/agents/agent-1").await.is_hit());
+    }
+    assert_eq!(client.get("/healthz").await.json()["store"], "degraded");
+}

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use http_body_util::Full;
 use tower::{Service, service_fn};
-use tower_cache_aside::{Cache, CacheBuilder, Mutation, Route, Ttl};
+use tower_cache_aside::{Cache, CacheBuilder, DataType, Mutation, Route, Ttl, store::Tier};
 
 pub const BODY: usize = 1_024;
 pub const TENANT: &str = "x-tenant-id";
@@ -37,10 +37,14 @@ pub const PATHS: [&str; 20] = [
 ];
 
 pub fn builder() -> CacheBuilder {
+    tiered(Tier::On)
+}
+
+pub fn tiered(tier: Tier) -> CacheBuilder {
     let builder = Cache::builder().tenant_header(TENANT).memory(512 << 20);
     let builder = PATHS.iter().enumerate().fold(builder, |b, (i, path)| {
         let data_type = format!("type-{i}");
-        b.data_type(data_type.clone(), Ttl::Standard).route(Route::new(*path, data_type))
+        b.with(DataType::new(data_type.clone(), Ttl::Standard).tier(tier)).route(Route::new(*path, data_type))
     });
     builder.mutation(Mutation::put("/agents/{agent_id}", "type-0"))
 }

@@ -110,7 +110,7 @@ where
                 }
                 let entry = entry.filter(|entry| asked.accepts(entry, now));
                 let response = entry.as_ref().and_then(|entry| serve(entry, now, &asked, None));
-                let is_due = entry.is_some_and(|entry| entry.is_due(now, route.policy.early_refresh));
+                let is_due = !asked.is_partial() && entry.is_some_and(|e| e.is_due(now, route.policy.early_refresh));
                 match response {
                     Some(response) if !is_due => return ResponseFuture::ready(response),
                     response => {
@@ -239,8 +239,8 @@ impl Miss {
         let engine = self.cache.engine().clone();
         let policy = self.route.policy.clone();
         let only_if_cached = self.asked.directives().is_some_and(|directives| directives.only_if_cached);
-        let passes = if self.asked.head { Some("head") } else { self.asked.has_range().then_some("range") };
-        let mut attempt = Attempt { alone: passes.is_some(), ..Attempt::default() };
+        let is_partial = self.asked.is_partial();
+        let mut attempt = Attempt { alone: is_partial, ..Attempt::default() };
         let mut reason = if self.key == self.primary { Reason::UriMiss } else { Reason::VaryMiss };
         let leader = loop {
             let collapsed = Handled::Forwarded(Forwarded { collapsed: true, ..Forwarded::new(reason) });
@@ -305,15 +305,18 @@ impl Miss {
                 && !attempt.reload
                 && let Some(response) = self.stale(stale)
             {
-                self.spawn_load(inner, request, leader, reason);
+                if !is_partial {
+                    self.spawn_load(inner, request, leader, reason);
+                }
                 return Ok(response);
             }
         }
         if only_if_cached {
             return Ok(gateway_timeout());
         }
-        if let Some(detail) = passes {
+        if is_partial {
             drop(leader);
+            let detail = if self.asked.head { "head" } else { "range" };
             let mut response = inner.call(request).await?;
             response.headers_mut().remove(self.cache.tag_header());
             let status = response.status();

@@ -36,7 +36,7 @@ pub(crate) struct Asked {
 pub(crate) struct Conditions {
     none_match: Vec<HeaderValue>,
     modified_since: Option<SystemTime>,
-    pub(crate) range: Option<HeaderValue>,
+    range: Option<HeaderValue>,
     pub(crate) directives: RequestDirectives,
 }
 
@@ -64,8 +64,9 @@ impl Asked {
         self.conditions.as_ref().map(|c| &c.directives)
     }
 
-    pub(crate) fn has_range(&self) -> bool {
-        self.conditions.as_ref().is_some_and(|c| c.range.is_some())
+    /// Whether the response to this request would be no good for others.
+    pub(crate) fn is_partial(&self) -> bool {
+        self.head || self.conditions.as_ref().is_some_and(|c| c.range.is_some())
     }
 
     /// Whether the request's directives let this entry answer it (RFC 9111, section 5.2.1).

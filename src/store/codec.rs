@@ -166,7 +166,9 @@ fn take_headers(rest: &mut Bytes) -> Result<HeaderMap, Unreadable> {
     let mut headers = HeaderMap::with_capacity(usize::from(count) + 2);
     for _ in 0..count {
         let length = rest.try_get_u16_le().map_err(|_| Unreadable)?;
-        let name = HeaderName::from_bytes(&take(rest, length.into())?).map_err(|_| Unreadable)?;
+        let name = rest.get(..length.into()).ok_or(Unreadable)?;
+        let name = HeaderName::from_bytes(name).map_err(|_| Unreadable)?;
+        rest.advance(length.into());
         let length = rest.try_get_u32_le().map_err(|_| Unreadable)?;
         let value = take(rest, length as usize)?;
         headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Unreadable)?);

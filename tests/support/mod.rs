@@ -39,9 +39,14 @@ pub fn example(name: &str) -> PathBuf {
 
 impl Service {
     pub fn start(args: &[&str]) -> Self {
+        Self::start_with(args, &[])
+    }
+
+    pub fn start_with(args: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut child = Command::new(example("agent_service"))
             .args(["--listen", "127.0.0.1:0"])
             .args(args)
+            .envs(environment.iter().copied())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();

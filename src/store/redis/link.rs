@@ -228,7 +228,9 @@ impl Link {
             return Ok((Lines::Cluster(RwLock::default()), space));
         }
         let client = self.address.client().await?;
-        let mut connection = client.get_multiplexed_async_connection_with_config(&connection_config()).await?;
+        // Every call over it has a time budget already, and one timer is enough.
+        let config = connection_config().set_response_timeout(None);
+        let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
         let space = self.space(&mut connection).await?;
         Ok((Lines::Single(Line { connection, run: 0 }), space))
     }

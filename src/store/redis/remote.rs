@@ -15,6 +15,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    io::Write,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -23,7 +24,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use redis::{Cmd, FromRedisValue, Pipeline, ServerError, Value};
+use redis::{Cmd, FromRedisValue, Pipeline, RedisWrite, ServerError, ToRedisArgs, Value};
 
 use super::link::{Line, Link, Session};
 use crate::{
@@ -173,10 +174,7 @@ impl Remote {
     pub(super) async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
         let session = self.link.settled().await?;
         let line = session.line(tenant(tags))?;
-        let mut get = redis::cmd("MGET");
-        for tag in tags {
-            get.arg(name(&session, b"g:", tag.as_bytes()));
-        }
+        let get = mget(&session, None, tags);
         let run = line.run;
         let values: Vec<Value> = self.command(&session, line, &get).await?;
         Ok(values.iter().map(|value| parse_generation(value, run)).collect())
@@ -269,6 +267,29 @@ fn name(session: &Session, kind: &[u8], rest: &[u8]) -> Vec<u8> {
     [session.space.as_bytes(), kind, rest].concat()
 }
 
+/// Reads an entry and generations: the one command of a hit, written into place.
+fn mget(session: &Session, key: Option<&Key>, tags: &[Tag]) -> Cmd {
+    struct Name<'a>(&'a str, &'a str, &'a [u8]);
+    impl ToRedisArgs for Name<'_> {
+        fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
+            let mut writer = out.writer_for_next_arg();
+            for part in [self.0.as_bytes(), self.1.as_bytes(), self.2] {
+                // It is written to memory.
+                let _ = writer.write_all(part);
+            }
+        }
+    }
+    let entry = key.map(|key| ("e:", key.as_bytes()));
+    let names = entry.into_iter().chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
+    let size = names.clone().map(|(kind, rest)| session.space.len() + kind.len() + rest.len()).sum::<usize>();
+    let mut get = Cmd::with_capacity(2 + tags.len(), 4 + size);
+    get.arg("MGET");
+    for (kind, rest) in names {
+        get.arg(Name(&session.space, kind, rest));
+    }
+    get
+}
+
 /// A generation as it is stored: 16 bytes. Anything else was not written by us, and is no generation.
 fn parse_generation(value: &Value, run: u128) -> Option<Generation> {
     match value {
@@ -305,11 +326,7 @@ impl Store for Remote {
         Box::pin(async move {
             let session = self.link.settled().await?;
             let line = session.line(tenant(tags))?;
-            let mut get = redis::cmd("MGET");
-            get.arg(name(&session, b"e:", key.as_bytes()));
-            for tag in tags {
-                get.arg(name(&session, b"g:", tag.as_bytes()));
-            }
+            let get = mget(&session, Some(key), tags);
             let run = line.run;
             let values: Vec<Value> = self.command(&session, line, &get).await?;
             let mut values = values.into_iter();
