@@ -51,7 +51,8 @@ pub enum OnUnreachable {
     /// They go on; their invalidations are kept and delivered when the store is back (the default).
     #[default]
     Journal,
-    /// They are answered 503 before they run.
+    /// They are answered 503 before they run. That the store is gone may take a heartbeat (250 ms) to notice, unless the
+    /// cascade is [fenced](crate::Cascade::fenced): raising the fence finds out.
     Reject,
 }
 

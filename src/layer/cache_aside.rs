@@ -30,7 +30,7 @@ use super::{
     body::{CacheBody, Piece},
     cache_status::{Forwarded, Handled, Reason},
     freshness::{Exchange, Storable, judge, stored_headers, updated_headers},
-    future::{Finish, ResponseFuture},
+    future::{self, Finish, ResponseFuture},
     serve::{Asked, entity_tag, serve, validate},
     tags,
 };
@@ -338,14 +338,7 @@ impl Miss {
                 },
             },
         };
-        match outcome {
-            Ok(result) => result,
-            Err(_) => match task.await.map_err(tokio::task::JoinError::try_into_panic) {
-                Err(Ok(panic)) => std::panic::resume_unwind(panic),
-                // The runtime is shutting down, and this task with it.
-                _ => std::future::pending().await,
-            },
-        }
+        future::replied(outcome, task).await
     }
 
     /// Replaces what has been served already, unless somebody else does.

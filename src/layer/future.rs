@@ -8,6 +8,10 @@ use std::{
 
 use http::{HeaderName, Response};
 use pin_project_lite::pin_project;
+use tokio::{
+    sync::oneshot,
+    task::{JoinError, JoinHandle},
+};
 
 use super::cache_status::Handled;
 
@@ -19,6 +23,27 @@ pub(crate) struct Finish {
 }
 
 pub(crate) type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<Response<T>, E>> + Send>>;
+
+/// What a task comes to; its panic goes on here.
+pub(crate) async fn joined<T>(task: JoinHandle<T>) -> T {
+    match task.await.map_err(JoinError::try_into_panic) {
+        Ok(value) => value,
+        Err(Ok(panic)) => std::panic::resume_unwind(panic),
+        // The runtime is shutting down, and this task with it.
+        Err(Err(_)) => std::future::pending().await,
+    }
+}
+
+/// What a task replied; if it ended without a reply, it panicked.
+pub(crate) async fn replied<T>(reply: Result<T, oneshot::error::RecvError>, task: JoinHandle<()>) -> T {
+    match reply {
+        Ok(value) => value,
+        Err(_) => {
+            joined(task).await;
+            std::future::pending().await
+        }
+    }
+}
 
 pin_project! {
     /// The future of [`CacheAside`](super::CacheAside) and [`Invalidate`](super::Invalidate). `F` is the inner service's

@@ -33,7 +33,7 @@ use super::{
     body::CacheBody,
     cache_aside::{Load, Reply},
     cache_status::{Forwarded, Handled, Reason},
-    future::{Finish, ResponseFuture},
+    future::{self, Finish, ResponseFuture},
     invalidate::{InvalidateBody, REPORT},
     serve::Asked,
 };
@@ -108,14 +108,7 @@ where
                 let request = Request::from_parts(parts, body);
                 let inner = self.take_inner();
                 let task = tokio::spawn(write.run(inner, request).in_current_span());
-                return ResponseFuture::boxed(Box::pin(async {
-                    match task.await.map_err(tokio::task::JoinError::try_into_panic) {
-                        Ok(result) => result,
-                        Err(Ok(panic)) => std::panic::resume_unwind(panic),
-                        // The runtime is shutting down, and this task with it.
-                        Err(Err(_)) => std::future::pending().await,
-                    }
-                }));
+                return ResponseFuture::boxed(Box::pin(future::joined(task)));
             }
             Some(route) => match tenants.tenant(&parts) {
                 Err(reason) => Some(reason),
@@ -312,14 +305,7 @@ impl Read {
         };
         let (reply, replied) = oneshot::channel();
         let task = tokio::spawn(self.load(inner, request, leader, reply).in_current_span());
-        match replied.await {
-            Ok(result) => result.map(out),
-            Err(_) => match task.await.map_err(tokio::task::JoinError::try_into_panic) {
-                Err(Ok(panic)) => std::panic::resume_unwind(panic),
-                // The runtime is shutting down, and this task with it.
-                _ => std::future::pending().await,
-            },
-        }
+        future::replied(replied.await, task).await.map(out)
     }
 
     async fn load<S, B, R>(
@@ -393,6 +379,15 @@ pub(super) fn is_refusal(headers: &HeaderMap) -> bool {
     matches!(status, Some("3" | "5" | "6" | "7" | "8" | "9" | "11" | "12" | "16"))
 }
 
+/// The answer to a write that the store could not be told about: UNAVAILABLE.
+fn unavailable<R: Body<Data = Bytes>>() -> Out<R> {
+    let mut response = Response::new(InvalidateBody::default());
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert(GRPC_STATUS, HeaderValue::from_static("14"));
+    response
+}
+
 impl Write {
     async fn drops(&self, drops: &mut Drops, id: Option<&str>) {
         let data_type = &self.route.data_type;
@@ -416,6 +411,9 @@ impl Write {
         B: Body<Data = Bytes>,
         R: Body<Data = Bytes>,
     {
+        if self.cache.rejects() && !self.cache.is_healthy() {
+            return Ok(unavailable());
+        }
         let (parts, body) = request.into_parts();
         let body = GrpcBody::read(body, self.cache.body_limit()).await;
         let message = body.whole().and_then(|body| message(&body)).flatten();
@@ -423,17 +421,11 @@ impl Write {
         let mut drops = Drops::default();
         self.drops(&mut drops, id.as_deref()).await;
         let fence = self.cache.fence(std::iter::once(self.route.data_type.as_str()));
-        let fenced = match &fence {
-            Some(fence) => self.cache.engine().fence(drops.clone(), fence).await.is_ok(),
-            None => true,
-        };
-        if self.cache.rejects() && !(fenced && self.cache.is_healthy()) {
-            let mut response = Response::new(InvalidateBody::untouched(CacheBody::full(Bytes::new(), None)));
-            let headers = response.headers_mut();
-            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-            // UNAVAILABLE
-            headers.insert(GRPC_STATUS, HeaderValue::from_static("14"));
-            return Ok(response);
+        if let Some(fence) = &fence
+            && self.cache.engine().fence(drops.clone(), fence).await.is_err()
+            && self.cache.rejects()
+        {
+            return Ok(unavailable());
         }
         let call = AssertUnwindSafe(async { inner.call(Request::from_parts(parts, body)).await });
         let result = call.catch_unwind().await;

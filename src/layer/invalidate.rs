@@ -21,7 +21,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 use tracing::Instrument;
 
-use super::future::ResponseFuture;
+use super::future::{self, ResponseFuture};
 use crate::{Cache, catalog::Drops, engine::Invalidated, route::Mutated, store::Fence};
 
 pub(super) const REPORT: HeaderName = HeaderName::from_static("cache-invalidated");
@@ -84,14 +84,7 @@ where
         let clone = self.inner.clone();
         let inner = std::mem::replace(&mut self.inner, clone);
         let task = tokio::spawn(write.run(inner, Request::from_parts(parts, body)).in_current_span());
-        ResponseFuture::boxed(Box::pin(async {
-            match task.await.map_err(tokio::task::JoinError::try_into_panic) {
-                Ok(result) => result,
-                Err(Ok(panic)) => std::panic::resume_unwind(panic),
-                // The runtime is shutting down, and this task with it.
-                Err(Err(_)) => std::future::pending().await,
-            }
-        }))
+        ResponseFuture::boxed(Box::pin(future::joined(task)))
     }
 }
 
@@ -118,15 +111,18 @@ impl Write {
         S: Service<Request<B>, Response = Response<R>>,
         R: Body,
     {
+        let rejects = self.cache.rejects();
+        if rejects && !self.cache.is_healthy() {
+            return Ok(unavailable());
+        }
         // Before the handler: it may remove the rows that name the children.
         let mut drops = Drops::default();
         self.cache.drop_mutated(&mut drops, &self.tenants, &self.mutated).await;
         let fence = self.cache.fence(self.mutated.types());
-        let fenced = match &fence {
-            Some(fence) => self.cache.engine().fence(drops.clone(), fence).await.is_ok(),
-            None => true,
-        };
-        if self.cache.rejects() && !(fenced && self.cache.is_healthy()) {
+        if let Some(fence) = &fence
+            && self.cache.engine().fence(drops.clone(), fence).await.is_err()
+            && rejects
+        {
             return Ok(unavailable());
         }
         let result = match AssertUnwindSafe(async { inner.call(request).await }).catch_unwind().await {
