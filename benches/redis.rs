@@ -301,10 +301,15 @@ fn l1(c: &mut Criterion) {
         (1..=3).flat_map(|round| [("memory alone", &memory), ("tracked", &tracked)].map(|it| (round, it)))
     {
         let mut service = cache.layer().layer(origin(support::BODY));
-        let start = Instant::now();
-        while !service.call(get(PATH)).now_or_never().is_some_and(|r| says(&r.unwrap(), "hit")) {
-            assert!(start.elapsed() < Duration::from_secs(5), "{name}: never held in process");
-            let _ = bench.runtime.block_on(service.call(get(PATH)));
+        // In a row: a look-up on the server may for once be answered within one poll.
+        let (start, mut in_a_row) = (Instant::now(), 0);
+        while in_a_row < 100 {
+            in_a_row += 1;
+            if !service.call(get(PATH)).now_or_never().is_some_and(|r| says(&r.unwrap(), "hit")) {
+                in_a_row = 0;
+                assert!(start.elapsed() < Duration::from_secs(5), "{name}: never held in process");
+                let _ = bench.runtime.block_on(service.call(get(PATH)));
+            }
         }
         let mut lapsed = 0u64;
         group.bench_function(BenchmarkId::new(name, round), |b| {

@@ -56,6 +56,26 @@ async fn entries_are_shared_and_fall_everywhere() {
     }
 }
 
+/// A hit is the same response, from wherever it comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hit_from_redis_is_the_response_and_its_age() {
+    let redis = Redis::start(&[]);
+    for l1 in ["on", "off"] {
+        let fleet = Fleet::start(2, &redis.url(), &["--l1", l1, "--prefix", l1]);
+        let clients = fleet.clients();
+        let miss = clients[0].get("/agents/agent-1").await;
+        for client in &clients {
+            until_hit(client, "/agents/agent-1").await;
+            let hit = client.get("/agents/agent-1").await;
+            assert_eq!((hit.status, &hit.body), (miss.status, &miss.body));
+            let mut names: Vec<_> = hit.headers.keys().map(|name| name.as_str()).collect();
+            names.sort_unstable();
+            assert_eq!(names, ["age", "cache-status", "content-length", "content-type", "date", "etag"], "l1 {l1}");
+            assert!(hit.header("age").parse::<u64>().is_ok(), "{hit:?}");
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn without_the_tier_no_read_is_stale() {
     let redis = Redis::start(&[]);

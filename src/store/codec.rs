@@ -119,7 +119,10 @@ pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
     } else {
         let status = rest.try_get_u16_le().map_err(|_| Unreadable)?;
         let status = StatusCode::from_u16(status).map_err(|_| Unreadable)?;
-        let headers = take_headers(&mut rest)?;
+        let mut headers = take_headers(&mut rest)?;
+        for place in PLACES {
+            headers.entry(place).or_insert(HeaderValue::from_static(""));
+        }
         let trailers = if flags & TRAILERS == 0 { None } else { Some(take_headers(&mut rest)?) };
         Some((status, headers, trailers))
     };
@@ -180,8 +183,11 @@ fn take(rest: &mut Bytes, length: usize) -> Result<Bytes, Unreadable> {
     if length > rest.len() { Err(Unreadable) } else { Ok(rest.split_to(length)) }
 }
 
+/// What a hit fills in.
+const PLACES: [HeaderName; 2] = [HeaderName::from_static("cache-status"), header::AGE];
+
 fn is_place(name: &HeaderName) -> bool {
-    *name == header::AGE || name.as_str() == "cache-status"
+    PLACES.contains(name)
 }
 
 /// The body compressed, if that is worth it: large enough, not compressed already, and at least a tenth smaller.
@@ -238,6 +244,7 @@ mod tests {
                 map.append(*name, HeaderValue::from_static(value));
             }
             let trailers = (!headers.is_empty()).then(|| map.clone());
+            map.extend(PLACES.map(|place| (place, HeaderValue::from_static(""))));
             Payload::Response(StoredResponse { status: StatusCode::IM_A_TEAPOT, headers: map, body, trailers })
         } else {
             Payload::Value(body)
