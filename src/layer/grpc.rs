@@ -51,7 +51,32 @@ const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 /// The frame of a message: whether it is compressed, and its length.
 const FRAME: usize = 5;
 
-/// Wraps services in [`Grpc`].
+/// Wraps gRPC services in [`Grpc`]: unary calls of declared methods are answered from the cache, and mutations invalidate
+/// before their trailers are sent. (Feature `grpc`.)
+///
+/// **Authorization must sit outside this layer.** A tonic interceptor wraps one service, so it sits *inside*
+/// `Server::layer`, and a hit never reaches it. Therefore requests with `authorization` pass by the cache, unless their
+/// method is declared [shared](crate::GrpcMethod::shared): do that only with authorization in a layer of its own, outside.
+///
+/// ```
+/// # use tower_cache_aside::{Cache, GrpcMethod, GrpcTarget, Ttl};
+/// #[derive(Clone, PartialEq, prost::Message)]
+/// struct GetAgent {
+///     #[prost(string, tag = "1")]
+///     id: String,
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let get = GrpcMethod::read("/agents.v1.Agents/GetAgent", "agent");
+/// let cache = Cache::builder()
+///     .tenant_header("x-tenant-id")
+///     .data_type("agent", Ttl::Standard)
+///     .grpc_method(get.message(|get: &GetAgent| Some(GrpcTarget::new(&get.id))))
+///     .grpc("/agents.v1.Agents/ListAgents", "agent") // by its whole message
+///     .build()?;
+/// let layer = cache.grpc_layer(); // tonic::transport::Server::builder().layer(layer)
+/// # Ok(()) }
+/// ```
 #[derive(Clone, Debug)]
 pub struct GrpcLayer {
     cache: Cache,
