@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::{Attempt, Begin, Landed, Leader};
+use super::Leader;
 use crate::{
     Cache,
     key::{Key, KeyBuf, Tag, push_ids, push_tenant, push_type},
@@ -229,23 +229,10 @@ where
     if let Some(value) = engine.peek(key.as_bytes(), engine.now()).and_then(|e| decode(&e)) {
         return Ok((value, report(None, start.elapsed())));
     }
-    let mut attempt = Attempt::default();
-    let leader = loop {
-        let entry = match engine.begin(&key, &tags, &policy, attempt).await {
-            Begin::Lead(leader) => break Some(leader),
-            Begin::Unavailable => break None,
-            Begin::Hit(entry) | Begin::Collapsed(entry) => Some(entry),
-            Begin::Follow(flight, _) => match engine.follow(flight).await {
-                Landed::Done(entry) => Some(entry),
-                Landed::Unshareable | Landed::Failed => None,
-            },
-        };
-        match entry.map(|e| decode(&e)) {
-            Some(Some(value)) => return Ok((value, report(None, start.elapsed()))),
-            // Another shape than ours: replace it.
-            Some(None) => attempt.reload = true,
-            None => attempt.failures += 1,
-        }
+    // An entry of another shape than ours is loaded anew.
+    let leader = match engine.obtain(&key, &tags, &policy, |entry, _| decode(entry)).await {
+        Ok(value) => return Ok((value, report(None, start.elapsed()))),
+        Err(leader) => leader,
     };
     let lookup = start.elapsed();
     let task = tokio::spawn(async move {

@@ -209,6 +209,38 @@ impl Engine {
         }
     }
 
+    /// Looks the key up, waits for others' calls and tries again, until there is something that `answer` can use (it is
+    /// told whether another's call gave it), or a call to make.
+    pub(crate) async fn obtain<T>(
+        self: &Arc<Self>,
+        key: &Key,
+        tags: &[Tag],
+        policy: &Policy,
+        answer: impl Fn(&Entry, bool) -> Option<T>,
+    ) -> Result<T, Option<Leader>> {
+        let mut attempt = Attempt::default();
+        loop {
+            let (entry, collapsed) = match self.begin(key, tags, policy, attempt).await {
+                Begin::Lead(leader) => return Err(Some(leader)),
+                Begin::Unavailable => return Err(None),
+                Begin::Hit(entry) => (entry, false),
+                Begin::Collapsed(entry) => (entry, true),
+                Begin::Follow(flight, _) => match self.follow(flight).await {
+                    Landed::Done(entry) => (entry, true),
+                    Landed::Unshareable | Landed::Failed => {
+                        attempt.failures += 1;
+                        continue;
+                    }
+                },
+            };
+            match answer(&entry, collapsed) {
+                Some(answer) => return Ok(answer),
+                // Of no use to this caller: it is replaced.
+                None => attempt.reload = true,
+            }
+        }
+    }
+
     /// Waits for another's call to end.
     pub(crate) async fn follow(&self, flight: Follower) -> Landed {
         match flight.wait().await {
@@ -354,10 +386,6 @@ pub(crate) struct Leader {
 }
 
 impl Leader {
-    pub(crate) fn now(&self) -> Millis {
-        self.engine.now()
-    }
-
     /// What was stored when it began, and was not fresh or not wanted.
     pub(crate) fn stale(&self) -> Option<&Stale> {
         self.stale.as_ref()

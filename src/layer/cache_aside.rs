@@ -32,7 +32,7 @@ use super::{
     freshness::{Exchange, Storable, judge, stored_headers, updated_headers},
     future::{self, Finish, ResponseFuture},
     serve::{Asked, entity_tag, serve, validate},
-    tags,
+    tags, take_ready,
 };
 use crate::{
     Cache,
@@ -126,9 +126,7 @@ where
                             cache: self.cache.clone(),
                             asked,
                         };
-                        // The inner service that was polled ready is called; its clone stays behind.
-                        let clone = self.inner.clone();
-                        let inner = std::mem::replace(&mut self.inner, clone);
+                        let inner = take_ready(&mut self.inner);
                         let request = Request::from_parts(parts, body);
                         let Some(response) = response else {
                             return ResponseFuture::boxed(Box::pin(miss.answer(inner, request)));
@@ -250,7 +248,6 @@ impl Miss {
                 Begin::Hit(entry) => (entry, None),
                 Begin::Collapsed(entry) => (entry, Some(collapsed)),
                 Begin::Follow(flight, stale) => {
-                    let stale = stale.filter(|stale| matches!(stale.entry.payload, Payload::Response(_)));
                     let now = engine.now();
                     if let Some(response) =
                         stale.as_ref().filter(|s| s.serves_meanwhile(now)).and_then(|s| self.stale(s))
@@ -458,9 +455,10 @@ impl Miss {
                 (Lifetime::default(), Box::default())
             }
         };
+        let varied = self.varied(names, &request_headers);
         if let Some(stored) = confirmed {
             let late = late.unwrap_or_default();
-            self.confirm(leader, Confirmed { stored, parts, late, life, names, forwarded }, reply).await;
+            self.confirm(leader, Confirmed { stored, parts, late, life, varied, forwarded }, reply).await;
             return;
         }
         let leader = match leader {
@@ -476,7 +474,6 @@ impl Miss {
                 return;
             }
         };
-        let varied = self.varied(names, &request_headers);
         let limit = self.cache.body_limit();
         let adds_tag = self.cache.http().entity_tags
             && parts.status == StatusCode::OK
@@ -495,11 +492,10 @@ impl Miss {
 
     /// Stores what the origin has confirmed anew, and answers with it.
     async fn confirm<R: Body, E>(&self, leader: Option<Leader>, confirmed: Confirmed, reply: Reply<R, E>) {
-        let Confirmed { stored, parts, late, life, names, mut forwarded } = confirmed;
+        let Confirmed { stored, parts, late, life, varied, mut forwarded } = confirmed;
         let headers = stored_headers(&parts.headers);
         let payload = Payload::Response(StoredResponse { headers, ..stored });
         let engine = self.cache.engine();
-        let varied = (!names.is_empty()).then(|| (names, self.key.clone()));
         let sealed = match leader.filter(|_| forwarded.stored) {
             Some(leader) => leader.seal(payload.clone(), late, life, varied).await,
             None => None,
@@ -522,7 +518,7 @@ struct Confirmed {
     parts: response::Parts,
     late: Vec<Tag>,
     life: Lifetime,
-    names: Box<[HeaderName]>,
+    varied: Option<(Box<[HeaderName]>, Key)>,
     forwarded: Forwarded,
 }
 
@@ -622,7 +618,6 @@ impl Load {
             trailers: trailers.clone(),
         };
         let (keep, mut forwarded) = (self.forwarded.stored, self.forwarded);
-        let now = self.leader.now();
         let sealed = self.leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
         match client {
             Client::Waiting(reply) => {
@@ -630,7 +625,8 @@ impl Load {
                 let handled = Handled::Forwarded(forwarded);
                 let conditional = sealed.as_ref().filter(|_| asked.conditions.is_some());
                 let response = conditional.and_then(|sealed| {
-                    let mut response = serve(&sealed.entry, now, asked, Some(handled))?;
+                    let mut response = serve(&sealed.entry, sealed.entry.created, asked, Some(handled))?;
+                    // The age it came with, if it came with one: it is not from the cache.
                     match self.parts.headers.get(header::AGE) {
                         Some(age) => response.headers_mut().insert(header::AGE, age.clone()),
                         None => response.headers_mut().remove(header::AGE),

@@ -36,11 +36,12 @@ use super::{
     future::{self, Finish, ResponseFuture},
     invalidate::{InvalidateBody, REPORT},
     serve::Asked,
+    take_ready,
 };
 use crate::{
     Cache,
     catalog::{Drops, Target},
-    engine::{Attempt, Begin, Landed, Leader},
+    engine::Leader,
     key::Key,
     route::GrpcRoute,
     store::{Entry, Lifetime, Payload},
@@ -131,7 +132,7 @@ where
             Some(route) if route.mutates => {
                 let write = Write { tenants: tenants.tenants(&parts), route, cache: self.cache.clone() };
                 let request = Request::from_parts(parts, body);
-                let inner = self.take_inner();
+                let inner = take_ready(&mut self.inner);
                 let task = tokio::spawn(write.run(inner, request).in_current_span());
                 return ResponseFuture::boxed(Box::pin(future::joined(task)));
             }
@@ -141,7 +142,7 @@ where
                 Ok(tenant) => {
                     let read = Read { tenant: tenant.into_owned(), route, cache: self.cache.clone() };
                     let request = Request::from_parts(parts, body);
-                    let inner = self.take_inner();
+                    let inner = take_ready(&mut self.inner);
                     return ResponseFuture::boxed(Box::pin(read.answer(inner, request)));
                 }
             },
@@ -152,14 +153,6 @@ where
         });
         let request = Request::from_parts(parts, GrpcBody::passing(body));
         ResponseFuture::pass(self.inner.call(request), finish, |body| InvalidateBody::untouched(CacheBody::inner(body)))
-    }
-}
-
-impl<S: Clone> Grpc<S> {
-    /// The inner service that was polled ready is called; its clone stays behind.
-    fn take_inner(&mut self) -> S {
-        let clone = self.inner.clone();
-        std::mem::replace(&mut self.inner, clone)
     }
 }
 
@@ -307,26 +300,11 @@ impl Read {
         if let Some(response) = engine.peek(key.as_bytes(), engine.now()).and_then(|e| replay(&e, engine.now(), None)) {
             return Ok(out(response));
         }
-        let mut attempt = Attempt::default();
-        let leader = loop {
-            let collapsed = Forwarded { collapsed: true, ..Forwarded::new(Reason::UriMiss) };
-            let (entry, handled) = match engine.begin(&key, &wanted.tags, &self.route.policy, attempt).await {
-                Begin::Lead(leader) => break Some(leader),
-                Begin::Unavailable => break None,
-                Begin::Hit(entry) => (entry, None),
-                Begin::Collapsed(entry) => (entry, Some(Handled::Forwarded(collapsed))),
-                Begin::Follow(flight, _) => match engine.follow(flight).await {
-                    Landed::Done(entry) => (entry, Some(Handled::Forwarded(collapsed))),
-                    Landed::Unshareable | Landed::Failed => {
-                        attempt.failures += 1;
-                        continue;
-                    }
-                },
-            };
-            match replay(&entry, engine.now(), handled) {
-                Some(response) => return Ok(out(response)),
-                None => attempt.reload = true,
-            }
+        let collapsed = Handled::Forwarded(Forwarded { collapsed: true, ..Forwarded::new(Reason::UriMiss) });
+        let answer = |entry: &Entry, shared: bool| replay(entry, engine.now(), shared.then_some(collapsed));
+        let leader = match engine.obtain(&key, &wanted.tags, &self.route.policy, answer).await {
+            Ok(response) => return Ok(out(response)),
+            Err(leader) => leader,
         };
         let (reply, replied) = oneshot::channel();
         let task = tokio::spawn(self.load(inner, request, leader, reply).in_current_span());

@@ -21,7 +21,10 @@ use tower_layer::Layer;
 use tower_service::Service;
 use tracing::Instrument;
 
-use super::future::{self, ResponseFuture};
+use super::{
+    future::{self, ResponseFuture},
+    take_ready,
+};
 use crate::{Cache, catalog::Drops, engine::Invalidated, route::Mutated, store::Fence};
 
 pub(super) const REPORT: HeaderName = HeaderName::from_static("cache-invalidated");
@@ -81,8 +84,7 @@ where
             mutated,
             cache: self.cache.clone(),
         };
-        let clone = self.inner.clone();
-        let inner = std::mem::replace(&mut self.inner, clone);
+        let inner = take_ready(&mut self.inner);
         let task = tokio::spawn(write.run(inner, Request::from_parts(parts, body)).in_current_span());
         ResponseFuture::boxed(Box::pin(future::joined(task)))
     }

@@ -22,3 +22,9 @@ pub use future::ResponseFuture;
 pub use grpc::{Grpc, GrpcBody, GrpcLayer};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
 pub use tags::{CacheTags, NoCache};
+
+/// The inner service that was polled ready, to be called; its clone stays behind, and is polled ready before the next call.
+fn take_ready<S: Clone>(inner: &mut S) -> S {
+    let clone = inner.clone();
+    std::mem::replace(inner, clone)
+}
