@@ -90,7 +90,7 @@ pub(super) async fn watch(link: &Weak<Link>, session: &Arc<Session>, seeds: &[Co
     loop {
         let Some(strong) = link.upgrade() else { return };
         let heartbeat = strong.options.heartbeat;
-        let held = strong.held();
+        let held = strong.held.clone();
         let beat = Instant::now();
         if wanted.is_empty() {
             wanted = seeds.iter().map(|seed| seed.addr().to_string()).collect();

@@ -110,7 +110,9 @@ pub(super) struct Link {
     lost: Notify,
     found: Notify,
     ever: AtomicBool,
-    held: Option<Weak<Held>>,
+    /// What this process holds, which the watch over a cluster's masters keeps coherent.
+    #[cfg(feature = "redis-cluster")]
+    pub(super) held: Option<Weak<Held>>,
 }
 
 #[derive(Clone, Debug)]
@@ -120,11 +122,15 @@ pub(super) struct LinkOptions {
     pub(super) trust_restarted: bool,
     /// How long nothing is read after an outage.
     pub(super) settle: Duration,
+    /// How often the masters of a cluster are asked.
+    #[cfg(feature = "redis-cluster")]
     pub(super) heartbeat: Duration,
 }
 
 impl Link {
     pub(super) fn new(address: Address, options: LinkOptions, held: Option<&Arc<Held>>) -> Arc<Self> {
+        #[cfg(not(feature = "redis-cluster"))]
+        let _ = held;
         Arc::new(Self {
             address,
             options,
@@ -133,13 +139,9 @@ impl Link {
             lost: Notify::new(),
             found: Notify::new(),
             ever: AtomicBool::new(false),
+            #[cfg(feature = "redis-cluster")]
             held: held.map(Arc::downgrade),
         })
-    }
-
-    /// What this process holds of it.
-    pub(super) fn held(&self) -> Option<Weak<Held>> {
-        self.held.clone()
     }
 
     /// Starts the task that connects, once there is a runtime for it.

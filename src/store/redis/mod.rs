@@ -177,6 +177,7 @@ impl RedisBuilder {
             prefix: self.prefix,
             trust_restarted: self.trust_restarted,
             settle: self.settle,
+            #[cfg(feature = "redis-cluster")]
             heartbeat: self.heartbeat,
         };
         let held = (self.in_process > 0).then(|| Arc::new(Held::new(MemoryStore::new(self.in_process))));
