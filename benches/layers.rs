@@ -26,7 +26,7 @@ use quick_cache::sync::Cache as QuickCache;
 use support::{PATHS, TENANT, builder, get, headers, origin, response};
 use tokio::runtime::Runtime;
 use tower::{Layer, Service, ServiceExt, service_fn};
-use tower_cache_aside::{Cache, Cascade, Mutation, Route, Ttl, store::MemoryStore};
+use tower_cache_aside::{Cache, Cascade, DataType, Mutation, Route, Ttl, store::MemoryStore};
 
 fn call<S>(service: &mut S, request: Request<Full<Bytes>>) -> S::Response
 where
@@ -186,13 +186,13 @@ fn invalidate(c: &mut Criterion) {
     let runtime = one_thread();
     let mut group = c.benchmark_group("invalidate");
     for entries in [1u32, 1_000, 100_000] {
-        let cache = Cache::builder()
+        let cache = Cache::builder("bench")
             .single_tenant("t")
             .store(MemoryStore::with_largest(2 << 30, 4_096))
-            .data_type("page", Ttl::Standard)
+            .data_type(DataType::new("page", Ttl::Standard))
             .route(Route::new("/books/{book_id}/pages/{page_id}", "page"))
             .route(Route::new("/books/{book_id}", "book"))
-            .data_type("book", Ttl::Standard)
+            .data_type(DataType::new("book", Ttl::Standard))
             .cascade(Cascade::new("book").drops(["page"]))
             .mutation(Mutation::put("/books/{book_id}", "book"))
             .build()

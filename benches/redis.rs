@@ -31,8 +31,8 @@ use support::{Never, get};
 use tokio::runtime::Runtime;
 use tower::{Layer, Service, service_fn};
 use tower_cache_aside::{
-    Cache, Cascade, DataType, Route, Ttl,
-    store::{MemoryStore, RedisStore, Tier},
+    Cache, Cascade, DataType, Route, Tier, Ttl,
+    store::{MemoryStore, RedisStore},
 };
 
 const PATH: &str = "/agents/4711";
@@ -329,11 +329,11 @@ fn l1(c: &mut Criterion) {
 
 /// Pages of books: a mutation of the book drops its pages.
 fn books(bench: &Bench) -> Cache {
-    Cache::builder()
+    Cache::builder("bench")
         .single_tenant("t")
         .store(bench.store())
-        .with(DataType::new("page", Ttl::Standard).tier(Tier::Off))
-        .with(DataType::new("book", Ttl::Standard).tier(Tier::Off))
+        .data_type(DataType::new("page", Ttl::Standard).tier(Tier::Off))
+        .data_type(DataType::new("book", Ttl::Standard).tier(Tier::Off))
         .route(Route::new("/books/{book_id}/pages/{page_id}", "page"))
         .route(Route::new("/books/{book_id}", "book"))
         .cascade(Cascade::new("book").drops(["page"]))

@@ -77,13 +77,13 @@ fn cache() -> Result<Cache, tower_cache_aside::ConfigError> {
     let page = DataType::new("page", Duration::ZERO).freshness(Freshness::Response).stores_cookies();
     let route = |path| Route::new(path, "page").credentials(Credentials::Declared);
     let mutation = |path| Mutation::any(path).follows_locations();
-    Cache::builder()
+    Cache::builder("hyper_proxy")
         .single_tenant("proxy")
-        .with(page)
+        .data_type(page)
         .route(route("/{*path}"))
         .route(route("/"))
         .mutation(mutation("/{*path}").mutates("page").entity("path", "path"))
-        .mutation(mutation("/").mutates_all("page"))
+        .mutation(mutation("/").all("page"))
         .targeted_header("cdn-cache-control")
         .request_directives(true)
         .entity_tags(false)

@@ -1,15 +1,17 @@
 //! Keys and tags: the names under which entries and generations are stored.
 //!
-//! Both are canonical byte strings that begin with the tenant in braces, so that on a Redis cluster everything of one
-//! tenant shares a hash slot. Every part that comes from outside (tenant, ids, query, header values) is escaped to
+//! Both are canonical byte strings that begin with the service's name and the tenant in braces, so that on a Redis cluster
+//! everything of one tenant shares a hash slot. Every part that comes from outside (tenant, ids, query, header values) is escaped to
 //! `A-Z a-z 0-9 . _ -`, and the separators are outside that alphabet: no id can forge another's key, and two different
 //! (tenant, type, resource, scope, variant) never give the same bytes. A part of more than 128 bytes is replaced by
 //! `~` and its SHA-256, so keys stay short whatever clients send.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
+
+use crate::error::ConfigError;
 
 /// Longer parts are hashed.
 const MAX_PART: usize = 128;
@@ -50,17 +52,50 @@ pub(crate) fn push_escaped(buf: &mut KeyBuf, part: &[u8]) {
     buf.extend_from_slice(rest);
 }
 
-/// Begins a key or tag: `{tenant}:type:`.
-fn push_head(buf: &mut KeyBuf, tenant: &[u8], data_type: &str) {
-    push_tenant(buf, tenant);
-    push_type(buf, data_type);
+/// What the keys and tags of one service begin with: services that share a store share nothing else.
+#[derive(Clone, Debug)]
+pub(crate) struct Space(Arc<str>);
+
+impl Space {
+    /// The space of a service. Its name is part of every key, and no name may forge another's.
+    pub(crate) fn new(service: &str) -> Result<Self, ConfigError> {
+        let is_plain = |c: u8| CLEAN[usize::from(c)];
+        if service.is_empty() || service.len() > MAX_PART || !service.bytes().all(is_plain) {
+            return Err(ConfigError::new(format!(
+                "service name `{service}`: name it with letters, digits, `.`, `_` and `-`; it tells this service's \
+                 entries from those of others in a shared store"
+            )));
+        }
+        Ok(Self(service.into()))
+    }
+
+    pub(crate) fn push_tenant(&self, buf: &mut KeyBuf, name: &[u8]) {
+        buf.extend_from_slice(self.0.as_bytes());
+        buf.push(b'{');
+        push_escaped(buf, name);
+        buf.push(b'}');
+    }
+
+    pub(crate) fn tenant(&self, name: impl Into<Vec<u8>>) -> Tenant {
+        let name = name.into();
+        let mut head = KeyBuf::with_capacity(self.0.len() + name.len() + 2);
+        self.push_tenant(&mut head, &name);
+        Tenant { name, head }
+    }
 }
 
-/// Begins a key: `{tenant}`.
-pub(crate) fn push_tenant(buf: &mut KeyBuf, tenant: &[u8]) {
-    buf.push(b'{');
-    push_escaped(buf, tenant);
-    buf.push(b'}');
+/// A tenant: its name as it came, and what its keys and tags begin with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Tenant {
+    pub(crate) name: Vec<u8>,
+    head: KeyBuf,
+}
+
+impl Tenant {
+    /// What keys and tags of this tenant begin with: `service{tenant}`.
+    pub(crate) fn head(&self) -> &[u8] {
+        &self.head
+    }
 }
 
 /// Goes on with `:type:`.
@@ -105,12 +140,12 @@ impl Key {
         Self(bytes.into())
     }
 
-    /// The canonical bytes: printable ASCII that begins with `{tenant}:`.
+    /// The canonical bytes: printable ASCII that begins with `service{tenant}:`.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// The tenant with its braces: what all keys and tags of that tenant begin with.
+    /// The service and the tenant in braces: what all keys and tags of that tenant begin with.
     pub fn tenant(&self) -> &[u8] {
         tenant(&self.0)
     }
@@ -122,10 +157,12 @@ fn tenant(name: &[u8]) -> &[u8] {
 }
 
 impl Tag {
-    /// The tag of every entry of `data_type` that belongs to the entity with this id.
-    pub(crate) fn entity(tenant: &[u8], data_type: &str, entity: &str, id: &[u8]) -> Self {
-        let mut buf = KeyBuf::new();
-        push_head(&mut buf, tenant, data_type);
+    /// The tag of every entry of `data_type` that belongs to the entity with this id. `head` is what all tags of the tenant
+    /// begin with.
+    pub(crate) fn entity(head: &[u8], data_type: &str, entity: &str, id: &[u8]) -> Self {
+        let mut buf = KeyBuf::with_capacity(head.len() + data_type.len() + entity.len() + id.len() + 3);
+        buf.extend_from_slice(head);
+        push_type(&mut buf, data_type);
         push_escaped(&mut buf, entity.as_bytes());
         buf.push(b'=');
         push_escaped(&mut buf, id);
@@ -133,29 +170,20 @@ impl Tag {
     }
 
     /// The tag of every entry of `data_type`.
-    pub(crate) fn all(tenant: &[u8], data_type: &str) -> Self {
-        let mut buf = KeyBuf::new();
-        push_head(&mut buf, tenant, data_type);
+    pub(crate) fn all(head: &[u8], data_type: &str) -> Self {
+        let mut buf = KeyBuf::with_capacity(head.len() + data_type.len() + 3);
+        buf.extend_from_slice(head);
+        push_type(&mut buf, data_type);
         buf.push(b'*');
         Self(buf.into())
     }
 
-    /// The same, for a tenant as [`tenant`](Self::tenant) gives it.
-    #[cfg(feature = "redis")]
-    pub(crate) fn all_of(tenant: &[u8], data_type: &str) -> Self {
-        let mut buf = tenant.to_vec();
-        buf.push(b':');
-        push_escaped(&mut buf, data_type.as_bytes());
-        buf.extend_from_slice(b":*");
-        Self(buf.into())
-    }
-
-    /// The canonical bytes: printable ASCII that begins with `{tenant}:`.
+    /// The canonical bytes: printable ASCII that begins with `service{tenant}:`.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// The tenant with its braces: what all keys and tags of that tenant begin with.
+    /// The service and the tenant in braces: what all keys and tags of that tenant begin with.
     pub fn tenant(&self) -> &[u8] {
         tenant(&self.0)
     }
@@ -178,11 +206,16 @@ mod tests {
 
     use super::*;
 
+    fn space() -> Space {
+        Space::new("s").unwrap()
+    }
+
     type Parts = (Vec<u8>, String, Option<Vec<u8>>, Vec<(String, Vec<u8>)>);
 
     fn key((tenant, data_type, resource, scope): &Parts) -> Vec<u8> {
         let mut buf = KeyBuf::new();
-        push_head(&mut buf, tenant, data_type);
+        space().push_tenant(&mut buf, tenant);
+        push_type(&mut buf, data_type);
         push_ids(&mut buf, resource.as_deref(), scope.iter().map(|(e, i)| (e.as_str(), &i[..])));
         buf
     }
@@ -212,9 +245,9 @@ mod tests {
 
         #[test]
         fn tags_are_injective(a in (id(), "[a:*]{0,3}", "[a:=*]{0,3}", id()), b in (id(), "[a:*]{0,3}", "[a:=*]{0,3}", id())) {
-            let tag = |(t, d, e, i): &(Vec<u8>, String, String, Vec<u8>)| Tag::entity(t, d, e, i);
+            let tag = |(t, d, e, i): &(Vec<u8>, String, String, Vec<u8>)| Tag::entity(space().tenant(&t[..]).head(), d, e, i);
             prop_assert_eq!(a == b, tag(&a) == tag(&b));
-            prop_assert_ne!(tag(&a), Tag::all(&b.0, &b.1));
+            prop_assert_ne!(tag(&a), Tag::all(space().tenant(&b.0[..]).head(), &b.1));
         }
 
         #[test]
@@ -230,7 +263,7 @@ mod tests {
     fn a_hashed_part_is_not_its_own_spelling() {
         let long = vec![b'x'; 200];
         let hashed = key(&(long, "t".into(), None, vec![]));
-        let spelled = hashed[1..hashed.iter().position(|&c| c == b'}').unwrap()].to_vec();
+        let spelled = hashed[2..hashed.iter().position(|&c| c == b'}').unwrap()].to_vec();
         assert_ne!(hashed, key(&(spelled, "t".into(), None, vec![])));
     }
 }

@@ -5,12 +5,12 @@
 //!
 //! ```
 //! use axum::{Json, Router, extract::Path, routing::get};
-//! use tower_cache_aside::{Cache, Mutation, Route, Ttl};
+//! use tower_cache_aside::{Cache, DataType, Mutation, Route, Ttl};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! let cache = Cache::builder()
+//! let cache = Cache::builder("agents")
 //!     .tenant_header("x-tenant-id")
-//!     .data_type("agent", Ttl::Standard)
+//!     .data_type(DataType::new("agent", Ttl::Standard))
 //!     .route(Route::new("/agents/{agent_id}", "agent"))
 //!     .mutation(Mutation::put("/agents/{agent_id}", "agent"))
 //!     .build()?;
@@ -73,24 +73,29 @@
 
 mod cache;
 mod catalog;
+mod clock;
+mod config;
 mod engine;
-#[cfg(feature = "redis")]
-pub mod guard;
+mod error;
+mod http;
 mod key;
 mod layer;
 mod route;
 pub mod store;
+mod units;
 
-pub use cache::{Cache, CacheBuilder, Invalidation, OnUnreachable};
-pub use catalog::{Cascade, Coalesce, Config, ConfigError, DataType, Freshness, Ttl};
-pub use engine::{EntryBuilder, Fetch, Generate, Invalidated, Report, Source};
+pub use cache::{Cache, CacheBuilder, EntryBuilder, Fetch, Generate, Invalidation, Report, Source};
+pub use catalog::{Cascade, Coalesce, DataType, Freshness, Tier, Ttl};
+pub use config::{Config, OnUnreachable};
+pub use engine::Invalidated;
+pub use error::ConfigError;
 pub use key::{Key, Tag};
 pub use layer::{
     CacheAside, CacheAsideLayer, CacheBody, CacheTags, Invalidate, InvalidateBody, InvalidateLayer, NoCache,
     ResponseFuture,
 };
 #[cfg(feature = "grpc")]
-pub use layer::{Grpc, GrpcBody, GrpcLayer};
+pub use layer::{Grpc, GrpcBody, GrpcLayer, GrpcResponseBody};
 pub use route::{Credentials, Mutation, Query, Route};
 #[cfg(feature = "grpc")]
 pub use route::{GrpcMethod, GrpcTarget};

@@ -6,12 +6,17 @@ mod web;
 
 use std::time::Duration;
 
-use tower_cache_aside::{Cache, Cascade, Coalesce, Config, DataType, Mutation, Query, Route, Ttl, store::Tier};
+use tower_cache_aside::{Cache, Cascade, Coalesce, Config, DataType, Mutation, OnUnreachable, Query, Route, Tier, Ttl};
 use web::{Web, ok, with};
 
 const GOOD: &str = r#"
     tenant_header = "x-tenant-id"
     fence = "5s"
+    memory = "32 MiB"
+    body_limit = 1000000
+    report_header = true
+    on_unreachable = "reject"
+    tier = "validated"
 
     [types]
     agent = "standard"
@@ -53,12 +58,12 @@ const GOOD: &str = r#"
     method = "POST"
     path = "/agents"
     creates = "agent"
-    mutates_all = ["agents_list"]
+    all = ["agents_list"]
 
     [[cascades]]
     type = "agent"
     drops = ["agent_config"]
-    drops_all = ["agents_list"]
+    all = ["agents_list"]
     relations = { conversations = "conversation" }
     fenced = "10s"
     hold = "100ms"
@@ -69,6 +74,9 @@ async fn a_file_says_the_same_as_code() {
     let config = Config::from_toml(GOOD).unwrap();
     assert_eq!(config.tenant_header.as_deref(), Some("x-tenant-id"));
     assert_eq!(config.fence, Some(Duration::from_secs(5)));
+    assert_eq!((config.memory, config.body_limit), (Some(32 << 20), Some(1_000_000)));
+    assert_eq!((config.report_header, config.on_unreachable), (Some(true), Some(OnUnreachable::Reject)));
+    assert_eq!(config.tier, Some(Tier::Validated));
     assert_eq!(
         config.types,
         [
@@ -78,20 +86,17 @@ async fn a_file_says_the_same_as_code() {
             DataType::new("conversation", Ttl::Permanent),
         ]
     );
-    assert_eq!(
-        config.routes[1],
-        Route::new("/agents", "agents_list").query(Query::Only(vec!["limit".into(), "offset".into()]))
-    );
+    assert_eq!(config.routes[1], Route::new("/agents", "agents_list").query(Query::only(["limit", "offset"])));
     let conversations = Route::new("/agents/{agent_id}/conversations/{id}", "conversation");
     assert_eq!(config.routes[3], conversations.resource("id").entity("id", "conversation").declares_tags());
     assert_eq!(config.mutations[0], Mutation::put("/agents/{agent_id}", "agent").include("conversations"));
-    assert_eq!(config.mutations[1], Mutation::post("/agents").creates("agent").mutates_all("agents_list"));
-    let cascade = Cascade::new("agent").drops(["agent_config"]).drops_all(["agents_list"]);
+    assert_eq!(config.mutations[1], Mutation::post("/agents").creates("agent").all("agents_list"));
+    let cascade = Cascade::new("agent").drops(["agent_config"]).all(["agents_list"]);
     let cascade = cascade.relation("conversations", "conversation");
     assert_eq!(config.cascades, [cascade.fenced(Duration::from_secs(10)).hold(Duration::from_millis(100))]);
     assert!(config.has_relation("conversations") && !config.has_relation("agents"));
 
-    let web = Web::new(&Cache::builder().config(config).build().unwrap(), |_| async { Ok(ok("text")) });
+    let web = Web::new(&Cache::builder("test").config(config).build().unwrap(), |_| async { Ok(ok("text")) });
     let get = |path: &'static str| web.send(with(http::Method::GET, path, &[("x-tenant-id", "t")]));
     assert!(!get("/agents/1").await.is_hit());
     assert!(get("/agents/1").await.is_hit());
@@ -144,6 +149,10 @@ fn every_mistake_is_refused_with_its_place_and_mend() {
         (replace("agent = \"standard\"", "agent = \"standard\"\nagent = \"short\""), "agent", "duplicate"),
         (replace("tier = \"off\"", "tier = \"of\""), "agents_list", "off"),
         (replace("fence = \"5s\"", "fence = \"0s\""), "fence", "zero"),
+        (replace("memory = \"32 MiB\"", "memory = \"32 MoB\""), "line 4", "64 MiB"),
+        (replace("body_limit = 1000000", "body_limit = -1"), "line 5", "number of bytes"),
+        (replace("\"reject\"", "\"refuse\""), "line 7", "reject"),
+        (replace("conversation = \"permanent\"", "conversation = \"for ever\""), "line 14", "for ever"),
         (replace("fenced = \"10s\"\n", ""), "agent", "fenced"),
         (replace("tenant_header = \"x-tenant-id\"", "tenant_header = \"x tenant\""), "x tenant", "header"),
         (replace("tenant_header = \"x-tenant-id\"", ""), "tenant", "tenant_header"),
@@ -155,7 +164,8 @@ fn every_mistake_is_refused_with_its_place_and_mend() {
         (add("[surprise]\nx = 1"), "surprise", "routes"),
         ("tenant_header = ".to_owned(), "tenant_header", ""),
     ] {
-        let result = Config::from_toml(&text).and_then(|config| Cache::builder().config(config).build().map(|_| ()));
+        let result =
+            Config::from_toml(&text).and_then(|config| Cache::builder("test").config(config).build().map(|_| ()));
         let message = result.map_or_else(|e| e.to_string(), |()| panic!("accepted: {names} {says}"));
         assert!(message.contains(names) && message.contains(says), "expected `{names}` and `{says}`:\n{message}");
     }
@@ -165,15 +175,15 @@ fn every_mistake_is_refused_with_its_place_and_mend() {
 #[test]
 fn the_builder_refuses_what_cannot_work() {
     let good = || {
-        Cache::builder()
+        Cache::builder("test")
             .single_tenant("t")
-            .data_type("agent", Ttl::Short)
+            .data_type(DataType::new("agent", Ttl::Short))
             .route(Route::new("/agents/{agent_id}", "agent"))
     };
     good().build().unwrap();
     for (builder, says) in [
         (good().tenant_header("x-tenant-id"), "two tenants"),
-        (good().data_type("agent", Ttl::Short), "declared twice"),
+        (good().data_type(DataType::new("agent", Ttl::Short)), "declared twice"),
         (good().tag_header("cache tag"), "cache tag"),
         (good().memory(1 << 20).body_limit(1 << 20), "body limit"),
         (good().resolver("nothing", |_, _| async { Ok::<_, std::io::Error>(vec![]) }), "nothing"),
@@ -181,5 +191,28 @@ fn the_builder_refuses_what_cannot_work() {
     ] {
         let message = builder.build().map_or_else(|e| e.to_string(), |_| panic!("accepted: {says}"));
         assert!(message.contains(says), "{message}");
+    }
+}
+
+#[test]
+fn the_name_of_a_service_is_part_of_its_keys_and_cannot_forge_anothers() {
+    for name in ["", "a b", "a{b}", "a:b", "a%", &"x".repeat(200)] {
+        let error = Cache::builder(name).build().unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("letters"), "{error}");
+    }
+    Cache::builder("agents-v1.eu_2").build().unwrap();
+}
+
+/// Neither in what is shown, nor in what is refused.
+#[test]
+fn passwords_are_not_told() {
+    let url = |scheme: &str| format!("{scheme}://user:hunter2@127.0.0.1:6379/none/such");
+    for scheme in ["redis", "rediss", "http", "redis+sentinel", "redis+cluster"] {
+        let config = Config::from_toml(&format!("[redis]\nurls = [\"{}\"]", url(scheme))).unwrap();
+        let builder = Cache::builder("test").config(config.clone());
+        let shown = format!("{config:?} {builder:?}");
+        let error = builder.build().map_or_else(|e| e.to_string(), |cache| format!("{cache:?}"));
+        assert!(shown.contains("127.0.0.1") && !shown.contains("hunter2"), "{shown}");
+        assert!(!error.contains("hunter2"), "{error}");
     }
 }

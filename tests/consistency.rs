@@ -20,8 +20,8 @@ use rand::{Rng, RngExt, SeedableRng, rngs::SmallRng};
 use tokio::sync::Notify;
 use tower::{Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_cache_aside::{
-    Cache, CacheTags, Cascade, Key, Mutation, Route, Tag, Ttl,
-    store::{Entry, Fence, Generation, Lookup, Mark, MemoryStore, Millis, Opened, Store, StoreFuture, TagGroup, Tier},
+    Cache, CacheTags, Cascade, DataType, Key, Mutation, Route, Tag, Tier, Ttl,
+    store::{Entry, Fence, Generation, Lookup, Mark, MemoryStore, Millis, Opened, Store, StoreFuture, TagGroup},
 };
 
 /// A rule of the protocol, broken on purpose.
@@ -91,7 +91,7 @@ impl Store for Chaos {
                     }
                     let stamp = |tag: &Tag| entry.stamps().iter().find(|s| s.tag == *tag).map(|s| s.generation);
                     let generations = tags.iter().map(stamp).collect();
-                    Ok(Lookup { entry: Some(entry), generations })
+                    Ok(Lookup::new(Some(entry), generations))
                 }
                 _ => Ok(found),
             }
@@ -201,11 +201,11 @@ fn web(cache: &Cache, db: &Arc<Database>) -> Web {
 }
 
 fn cache(store: impl Store, fenced: bool) -> Cache {
-    let mut builder = Cache::builder()
+    let mut builder = Cache::builder("test")
         .single_tenant("t")
-        .data_type("parent", Ttl::Standard)
-        .data_type("child", Ttl::Standard)
-        .data_type("value", Ttl::Standard)
+        .data_type(DataType::new("parent", Ttl::Standard))
+        .data_type(DataType::new("child", Ttl::Standard))
+        .data_type(DataType::new("value", Ttl::Standard))
         .route(Route::new("/parents/{parent_id}", "parent"))
         .route(Route::new("/parents/{parent_id}/children/{child_id}", "child"))
         .route(Route::new("/children/{child_id}", "child").declares_tags())

@@ -18,6 +18,7 @@ use futures_util::StreamExt;
 use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use prost::Message;
 use service::{Agents, AgentsClient, GET, GetAgent, UPDATE, UpdateAgent, WATCH};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
@@ -28,17 +29,21 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 use tower::{Layer, ServiceExt, service_fn};
-use tower_cache_aside::{Cache, Cascade, GrpcMethod, GrpcTarget, Ttl};
+use tower_cache_aside::{Cache, Cascade, DataType, GrpcMethod, GrpcTarget, Ttl};
 
 fn cache() -> Cache {
     cache_with(|read| read)
 }
 
 fn cache_with(read: impl Fn(GrpcMethod) -> GrpcMethod) -> Cache {
-    let get = GrpcMethod::read(GET, "agent").message(|get: &GetAgent| Some(GrpcTarget::new(&get.id)));
-    let update = GrpcMethod::mutation(UPDATE, "agent").message(|new: &UpdateAgent| Some(GrpcTarget::new(&new.id)));
-    let builder = Cache::builder().tenant_header("x-tenant-id").report_header(true).data_type("agent", Ttl::Standard);
-    builder.grpc_method(read(get)).grpc_method(update).build().unwrap()
+    let get = GrpcMethod::read(GET, "agent").message(|bytes| Some(GrpcTarget::new(GetAgent::decode(bytes).ok()?.id)));
+    let update = GrpcMethod::mutation(UPDATE, "agent")
+        .message(|bytes| Some(GrpcTarget::new(UpdateAgent::decode(bytes).ok()?.id)));
+    let builder = Cache::builder("test")
+        .tenant_header("x-tenant-id")
+        .report_header(true)
+        .data_type(DataType::new("agent", Ttl::Standard));
+    builder.grpc(read(get)).grpc(update).build().unwrap()
 }
 
 async fn serve(cache: &Cache, agents: &Agents) -> Endpoint {
@@ -153,8 +158,8 @@ async fn encodings_are_part_of_the_key_and_deadlines_are_not() {
 #[tokio::test]
 async fn streams_pass_untouched_and_at_once() {
     // Even if somebody declares them by mistake.
-    let builder = Cache::builder().tenant_header("x-tenant-id").data_type("agent", Ttl::Standard);
-    let declared = builder.grpc(WATCH, "agent").build().unwrap();
+    let builder = Cache::builder("test").tenant_header("x-tenant-id").data_type(DataType::new("agent", Ttl::Standard));
+    let declared = builder.grpc(GrpcMethod::read(WATCH, "agent")).build().unwrap();
     for cache in [cache(), declared] {
         let agents = Agents::default();
         let endpoint = serve(&cache, &agents).await;
@@ -260,8 +265,9 @@ async fn only_one_whole_message_is_stored() {
             let _: &Request<_> = &request;
             async { Ok::<_, Infallible>(answer(frames)) }
         });
-        let builder = Cache::builder().tenant_header("x-tenant-id").data_type("agent", Ttl::Standard);
-        let service = builder.grpc(GET, "agent").build().unwrap().grpc_layer().layer(inner);
+        let builder =
+            Cache::builder("test").tenant_header("x-tenant-id").data_type(DataType::new("agent", Ttl::Standard));
+        let service = builder.grpc(GrpcMethod::read(GET, "agent")).build().unwrap().grpc_layer().layer(inner);
         let first = service.clone().oneshot(call(GET, framed(b"1"))).await.unwrap();
         assert!(!first.headers().contains_key("content-length"), "{what}");
         let first = first.into_body().collect().await;
@@ -401,9 +407,13 @@ async fn cascades_reach_what_a_message_is_about() {
         async { Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))])) }
     });
     let read = GrpcMethod::read(GET, "note");
-    let read = read.message(|get: &GetAgent| Some(GrpcTarget::new(&get.id).scope("agent", "7").tag("user", "8")));
-    let builder = Cache::builder().tenant_header("x-tenant-id").data_type("note", Ttl::Standard);
-    let builder = builder.data_type("agent", Ttl::Standard).data_type("user", Ttl::Standard).grpc_method(read);
+    let read = read
+        .message(|bytes| Some(GrpcTarget::new(GetAgent::decode(bytes).ok()?.id).scope("agent", "7").tag("user", "8")));
+    let builder = Cache::builder("test").tenant_header("x-tenant-id").data_type(DataType::new("note", Ttl::Standard));
+    let builder = builder
+        .data_type(DataType::new("agent", Ttl::Standard))
+        .data_type(DataType::new("user", Ttl::Standard))
+        .grpc(read);
     let cascades = ["agent", "user"].map(|of| Cascade::new(of).drops(["note"]));
     let cache = cascades.into_iter().fold(builder, |b, cascade| b.cascade(cascade)).build().unwrap();
     let service = cache.grpc_layer().layer(inner);
@@ -423,12 +433,12 @@ async fn cascades_reach_what_a_message_is_about() {
 
 #[test]
 fn mistakes_are_refused_with_their_place() {
-    let builder = || Cache::builder().single_tenant("t").data_type("agent", Ttl::Short);
+    let builder = || Cache::builder("test").single_tenant("t").data_type(DataType::new("agent", Ttl::Short));
     for (builder, names, says) in [
-        (builder().grpc("/agents.v1.Agents/GetAgent", "agnet"), "GetAgent", "unknown data type"),
-        (builder().grpc("GetAgent", "agent"), "GetAgent", "/package.Service/Method"),
-        (builder().grpc(GET, "agent").grpc(GET, "agent"), "GetAgent", "twice"),
-        (builder().grpc_method(GrpcMethod::mutation(UPDATE, "agent").include("friends")), "UpdateAgent", "friends"),
+        (builder().grpc(GrpcMethod::read("/agents.v1.Agents/GetAgent", "agnet")), "GetAgent", "unknown data type"),
+        (builder().grpc(GrpcMethod::read("GetAgent", "agent")), "GetAgent", "/package.Service/Method"),
+        (builder().grpc(GrpcMethod::read(GET, "agent")).grpc(GrpcMethod::read(GET, "agent")), "GetAgent", "twice"),
+        (builder().grpc(GrpcMethod::mutation(UPDATE, "agent").include("friends")), "UpdateAgent", "friends"),
     ] {
         let message = builder.build().map_or_else(|e| e.to_string(), |_| panic!("accepted: {says}"));
         assert!(message.contains(names) && message.contains(says), "{message}");

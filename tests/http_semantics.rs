@@ -48,9 +48,9 @@ impl Bench {
     fn with(data_type: DataType, more: impl FnOnce(CacheBuilder) -> CacheBuilder) -> Self {
         let now = Arc::new(AtomicU64::new(784_111_777_000));
         let clock = now.clone();
-        let builder = Cache::builder()
+        let builder = Cache::builder("test")
             .single_tenant("t")
-            .with(data_type)
+            .data_type(data_type)
             .route(Route::new("/pages/{page_id}", "page"))
             .mutation(Mutation::put("/pages/{page_id}", "page"))
             .clock(move || SystemTime::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)));
@@ -504,7 +504,7 @@ async fn cache_status_is_complete() {
     );
     let hit = bench.get(&[]).await;
     assert!(
-        hit.header("cache-status").starts_with("cdn; hit, tower-cache-aside; hit; ttl=3600; key=\"{t}:page:"),
+        hit.header("cache-status").starts_with("cdn; hit, tower-cache-aside; hit; ttl=3600; key=\"test{t}:page:"),
         "{hit:?}"
     );
     let bypass = bench.get(&[("authorization", "x")]).await;
@@ -515,9 +515,9 @@ async fn cache_status_is_complete() {
 /// RFC 9111, section 4.4: an unsafe method, and what its response locates.
 #[tokio::test]
 async fn unsafe_methods_invalidate_what_they_name() {
-    let cache = Cache::builder()
+    let cache = Cache::builder("test")
         .single_tenant("t")
-        .data_type("page", Ttl::Standard)
+        .data_type(DataType::new("page", Ttl::Standard))
         .route(Route::new("/pages/{page_id}", "page"))
         .mutation(Mutation::any("/pages/{page_id}").mutates("page").follows_locations())
         .build()
@@ -551,7 +551,7 @@ async fn unsafe_methods_invalidate_what_they_name() {
 #[tokio::test]
 async fn a_cascade_reaches_declared_tags_of_variants() {
     let bench = Bench::with(page(), |b| {
-        b.data_type("book", Ttl::Standard)
+        b.data_type(DataType::new("book", Ttl::Standard))
             .route(Route::new("/books/{book_id}", "book"))
             .route(Route::new("/leaves/{leaf_id}", "page").entity("leaf_id", "page").declares_tags())
             .mutation(Mutation::put("/books/{book_id}", "book"))

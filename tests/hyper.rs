@@ -213,9 +213,9 @@ async fn request_bodies_reach_the_origin() {
 #[tokio::test]
 async fn an_upgrade_is_not_the_caches() {
     use tower::Layer;
-    let cache = tower_cache_aside::Cache::builder()
+    let cache = tower_cache_aside::Cache::builder("test")
         .single_tenant("t")
-        .data_type("page", tower_cache_aside::Ttl::Short)
+        .data_type(tower_cache_aside::DataType::new("page", tower_cache_aside::Ttl::Short))
         .route(tower_cache_aside::Route::new("/{page_id}", "page"))
         .build()
         .unwrap();

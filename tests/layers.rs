@@ -21,14 +21,16 @@ use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use tower::{Layer, Service, ServiceExt, limit::ConcurrencyLimitLayer, service_fn};
-use tower_cache_aside::{Cache, CacheBuilder, Cascade, Credentials, Invalidated, Mutation, Query, Route, Ttl};
+use tower_cache_aside::{
+    Cache, CacheBuilder, Cascade, Credentials, DataType, Invalidated, Mutation, Query, Route, Ttl,
+};
 use web::{Body, Web, full, ok, request, with};
 
 fn builder() -> CacheBuilder {
-    Cache::builder()
+    Cache::builder("test")
         .tenant_header("x-tenant-id")
-        .data_type("user", Ttl::Standard)
-        .data_type("order", Ttl::Standard)
+        .data_type(DataType::new("user", Ttl::Standard))
+        .data_type(DataType::new("order", Ttl::Standard))
         .route(Route::new("/users/{id}", "user").entity("id", "user"))
         .route(Route::new("/orders/{id}", "order").entity("id", "order"))
         .mutation(Mutation::put("/users/{id}", "user").entity("id", "user"))
@@ -37,9 +39,9 @@ fn builder() -> CacheBuilder {
 }
 
 fn single() -> CacheBuilder {
-    Cache::builder()
+    Cache::builder("test")
         .single_tenant("t")
-        .data_type("user", Ttl::Standard)
+        .data_type(DataType::new("user", Ttl::Standard))
         .route(Route::new("/users/{user_id}", "user"))
         .mutation(Mutation::put("/users/{user_id}", "user"))
         .report_header(true)
@@ -149,9 +151,9 @@ async fn a_request_that_is_not_everybodys_is_not_answered_from_the_cache() {
 async fn credentials_are_what_the_route_says() {
     let calls = Arc::default();
     let cache = builder()
-        .data_type("note", Ttl::Standard)
+        .data_type(DataType::new("note", Ttl::Standard))
         .route(Route::new("/shared/{note_id}", "note").credentials(Credentials::Shared))
-        .route(Route::new("/own/{note_id}", "note").credentials(Credentials::PerUser("x-user".to_owned())))
+        .route(Route::new("/own/{note_id}", "note").credentials(Credentials::per_user("x-user")))
         .build()
         .unwrap();
     let web = Web::new(&cache, counting(&calls));
@@ -173,14 +175,10 @@ async fn credentials_are_what_the_route_says() {
 #[tokio::test]
 async fn declared_vary_headers_and_query_are_part_of_the_key() {
     let calls = Arc::default();
-    let cache = Cache::builder()
+    let cache = Cache::builder("test")
         .single_tenant("t")
-        .data_type("page", Ttl::Standard)
-        .route(
-            Route::new("/pages/{page_id}", "page")
-                .vary("accept-language")
-                .query(Query::Only(vec!["a".into(), "b".into()])),
-        )
+        .data_type(DataType::new("page", Ttl::Standard))
+        .route(Route::new("/pages/{page_id}", "page").vary("accept-language").query(Query::only(["a", "b"])))
         .build()
         .unwrap();
     let web = Web::new(&cache, counting(&calls));
@@ -294,8 +292,8 @@ async fn a_ttl_is_kept_to_the_millisecond() {
     let now = Arc::new(AtomicU64::new(1_000_000));
     let clock = now.clone();
     let cache = single()
-        .data_type("brief", Duration::from_millis(300))
-        .data_type("forever", Ttl::Permanent)
+        .data_type(DataType::new("brief", Duration::from_millis(300)))
+        .data_type(DataType::new("forever", Ttl::Permanent))
         .route(Route::new("/brief/{x_id}", "brief"))
         .route(Route::new("/forever/{x_id}", "forever"))
         .clock(move || SystemTime::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)))
@@ -403,7 +401,7 @@ async fn headers_of_the_request_have_no_power() {
 #[tokio::test]
 async fn declared_tags_are_for_the_cache_alone() {
     let cache = builder()
-        .data_type("note", Ttl::Standard)
+        .data_type(DataType::new("note", Ttl::Standard))
         .route(Route::new("/notes/{note_id}", "note").declares_tags())
         .cascade(Cascade::new("user").drops(["note"]))
         .build()
@@ -535,7 +533,7 @@ async fn relations_are_resolved_before_and_after() {
     let children = Arc::new(Mutex::new(vec!["1".to_owned(), "2".to_owned()]));
     let (known, moved) = (children.clone(), children.clone());
     let cache = single()
-        .data_type("order", Ttl::Standard)
+        .data_type(DataType::new("order", Ttl::Standard))
         .route(Route::new("/orders/{order_id}", "order"))
         .mutation(Mutation::delete("/users/{user_id}", "user").include("orders"))
         .cascade(Cascade::new("user").relation("orders", "order"))

@@ -28,8 +28,8 @@ use tokio::{
     task::JoinHandle,
 };
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, DataType, Mutation, OnUnreachable, Route, Ttl,
-    store::{RedisBuilder, RedisStore, Tier},
+    Cache, CacheBuilder, Cascade, DataType, Mutation, OnUnreachable, Route, Tier, Ttl,
+    store::{RedisBuilder, RedisStore},
 };
 use web::{Body, Reply, Web, full, ok};
 
@@ -54,9 +54,9 @@ fn builder(store: RedisBuilder, tier: Tier) -> CacheBuilder {
 }
 
 fn over(store: RedisStore, tier: Tier) -> CacheBuilder {
-    Cache::builder()
+    Cache::builder("test")
         .single_tenant("t")
-        .with(DataType::new("doc", Ttl::Standard).tier(tier))
+        .data_type(DataType::new("doc", Ttl::Standard).tier(tier))
         .route(Route::new("/docs/{doc_id}", "doc"))
         .mutation(Mutation::put("/docs/{doc_id}", "doc"))
         .store(store)

@@ -15,13 +15,13 @@ use std::{
 
 use http::{Method, Response};
 use tokio::{sync::Semaphore, task::JoinHandle};
-use tower_cache_aside::{Cache, Mutation, Route, Source, Ttl};
+use tower_cache_aside::{Cache, DataType, Mutation, Route, Source, Ttl};
 use web::{Reply, Web, full, ok, request};
 
 fn cache() -> Cache {
-    let cache = Cache::builder()
+    let cache = Cache::builder("test")
         .single_tenant("t")
-        .data_type("user", Ttl::Standard)
+        .data_type(DataType::new("user", Ttl::Standard))
         .route(Route::new("/users/{user_id}", "user"))
         .mutation(Mutation::put("/users/{user_id}", "user"));
     cache.build().unwrap()

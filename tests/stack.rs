@@ -17,7 +17,7 @@ use axum::{
 };
 use http_body_util::BodyExt;
 use tower::{ServiceBuilder, ServiceExt};
-use tower_cache_aside::{Cache, Mutation, Route, Ttl};
+use tower_cache_aside::{Cache, DataType, Mutation, Route, Ttl};
 use tower_http::{
     compression::CompressionLayer,
     cors::{Any, CorsLayer},
@@ -27,7 +27,7 @@ use tower_http::{
 };
 
 fn cache() -> Cache {
-    let builder = Cache::builder().single_tenant("t").data_type("page", Ttl::Standard);
+    let builder = Cache::builder("test").single_tenant("t").data_type(DataType::new("page", Ttl::Standard));
     let builder = builder.route(Route::new("/pages/{page_id}", "page"));
     builder.mutation(Mutation::put("/pages/{page_id}", "page")).build().unwrap()
 }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
 use http_body_util::Full;
 use tower::{Service, service_fn};
-use tower_cache_aside::{Cache, CacheBuilder, DataType, Mutation, Route, Ttl, store::Tier};
+use tower_cache_aside::{Cache, CacheBuilder, DataType, Mutation, Route, Tier, Ttl};
 
 pub const BODY: usize = 1_024;
 pub const TENANT: &str = "x-tenant-id";
@@ -41,10 +41,10 @@ pub fn builder() -> CacheBuilder {
 }
 
 pub fn tiered(tier: Tier) -> CacheBuilder {
-    let builder = Cache::builder().tenant_header(TENANT).memory(512 << 20);
+    let builder = Cache::builder("bench").tenant_header(TENANT).memory(512 << 20);
     let builder = PATHS.iter().enumerate().fold(builder, |b, (i, path)| {
         let data_type = format!("type-{i}");
-        b.with(DataType::new(data_type.clone(), Ttl::Standard).tier(tier)).route(Route::new(*path, data_type))
+        b.data_type(DataType::new(data_type.clone(), Ttl::Standard).tier(tier)).route(Route::new(*path, data_type))
     });
     builder.mutation(Mutation::put("/agents/{agent_id}", "type-0"))
 }

@@ -34,7 +34,11 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
         config.types = config.types.into_iter().map(|t| t.coalesce(Reach::Fleet)).collect();
     }
     let resolves = config.has_relation("conversations");
-    let mut builder = Cache::builder().config(config).memory(MEMORY).report_header(true);
+    if !args.redis.is_empty() {
+        let in_process = if args.l1 { MEMORY } else { 0 };
+        config.redis = Some(RedisStore::builder(&args.redis).prefix(&args.prefix).in_process(in_process));
+    }
+    let mut builder = Cache::builder("agent_service").config(config).memory(MEMORY).report_header(true);
     if resolves {
         builder = builder.resolver("conversations", move |tenant, agent| {
             let db = db.clone();
@@ -43,11 +47,6 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
     }
     if let Some(lease) = args.fence {
         builder = builder.fenced(lease);
-    }
-    if !args.redis.is_empty() {
-        let in_process = if args.l1 { MEMORY } else { 0 };
-        let store = RedisStore::builder(&args.redis).prefix(&args.prefix).in_process(in_process).build();
-        builder = builder.store(store.map_err(|e| format!("--redis: {e}"))?);
     }
     builder.build().map_err(|e| format!("{name}: {}", one_line(&e.to_string())))
 }

@@ -7,6 +7,7 @@ mod service;
 
 use std::error::Error;
 
+use prost::Message;
 use service::{Agent, Agents, AgentsClient, GET, GetAgent, UPDATE, UpdateAgent};
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
@@ -14,16 +15,19 @@ use tonic::{
     Response,
     transport::{Endpoint, Server},
 };
-use tower_cache_aside::{Cache, GrpcMethod, GrpcTarget, Ttl};
+use tower_cache_aside::{Cache, DataType, GrpcMethod, GrpcTarget, Ttl};
 
 /// Everything about caching: which methods, by what, and whose.
 fn cache() -> Result<Cache, tower_cache_aside::ConfigError> {
-    Cache::builder()
+    Cache::builder("tonic_agents")
         .tenant_header("x-tenant-id")
         .report_header(true)
-        .data_type("agent", Ttl::Standard)
-        .grpc_method(GrpcMethod::read(GET, "agent").message(|get: &GetAgent| Some(GrpcTarget::new(&get.id))))
-        .grpc_method(GrpcMethod::mutation(UPDATE, "agent").message(|new: &UpdateAgent| Some(GrpcTarget::new(&new.id))))
+        .data_type(DataType::new("agent", Ttl::Standard))
+        .grpc(GrpcMethod::read(GET, "agent").message(|bytes| Some(GrpcTarget::new(GetAgent::decode(bytes).ok()?.id))))
+        .grpc(
+            GrpcMethod::mutation(UPDATE, "agent")
+                .message(|bytes| Some(GrpcTarget::new(UpdateAgent::decode(bytes).ok()?.id))),
+        )
         .build()
 }
 

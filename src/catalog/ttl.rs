@@ -58,3 +58,26 @@ impl<'de> Deserialize<'de> for Ttl {
         })
     }
 }
+
+/// How long an entry is good for, counted from now.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Lifetime {
+    /// How old it is already.
+    pub(crate) age: Duration,
+    /// For how long from its beginning it is fresh; `None` means for ever.
+    pub(crate) fresh: Option<Duration>,
+    /// How much longer it is served while it is refreshed.
+    pub(crate) refresh: Duration,
+    /// How much longer it is served when the origin fails.
+    pub(crate) on_error: Duration,
+    /// How much longer it is kept to be validated.
+    pub(crate) validate: Duration,
+    /// How long it took to load.
+    pub(crate) load: Duration,
+}
+
+impl Lifetime {
+    pub(crate) fn fresh_for(fresh: Option<Duration>) -> Self {
+        Self { fresh, ..Self::default() }
+    }
+}

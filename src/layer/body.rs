@@ -14,7 +14,7 @@ use pin_project_lite::pin_project;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 pin_project! {
-    /// The response body of [`CacheAside`](super::CacheAside).
+    /// The response body of [`CacheAside`](crate::CacheAside).
     pub struct CacheBody<B: Body> {
         #[pin]
         kind: Kind<B>,

@@ -13,7 +13,7 @@ use tokio::{
     task::{JoinError, JoinHandle},
 };
 
-use super::cache_status::Handled;
+use crate::http::cache_status::Handled;
 
 /// What is done to a response of a cacheable route that passes through.
 pub(crate) struct Finish {
@@ -46,7 +46,7 @@ pub(crate) async fn replied<T>(reply: Result<T, oneshot::error::RecvError>, task
 }
 
 pin_project! {
-    /// The future of [`CacheAside`](super::CacheAside) and [`Invalidate`](super::Invalidate). `F` is the inner service's
+    /// The future of [`CacheAside`](crate::CacheAside) and [`Invalidate`](crate::Invalidate). `F` is the inner service's
     /// future, `R` its body, `T` the body it becomes.
     pub struct ResponseFuture<F, R, T, E> {
         #[pin]
@@ -98,4 +98,10 @@ where
             KindProj::Boxed { future } => future.as_mut().poll(cx),
         }
     }
+}
+
+/// The inner service that was polled ready, to be called; its clone stays behind, and is polled ready before the next call.
+pub(crate) fn take_ready<S: Clone>(inner: &mut S) -> S {
+    let clone = inner.clone();
+    std::mem::replace(inner, clone)
 }

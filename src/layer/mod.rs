@@ -1,30 +1,26 @@
-//! The HTTP side: two Tower layers over one [`Cache`](crate::Cache).
+//! The Tower side: layers over what one cache hands them.
 //!
-//! [`CacheAsideLayer`] answers reads, [`InvalidateLayer`] sits on writes. Both take their routes from the cache, so both
-//! can wrap a whole router; what is not theirs passes through for the price of one path match.
+//! [`CacheAsideLayer`] answers reads, [`InvalidateLayer`] sits on writes, and `GrpcLayer` does both for gRPC. All take
+//! their routes from the cache, so all can wrap a whole router; what is not theirs passes through for the price of one path match.
 
 mod body;
 mod cache_aside;
-mod cache_status;
-mod directives;
-mod freshness;
+mod core;
+mod extensions;
 mod future;
 #[cfg(feature = "grpc")]
 mod grpc;
 mod invalidate;
+mod reading;
 mod serve;
-mod tags;
+mod writing;
 
+pub(crate) use self::core::{Core, Options};
 pub use body::CacheBody;
 pub use cache_aside::{CacheAside, CacheAsideLayer};
+pub use extensions::{CacheTags, NoCache};
 pub use future::ResponseFuture;
+pub(crate) use future::joined;
 #[cfg(feature = "grpc")]
-pub use grpc::{Grpc, GrpcBody, GrpcLayer};
+pub use grpc::{Grpc, GrpcBody, GrpcLayer, GrpcResponseBody};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
-pub use tags::{CacheTags, NoCache};
-
-/// The inner service that was polled ready, to be called; its clone stays behind, and is polled ready before the next call.
-fn take_ready<S: Clone>(inner: &mut S) -> S {
-    let clone = inner.clone();
-    std::mem::replace(inner, clone)
-}

@@ -2,7 +2,7 @@
 //!
 //! HTTP cannot tell what kind of call a method is, and buffering a stream of requests would hang it; so caching is an
 //! opt-in list of unary methods. A read's key is made of its path, tenant, encodings and message, or of what a closure
-//! over the decoded message yields (the bytes of equal messages may differ: protobuf has no canonical form).
+//! over the message yields (the bytes of equal messages may differ: protobuf has no canonical form).
 
 use std::{collections::HashMap, fmt, sync::Arc};
 
@@ -11,8 +11,9 @@ use sha2::{Digest, Sha256};
 
 use super::tenant::header_values;
 use crate::{
-    catalog::{Cascades, Catalogue, ConfigError, Policy},
-    key::{KeyBuf, Tag, push_escaped, push_ids, push_tenant, push_type},
+    catalog::{Cascades, Catalogue, Policy},
+    error::ConfigError,
+    key::{KeyBuf, Tag, Tenant, push_escaped, push_ids, push_type},
 };
 
 /// What a message is about.
@@ -84,13 +85,11 @@ impl GrpcMethod {
         Self { mutates: true, ..Self::read(path, data_type) }
     }
 
-    /// Says what a message is about. `None` leaves a read uncached.
+    /// Says what a message is about, from its bytes (protobuf: `GetAgent::decode(bytes).ok()`). `None` leaves a read
+    /// uncached.
     #[must_use]
-    pub fn message<M: prost::Message + Default>(
-        mut self,
-        describe: impl Fn(&M) -> Option<GrpcTarget> + Send + Sync + 'static,
-    ) -> Self {
-        self.describe = Some(Arc::new(move |bytes| M::decode(bytes).ok().and_then(|message| describe(&message))));
+    pub fn message(mut self, describe: impl Fn(&[u8]) -> Option<GrpcTarget> + Send + Sync + 'static) -> Self {
+        self.describe = Some(Arc::new(describe));
         self
     }
 
@@ -180,14 +179,14 @@ impl GrpcRoute {
     /// same without its frame, unless it is compressed.
     pub(crate) fn wanted(
         &self,
-        tenant: &[u8],
+        tenant: &Tenant,
         headers: &HeaderMap,
         framed: &[u8],
         message: Option<&[u8]>,
         entity: &str,
     ) -> Option<GrpcWanted> {
-        let mut key = KeyBuf::new();
-        push_tenant(&mut key, tenant);
+        let head = tenant.head();
+        let mut key = KeyBuf::from(head);
         push_type(&mut key, &self.data_type);
         let mut tags = vec![];
         let target = match &self.describe {
@@ -202,17 +201,17 @@ impl GrpcRoute {
                 let mut scope: Vec<_> = target.scope.iter().map(|(e, id)| (e.as_str(), id.as_bytes())).collect();
                 scope.sort_unstable();
                 push_ids(&mut key, Some(target.resource.as_bytes()), scope.iter().copied());
-                tags.push(Tag::entity(tenant, &self.data_type, entity, target.resource.as_bytes()));
+                tags.push(Tag::entity(head, &self.data_type, entity, target.resource.as_bytes()));
                 let also = target.tags.iter().map(|(e, id)| (e.as_str(), id.as_bytes()));
                 for (entity, id) in scope.into_iter().chain(also) {
-                    let tag = Tag::entity(tenant, &self.data_type, entity, id);
+                    let tag = Tag::entity(head, &self.data_type, entity, id);
                     if !tags.contains(&tag) {
                         tags.push(tag);
                     }
                 }
             }
         }
-        tags.push(Tag::all(tenant, &self.data_type));
+        tags.push(Tag::all(head, &self.data_type));
         key.push(b'g');
         let mut parts: Vec<&[u8]> = vec![self.path.as_bytes()];
         for name in [header::CONTENT_TYPE, HeaderName::from_static("grpc-encoding")] {

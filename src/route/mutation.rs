@@ -6,18 +6,18 @@ use http::Method;
 use serde::{Deserialize, Deserializer, de};
 use smallvec::SmallVec;
 
-use super::{
-    Routes,
-    pattern::{Pattern, pattern_error, value},
+use super::pattern::{Pattern, pattern_error, value};
+use crate::{
+    catalog::{Cascades, Catalogue},
+    error::ConfigError,
 };
-use crate::catalog::{Cascades, Catalogue, ConfigError};
 
 /// A route that changes data: after it, everything its cascades name is stale.
 ///
 /// ```
 /// # use tower_cache_aside::Mutation;
 /// let update = Mutation::put("/agents/{agent_id}", "agent").include("conversations");
-/// let create = Mutation::post("/agents").creates("agent").mutates_all("agents_list");
+/// let create = Mutation::post("/agents").creates("agent").all("agents_list");
 /// ```
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -28,7 +28,7 @@ pub struct Mutation {
     #[serde(default)]
     mutates: Vec<String>,
     #[serde(default)]
-    mutates_all: Vec<String>,
+    all: Vec<String>,
     #[serde(default)]
     creates: Option<String>,
     #[serde(default)]
@@ -54,7 +54,7 @@ impl Mutation {
             method,
             path: path.into(),
             mutates: vec![],
-            mutates_all: vec![],
+            all: vec![],
             creates: None,
             include: vec![],
             entities: BTreeMap::new(),
@@ -79,8 +79,8 @@ impl Mutation {
         Self::new(Method::DELETE, path).mutates(data_type)
     }
 
-    /// `POST path`, which says with [`creates`](Self::creates), [`mutates`](Self::mutates) or
-    /// [`mutates_all`](Self::mutates_all) what it changes.
+    /// `POST path`, which says with [`creates`](Self::creates), [`mutates`](Self::mutates) or [`all`](Self::all) what it
+    /// changes.
     pub fn post(path: impl Into<String>) -> Self {
         Self::new(Method::POST, path)
     }
@@ -94,8 +94,8 @@ impl Mutation {
 
     /// Changes any entry of this data type that the tenant has: all of them are dropped.
     #[must_use]
-    pub fn mutates_all(mut self, data_type: impl Into<String>) -> Self {
-        self.mutates_all.push(data_type.into());
+    pub fn all(mut self, data_type: impl Into<String>) -> Self {
+        self.all.push(data_type.into());
         self
     }
 
@@ -134,10 +134,10 @@ impl Mutation {
 #[derive(Debug)]
 pub(crate) struct MutationRoute {
     pub(crate) method: Method,
-    /// (data type, entity, path parameter).
-    targets: Vec<(String, String, String)>,
+    /// (data type, path parameter).
+    targets: Vec<(String, String)>,
     all: Vec<String>,
-    creates: Option<(String, String)>,
+    creates: Option<String>,
     include: Arc<[Arc<str>]>,
     follows_locations: bool,
 }
@@ -155,29 +155,28 @@ impl MutationRoute {
         mutation: &Mutation,
         catalogue: &Catalogue,
         cascades: &Cascades,
-        routes: &Routes,
     ) -> Result<Self, ConfigError> {
         let pattern = Pattern::new(&mutation.path, &mutation.entities).map_err(|e| pattern_error(what, &e))?;
         if mutation.method.is_safe() {
             return Err(ConfigError::new(format!("{what}: {} is a safe method; use another", mutation.method)));
         }
-        let types = mutation.mutates.iter().chain(&mutation.mutates_all).chain(&mutation.creates);
+        let types = mutation.mutates.iter().chain(&mutation.all).chain(&mutation.creates);
         for data_type in types.clone() {
             catalogue.check(what, data_type)?;
         }
         if types.clone().next().is_none() {
-            return Err(ConfigError::new(format!("{what}: it mutates nothing; say what with mutates or mutates_all")));
+            return Err(ConfigError::new(format!("{what}: it mutates nothing; say what with mutates or all")));
         }
         let mut targets = vec![];
         for data_type in &mutation.mutates {
-            let entity = routes.entity_of(data_type);
+            let entity = cascades.entity_of(data_type);
             let param = pattern.params().iter().find(|(_, e)| e == entity).ok_or_else(|| {
                 ConfigError::new(format!(
                     "{what}: no path parameter says which {entity} of `{data_type}` it mutates; name one \
-                     `{entity}_id`, or use mutates_all"
+                     `{entity}_id`, or use all"
                 ))
             })?;
-            targets.push((data_type.clone(), entity.to_owned(), param.0.clone()));
+            targets.push((data_type.clone(), param.0.clone()));
         }
         for relation in &mutation.include {
             if !types.clone().any(|t| cascades.relations(t).contains(&relation.as_str())) {
@@ -188,12 +187,11 @@ impl MutationRoute {
                 )));
             }
         }
-        let creates = mutation.creates.clone().map(|t| (routes.entity_of(&t).to_owned(), t)).map(|(e, t)| (t, e));
         Ok(Self {
             method: mutation.method.clone(),
             targets,
-            all: mutation.mutates_all.clone(),
-            creates,
+            all: mutation.all.clone(),
+            creates: mutation.creates.clone(),
             include: mutation.include.iter().map(|r| r.as_str().into()).collect(),
             follows_locations: mutation.follows_locations,
         })
@@ -209,33 +207,28 @@ pub(crate) struct Mutated {
 
 impl Mutated {
     pub(crate) fn new(route: &Arc<MutationRoute>, params: &matchit::Params<'_, '_>) -> Self {
-        let ids = route.targets.iter().map(|(_, _, param)| value(params, param).into_owned()).collect();
+        let ids = route.targets.iter().map(|(_, param)| value(params, param).into_owned()).collect();
         Self { route: route.clone(), ids }
     }
 
-    /// (data type, entity, id) of what the path names.
-    pub(crate) fn entities(&self) -> impl Iterator<Item = (&str, &str, &[u8])> {
-        self.route.targets.iter().zip(&self.ids).map(|((t, e, _), id)| (&**t, &**e, &**id))
+    /// (data type, id) of what the path names.
+    pub(crate) fn entities(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.route.targets.iter().zip(&self.ids).map(|((t, _), id)| (&**t, &**id))
     }
 
     /// The data types whose cascades it fires.
     pub(crate) fn types(&self) -> impl Iterator<Item = &str> {
-        let created = self.route.creates.iter().map(|(t, _)| t.as_str());
-        self.route
-            .targets
-            .iter()
-            .map(|(t, _, _)| t.as_str())
-            .chain(created)
-            .chain(self.all().iter().map(String::as_str))
+        let named = self.route.targets.iter().map(|(t, _)| t.as_str());
+        named.chain(self.creates()).chain(self.all().iter().map(String::as_str))
     }
 
     pub(crate) fn all(&self) -> &[String] {
         &self.route.all
     }
 
-    /// The data type and entity of what the `Location` of the response names.
-    pub(crate) fn creates(&self) -> Option<(&str, &str)> {
-        self.route.creates.as_ref().map(|(t, e)| (&**t, &**e))
+    /// The data type of what the `Location` of the response names.
+    pub(crate) fn creates(&self) -> Option<&str> {
+        self.route.creates.as_deref()
     }
 
     pub(crate) fn include(&self) -> &[Arc<str>] {

@@ -4,7 +4,7 @@ use std::{borrow::Cow, collections::BTreeMap};
 
 use percent_encoding::percent_decode_str;
 
-use crate::catalog::ConfigError;
+use crate::error::ConfigError;
 
 /// The parameters of a path, in the order of the path.
 #[derive(Debug, Clone, Default)]
@@ -45,6 +45,15 @@ impl Pattern {
 
     pub(crate) fn position(&self, param: &str) -> Option<usize> {
         self.params.iter().position(|(p, _)| p == param)
+    }
+
+    /// The entity of this parameter, or of the last.
+    pub(crate) fn entity(&self, param: Option<&str>) -> Option<&str> {
+        let at = match param {
+            None => self.params.len().checked_sub(1)?,
+            Some(param) => self.position(param)?,
+        };
+        self.params.get(at).map(|(_, entity)| entity.as_str())
     }
 
     pub(crate) fn names(&self, entity: &str) -> bool {

@@ -27,6 +27,11 @@ pub enum Query {
 }
 
 impl Query {
+    /// Only these parameters; others are not part of the key.
+    pub fn only<T: Into<String>>(names: impl IntoIterator<Item = T>) -> Self {
+        Self::Only(names.into_iter().map(Into::into).collect())
+    }
+
     pub(crate) fn push(&self, buf: &mut KeyBuf, query: &str) {
         if matches!(self, Self::Ignore) || query.is_empty() {
             return;
@@ -145,7 +150,7 @@ mod tests {
 
     #[test]
     fn the_allow_list_is_all_that_counts() {
-        let only = Query::Only(vec!["limit".into(), "offset".into()]);
+        let only = Query::only(["limit", "offset"]);
         assert_eq!(variant_of(&only, "utm=1&offset=2&limit=1"), "?limit=1&offset=2");
         assert_eq!(variant_of(&only, "utm=1"), "");
         assert_eq!(variant_of(&Query::Ignore, "limit=1"), "");

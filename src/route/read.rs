@@ -13,15 +13,16 @@ use super::{
     tenant::header_values,
 };
 use crate::{
-    catalog::{Catalogue, ConfigError, Policy},
-    key::{KeyBuf, Tag, push_escaped, push_ids, push_tenant, push_type},
+    catalog::{Catalogue, Policy},
+    error::ConfigError,
+    key::{KeyBuf, Space, Tag, push_escaped, push_ids, push_type},
 };
 
 /// A route whose `GET` responses are cached (and answer `HEAD` too).
 ///
 /// ```
 /// # use tower_cache_aside::{Query, Route};
-/// let route = Route::new("/agents/{agent_id}/runs/{run_id}", "run").query(Query::Only(vec!["verbose".into()]));
+/// let route = Route::new("/agents/{agent_id}/runs/{run_id}", "run").query(Query::only(["verbose"]));
 /// ```
 ///
 /// The last path parameter is the resource, the others are its scope. A parameter `agent_id` names the entity
@@ -33,7 +34,7 @@ pub struct Route {
     #[serde(rename = "type")]
     pub(crate) data_type: String,
     #[serde(default)]
-    resource: Option<String>,
+    pub(crate) resource: Option<String>,
     #[serde(default)]
     pub(crate) entities: BTreeMap<String, String>,
     #[serde(default)]
@@ -63,6 +64,13 @@ pub enum Credentials {
     /// the tenant, if its `Cache-Control` says `public`, `s-maxage` or `must-revalidate` (RFC 9111, section 3.5). Cookies
     /// are ignored.
     Declared,
+}
+
+impl Credentials {
+    /// The named request header identifies the user, and is part of the key.
+    pub fn per_user(header: impl Into<String>) -> Self {
+        Self::PerUser(header.into())
+    }
 }
 
 impl Route {
@@ -244,10 +252,6 @@ impl ReadRoute {
         &self.id
     }
 
-    pub(crate) fn resource_entity(&self) -> Option<&str> {
-        self.resource.map(|i| &*self.pattern.params()[i].1)
-    }
-
     pub(crate) fn resource(&self, params: &matchit::Params<'_, '_>) -> Option<Vec<u8>> {
         self.resource.map(|i| value(params, &self.pattern.params()[i].0).into_owned())
     }
@@ -258,6 +262,7 @@ impl ReadRoute {
         parts: &request::Parts,
         params: &matchit::Params<'_, '_>,
         tenants: &TenantSource,
+        space: &Space,
     ) -> Result<Wanted, &'static str> {
         let tenant = tenants.tenant(parts)?;
         let headers = &parts.headers;
@@ -289,7 +294,7 @@ impl ReadRoute {
         let names = self.pattern.params();
         let values: SmallVec<[_; 4]> = names.iter().map(|(param, _)| value(params, param)).collect();
         let scope = self.scope.iter().map(|&i| (&*names[i].1, &*values[i]));
-        push_tenant(&mut key, &tenant);
+        space.push_tenant(&mut key, &tenant);
         key.extend_from_slice(&self.type_part);
         push_ids(&mut key, self.resource.map(|i| &*values[i]), scope);
         key.push(b'h');
@@ -313,11 +318,11 @@ impl ReadRoute {
     }
 
     /// The tags of the entry: each entity of the path, and the type as a whole.
-    pub(crate) fn tags(&self, tenant: &[u8], params: &matchit::Params<'_, '_>) -> Vec<Tag> {
+    pub(crate) fn tags(&self, head: &[u8], params: &matchit::Params<'_, '_>) -> Vec<Tag> {
         let entity =
-            |(param, entity): &(String, String)| Tag::entity(tenant, &self.data_type, entity, &value(params, param));
+            |(param, entity): &(String, String)| Tag::entity(head, &self.data_type, entity, &value(params, param));
         let mut tags: Vec<_> = self.pattern.params().iter().map(entity).collect();
-        tags.push(Tag::all(tenant, &self.data_type));
+        tags.push(Tag::all(head, &self.data_type));
         tags
     }
 }

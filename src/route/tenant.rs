@@ -4,6 +4,11 @@ use std::{borrow::Cow, fmt, sync::Arc};
 
 use http::{HeaderMap, HeaderName, request};
 
+use crate::{
+    error::ConfigError,
+    key::{Space, Tenant},
+};
+
 type Extract = dyn Fn(&request::Parts) -> Option<String> + Send + Sync;
 
 /// Where the tenant comes from.
@@ -35,22 +40,21 @@ impl TenantSource {
     }
 
     /// Every tenant that a request may be about: a write that says two drops what either has.
-    pub(crate) fn tenants(&self, parts: &request::Parts) -> Vec<Vec<u8>> {
+    pub(crate) fn tenants(&self, parts: &request::Parts, space: &Space) -> Vec<Tenant> {
         match self {
             Self::Header(name) => {
-                let values = parts.headers.get_all(name).iter();
-                values.filter(|v| !v.is_empty()).map(|v| v.as_bytes().to_vec()).collect()
+                let values = header_values(&parts.headers, name);
+                values.filter(|value| !value.is_empty()).map(|value| space.tenant(value)).collect()
             }
-            Self::Extractor(_) | Self::Single(_) => self.tenant(parts).into_iter().map(Cow::into_owned).collect(),
+            Self::Extractor(_) | Self::Single(_) => self.tenant(parts).into_iter().map(|t| space.tenant(t)).collect(),
         }
     }
 
     /// A source that reads one header, however it is capitalised.
-    pub(crate) fn header(name: &str) -> Result<Self, String> {
-        match HeaderName::try_from(name) {
-            Ok(name) => Ok(Self::Header(name)),
-            Err(_) => Err(format!("tenant header `{name}` is not a header name; use one such as x-tenant-id")),
-        }
+    pub(crate) fn header(name: &str) -> Result<Self, ConfigError> {
+        let not_one =
+            |_| ConfigError::new(format!("tenant header `{name}` is not a header name; use one such as x-tenant-id"));
+        HeaderName::try_from(name).map(Self::Header).map_err(not_one)
     }
 }
 

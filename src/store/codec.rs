@@ -234,7 +234,7 @@ mod tests {
 
     fn entry(body: Vec<u8>, headers: &[(&'static str, &'static str)], response: bool) -> Entry {
         let stamps = ["a", "b"].map(|id| Stamp {
-            tag: Tag::entity(b"t", "agent", "agent", id.as_bytes()),
+            tag: Tag::entity(b"s{t}", "agent", "agent", id.as_bytes()),
             generation: Generation(u128::MAX - 7),
         });
         let body = Bytes::from(body);

@@ -12,8 +12,12 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, StatusCode};
 
-use super::{Generation, Millis};
-use crate::key::{Key, Tag};
+use super::Generation;
+use crate::{
+    catalog::Lifetime,
+    clock::Millis,
+    key::{Key, Tag},
+};
 
 /// A tag and the generation it had before the load began.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -66,29 +70,6 @@ pub struct Entry {
     /// stored under that key.
     pub(crate) varied: Option<(Box<[HeaderName]>, Key)>,
     pub(crate) replay: Replay,
-}
-
-/// How long an entry is good for, counted from now.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Lifetime {
-    /// How old it is already.
-    pub(crate) age: Duration,
-    /// For how long from its beginning it is fresh; `None` means for ever.
-    pub(crate) fresh: Option<Duration>,
-    /// How much longer it is served while it is refreshed.
-    pub(crate) refresh: Duration,
-    /// How much longer it is served when the origin fails.
-    pub(crate) on_error: Duration,
-    /// How much longer it is kept to be validated.
-    pub(crate) validate: Duration,
-    /// How long it took to load.
-    pub(crate) load: Duration,
-}
-
-impl Lifetime {
-    pub(crate) fn fresh_for(fresh: Option<Duration>) -> Self {
-        Self { fresh, ..Self::default() }
-    }
 }
 
 /// The headers of a hit, which are the same for all hits of one second: made for the second hit, and cloned for the

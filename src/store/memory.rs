@@ -27,8 +27,12 @@ use quick_cache::{
     sync::{Cache, DefaultLifecycle},
 };
 
-use super::{Entry, Fence, Generation, Lookup, Mark, Millis, Opened, Store, StoreError, StoreFuture, TagGroup, Tier};
-use crate::key::{Key, Tag};
+use super::{Entry, Fence, Generation, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup};
+use crate::{
+    catalog::Tier,
+    clock::Millis,
+    key::{Key, Tag},
+};
 
 const TAG_SHARDS: usize = 64;
 
@@ -274,17 +278,14 @@ impl Store for MemoryStore {
 
     fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], _: Tier) -> StoreFuture<'a, Lookup> {
         let version = |tag| self.version(&mut self.shard(tag), tag);
-        done(Lookup {
-            entry: self.raw(key),
-            generations: tags.iter().map(|tag| Some(generation(version(tag)))).collect(),
-        })
+        done(Lookup::new(self.raw(key), tags.iter().map(|tag| Some(generation(version(tag)))).collect()))
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
         // The mark first: whatever is dropped after it has a greater version.
         let mark = Mark(self.versions.load(Ordering::Acquire).into());
         let captured = self.capture(tags);
-        done(Opened { generations: captured.iter().map(|(_, version)| generation(*version)).collect(), mark })
+        done(Opened::new(captured.iter().map(|(_, version)| generation(*version)).collect(), mark))
     }
 
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {

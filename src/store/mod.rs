@@ -7,23 +7,27 @@
 #[cfg(feature = "redis")]
 mod codec;
 mod entry;
+#[cfg(feature = "redis")]
+mod guard;
 mod memory;
 #[cfg(feature = "redis")]
 mod redis;
 
 use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
+pub(crate) use entry::Payload;
 pub use entry::{Entry, Stamp, StoredResponse};
-pub(crate) use entry::{Lifetime, Payload};
+#[cfg(feature = "redis")]
+pub use guard::Guard;
 pub use memory::MemoryStore;
 #[cfg(feature = "redis")]
 pub use redis::{RedisBuilder, RedisStats, RedisStore};
-use serde::{Deserialize, Deserializer};
 
-use crate::key::{Key, Tag};
-
-/// Milliseconds since the Unix epoch, as the engine's clock tells them.
-pub type Millis = u64;
+pub use crate::clock::Millis;
+use crate::{
+    catalog::Tier,
+    key::{Key, Tag},
+};
 
 /// The unique value a tag has now. Never reused: dropping it invalidates everything stored under it, for good.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -57,6 +61,7 @@ pub struct Mark(pub u128);
 
 /// What [`Store::lookup`] found.
 #[derive(Clone, Debug, Default)]
+#[non_exhaustive]
 pub struct Lookup {
     /// The entry, valid or not.
     pub entry: Option<Arc<Entry>>,
@@ -64,8 +69,16 @@ pub struct Lookup {
     pub generations: Vec<Option<Generation>>,
 }
 
+impl Lookup {
+    /// An entry, and the generation of each tag that was asked for.
+    pub fn new(entry: Option<Arc<Entry>>, generations: Vec<Option<Generation>>) -> Self {
+        Self { entry, generations }
+    }
+}
+
 /// What [`Store::open`] captured.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Opened {
     /// The current generation of each tag that was asked for, in that order.
     pub generations: Vec<Generation>,
@@ -73,8 +86,16 @@ pub struct Opened {
     pub mark: Mark,
 }
 
+impl Opened {
+    /// The generation of each tag that was asked for, and this point in time.
+    pub fn new(generations: Vec<Generation>, mark: Mark) -> Self {
+        Self { generations, mark }
+    }
+}
+
 /// The tags of one data type that an invalidation drops; entries are counted once per group.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct TagGroup {
     /// The data type of all the tags.
     pub data_type: Arc<str>,
@@ -82,39 +103,16 @@ pub struct TagGroup {
     pub tags: Vec<Tag>,
 }
 
-/// How a tier in this process may hold an entry of a store outside it. Configured per data type.
-///
-/// In a file: `tier = "on"`, `"off"`, `"validated"`, or the cap as a duration.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Tier {
-    /// Hits are answered in this process, until the entry expires or is said to be dropped.
-    #[default]
-    On,
-    /// The same, for at most this long.
-    Capped(Duration),
-    /// Every hit first asks the store whether the generations are current; only the entry itself is spared.
-    Validated,
-    /// Every hit is read from the store.
-    Off,
-}
-
-impl<'de> Deserialize<'de> for Tier {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Ok(match text.as_str() {
-            "on" => Self::On,
-            "off" => Self::Off,
-            "validated" => Self::Validated,
-            other => Self::Capped(humantime::parse_duration(other).map_err(|e| {
-                serde::de::Error::custom(format!("tier `{other}`: {e}; write on, off, validated or a duration"))
-            })?),
-        })
+impl TagGroup {
+    /// These tags of this data type.
+    pub fn new(data_type: impl Into<Arc<str>>, tags: Vec<Tag>) -> Self {
+        Self { data_type: data_type.into(), tags }
     }
 }
 
 /// A writer's claim that what it is about to change must not be stored meanwhile.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Fence {
     /// The writer: unique, so that each lifts only its own fences.
     pub writer: u128,
@@ -125,6 +123,11 @@ pub struct Fence {
 }
 
 impl Fence {
+    /// The fence of a new writer.
+    pub fn new(lease: Duration, hold: Duration) -> Self {
+        Self { writer: Generation::unique().0, lease, hold }
+    }
+
     /// Raises and lifts nothing, and leaves the fences of others standing.
     pub(crate) const NOBODY: Self = Self { writer: 0, lease: Duration::ZERO, hold: Duration::ZERO };
 }

@@ -58,9 +58,9 @@ fn measure(service: &mut Boxed, runtime: &tokio::runtime::Runtime, method: &Meth
 
 fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let ours = tower_cache_aside::Cache::builder()
+    let ours = tower_cache_aside::Cache::builder("peers")
         .tenant_header("x-tenant-id")
-        .data_type("agent", tower_cache_aside::Ttl::Standard)
+        .data_type(tower_cache_aside::DataType::new("agent", tower_cache_aside::Ttl::Standard))
         .route(tower_cache_aside::Route::new("/agents/{agent_id}", "agent"))
         .build()
         .unwrap();

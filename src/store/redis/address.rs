@@ -4,7 +4,7 @@ use redis::{Client, ConnectionInfo, IntoConnectionInfo, ProtocolVersion, RedisEr
 use tokio::time::timeout;
 
 use super::link::{CONNECT, connection_config};
-use crate::ConfigError;
+use crate::error::ConfigError;
 
 /// A parsed address.
 #[derive(Clone, Debug)]
@@ -24,7 +24,7 @@ impl Address {
     pub(super) fn parse<'a>(urls: impl IntoIterator<Item = &'a str>) -> Result<Self, ConfigError> {
         let mut singles = vec![];
         for url in urls {
-            let error = |what: &str| ConfigError::new(format!("Redis address `{url}`: {what}"));
+            let error = |what: &str| ConfigError::new(format!("Redis address `{}`: {what}", redacted(url)));
             if let Some(rest) = url.strip_prefix("redis+sentinel://") {
                 let (hosts, master) = rest.split_once('/').unwrap_or((rest, ""));
                 let master = if master.is_empty() { "mymaster" } else { master }.to_owned();
@@ -74,6 +74,13 @@ impl Address {
             }
         }
     }
+}
+
+/// An address as it may be shown: without what may be a password.
+pub(super) fn redacted(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
+    let rest = rest.rsplit_once('@').map_or(rest.to_owned(), |(_, hosts)| format!("***@{hosts}"));
+    if scheme.is_empty() { rest } else { format!("{scheme}://{rest}") }
 }
 
 fn parse(url: &str) -> Result<ConnectionInfo, String> {

@@ -27,6 +27,9 @@ use super::{
 
 const SLOTS: usize = 16_384;
 
+/// What the slot of a key is counted by.
+const CRC: crc::Crc<u16> = crc::Crc::<u16>::new(&crc::CRC_16_XMODEM);
+
 /// Who serves each slot; nobody while it is not known.
 #[derive(Default)]
 pub(super) struct Slots(Vec<Option<Arc<Master>>>);
@@ -34,8 +37,9 @@ pub(super) struct Slots(Vec<Option<Arc<Master>>>);
 impl Slots {
     /// Where the keys of a tenant are; `tenant` as it is in keys, with its braces.
     pub(super) fn line(&self, tenant: &[u8]) -> Option<Line> {
-        let inner = tenant.strip_prefix(b"{").and_then(|t| t.strip_suffix(b"}")).unwrap_or(tenant);
-        let slot = usize::from(crc16::State::<crc16::XMODEM>::calculate(inner)) % SLOTS;
+        let begin = tenant.iter().position(|&c| c == b'{').map_or(0, |at| at + 1);
+        let inner = tenant[begin..].strip_suffix(b"}").unwrap_or(tenant);
+        let slot = usize::from(CRC.checksum(inner)) % SLOTS;
         self.0.get(slot)?.as_ref().map(|master| master.line.clone())
     }
 

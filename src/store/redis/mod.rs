@@ -39,19 +39,32 @@ use std::{
     time::Duration,
 };
 
+use serde::Deserialize;
 use tokio::runtime::Handle;
 
-use super::{Entry, Fence, Generation, Lookup, Mark, MemoryStore, Millis, Opened, Store, StoreFuture, TagGroup, Tier};
+use super::{Entry, Fence, Generation, Lookup, Mark, MemoryStore, Opened, Store, StoreFuture, TagGroup, guard::Guard};
 use crate::{
-    ConfigError,
-    guard::Guard,
+    catalog::Tier,
+    clock::Millis,
+    error::ConfigError,
     key::{Key, Tag},
+    units::{bytes, duration},
 };
 use address::Address;
 use link::{Link, LinkOptions};
 pub use remote::RedisStats;
 use remote::{Counters, Remote};
 use tracker::Held;
+
+/// What all keys begin with.
+const PREFIX: &str = "cas";
+
+/// 64 MiB.
+const IN_PROCESS: u64 = 64 << 20;
+
+const HEARTBEAT: Duration = Duration::from_millis(250);
+const GENERATION_TTL: Duration = Duration::from_secs(7 * 86_400);
+const SETTLE: Duration = Duration::from_secs(1);
 
 /// Redis, with a tier in this process. Cheap to clone.
 #[derive(Clone)]
@@ -67,17 +80,29 @@ struct Shared {
 }
 
 /// Configures a [`RedisStore`].
-#[derive(Clone, Debug)]
+///
+/// In a file: the table `[redis]`, with the same names.
+#[derive(Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[must_use]
 pub struct RedisBuilder {
     urls: Vec<String>,
-    prefix: String,
-    in_process: u64,
-    heartbeat: Duration,
-    budget: Duration,
-    generation_ttl: Duration,
+    #[serde(default)]
+    prefix: Option<String>,
+    #[serde(default, deserialize_with = "bytes")]
+    in_process: Option<u64>,
+    #[serde(default, deserialize_with = "duration")]
+    heartbeat: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    budget: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    invalidate_budget: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    generation_ttl: Option<Duration>,
+    #[serde(default)]
     trust_restarted: bool,
-    settle: Duration,
+    #[serde(default, deserialize_with = "duration")]
+    settle: Option<Duration>,
 }
 
 impl RedisStore {
@@ -87,13 +112,14 @@ impl RedisStore {
     pub fn builder<U: Into<String>>(urls: impl IntoIterator<Item = U>) -> RedisBuilder {
         RedisBuilder {
             urls: urls.into_iter().map(Into::into).collect(),
-            prefix: "cas".to_owned(),
-            in_process: 64 << 20,
-            heartbeat: Duration::from_millis(250),
-            budget: Duration::from_millis(50),
-            generation_ttl: Duration::from_secs(7 * 86_400),
+            prefix: None,
+            in_process: None,
+            heartbeat: None,
+            budget: None,
+            invalidate_budget: None,
+            generation_ttl: None,
             trust_restarted: false,
-            settle: Duration::from_secs(1),
+            settle: None,
         }
     }
 
@@ -125,32 +151,38 @@ impl RedisBuilder {
     /// What all keys begin with; by default `cas`. Services that share a Redis need different ones, unless they are to
     /// share entries.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
-        self.prefix = prefix.into();
+        self.prefix = Some(prefix.into());
         self
     }
 
     /// How many bytes the tier in this process may take; by default 64 MiB. 0 turns it off.
     pub fn in_process(mut self, bytes: u64) -> Self {
-        self.in_process = bytes;
+        self.in_process = Some(bytes);
         self
     }
 
     /// How often the tracking connection is checked; by default 250 ms. What is held in process is trusted for two
     /// heartbeats.
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
-        self.heartbeat = heartbeat;
+        self.heartbeat = Some(heartbeat);
         self
     }
 
     /// How long a call to Redis may take before its request goes to the origin; by default 50 ms.
     pub fn budget(mut self, budget: Duration) -> Self {
-        self.budget = budget;
+        self.budget = Some(budget);
+        self
+    }
+
+    /// How long a write waits for its invalidation to be acknowledged before it goes on without; by default 1 s.
+    pub fn invalidate_budget(mut self, budget: Duration) -> Self {
+        self.invalidate_budget = Some(budget);
         self
     }
 
     /// How long a generation lives, and so at most an entry, `permanent` ones included; by default 7 days.
     pub fn generation_ttl(mut self, ttl: Duration) -> Self {
-        self.generation_ttl = ttl;
+        self.generation_ttl = Some(ttl);
         self
     }
 
@@ -163,7 +195,7 @@ impl RedisBuilder {
 
     /// How long nothing is read after an outage, so that other processes can deliver what they could not; by default 1 s.
     pub fn settle(mut self, settle: Duration) -> Self {
-        self.settle = settle;
+        self.settle = Some(settle);
         self
     }
 
@@ -173,24 +205,28 @@ impl RedisBuilder {
     /// An address that cannot be read, or needs a feature that is not turned on.
     pub fn build(self) -> Result<RedisStore, ConfigError> {
         let address = Address::parse(self.urls.iter().map(String::as_str))?;
+        let heartbeat = self.heartbeat.unwrap_or(HEARTBEAT);
         let options = LinkOptions {
-            prefix: self.prefix,
+            prefix: self.prefix.unwrap_or_else(|| PREFIX.to_owned()),
             trust_restarted: self.trust_restarted,
-            settle: self.settle,
+            settle: self.settle.unwrap_or(SETTLE),
             #[cfg(feature = "redis-cluster")]
-            heartbeat: self.heartbeat,
+            heartbeat,
         };
-        let held = (self.in_process > 0).then(|| Arc::new(Held::new(MemoryStore::new(self.in_process))));
+        let in_process = self.in_process.unwrap_or(IN_PROCESS);
+        let held = (in_process > 0).then(|| Arc::new(Held::new(MemoryStore::new(in_process))));
         let link = Link::new(address, options, held.as_ref());
-        let remote = Remote::new(link.clone(), self.generation_ttl);
-        let store = RedisStore(Arc::new(Shared {
-            counters: remote.counters.clone(),
-            remote: Guard::new(remote).budget(self.budget),
-            link,
-            held,
-            heartbeat: self.heartbeat,
-            tracking: AtomicBool::new(false),
-        }));
+        let remote = Remote::new(link.clone(), self.generation_ttl.unwrap_or(GENERATION_TTL));
+        let counters = remote.counters.clone();
+        let mut remote = Guard::new(remote);
+        if let Some(budget) = self.budget {
+            remote = remote.budget(budget);
+        }
+        if let Some(budget) = self.invalidate_budget {
+            remote = remote.invalidate_budget(budget);
+        }
+        let tracking = AtomicBool::new(false);
+        let store = RedisStore(Arc::new(Shared { counters, remote, link, held, heartbeat, tracking }));
         store.start();
         Ok(store)
     }
@@ -221,7 +257,7 @@ impl Store for RedisStore {
             {
                 let generations = remote.guarded(|remote| remote.generations(tags)).await?;
                 if is_current(&entry, tags, &generations) {
-                    return Ok(Lookup { entry: Some(entry), generations });
+                    return Ok(Lookup::new(Some(entry), generations));
                 }
             }
             let found = remote.lookup(key, tags, tier).await?;
@@ -304,5 +340,13 @@ impl Drop for DropLocally<'_> {
 impl fmt::Debug for RedisStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisStore").field("remote", &self.0.remote).field("held", &self.0.held).finish_non_exhaustive()
+    }
+}
+
+/// Without the passwords in its addresses.
+impl fmt::Debug for RedisBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let urls: Vec<_> = self.urls.iter().map(|url| address::redacted(url)).collect();
+        f.debug_struct("RedisBuilder").field("urls", &urls).field("prefix", &self.prefix).finish_non_exhaustive()
     }
 }

@@ -28,10 +28,11 @@ use redis::{Cmd, FromRedisValue, Pipeline, RedisWrite, ServerError, ToRedisArgs,
 
 use super::link::{Line, Link, Session};
 use crate::{
-    engine::Clock,
+    catalog::Tier,
+    clock::{Clock, Millis},
     key::{Key, Tag},
     store::{
-        Entry, Fence, Generation, Lookup, Mark, Millis, Opened, Store, StoreError, StoreFuture, TagGroup, Tier,
+        Entry, Fence, Generation, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup,
         codec::{self, Encoded},
     },
 };
@@ -331,7 +332,7 @@ impl Store for Remote {
             let values: Vec<Value> = self.command(&session, line, &get).await?;
             let mut values = values.into_iter();
             let entry = values.next().and_then(|value| self.read_entry(value));
-            Ok(Lookup { entry, generations: values.map(|value| parse_generation(&value, run)).collect() })
+            Ok(Lookup::new(entry, values.map(|value| parse_generation(&value, run)).collect()))
         })
     }
 
@@ -343,7 +344,7 @@ impl Store for Remote {
             let line = session.line(tenant(tags))?;
             let (mut generations, _) = self.add(&session, &line, &names, |_| {}).await?;
             let mark = generations.pop().map_or(0, |g| g.0);
-            Ok(Opened { generations, mark: Mark(mark) })
+            Ok(Opened::new(generations, Mark(mark)))
         })
     }
 

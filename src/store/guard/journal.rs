@@ -54,7 +54,7 @@ impl Journal {
     pub(crate) fn front(&self) -> Option<Batch> {
         let added = self.added;
         if let Some(((tenant, data_type), _)) = self.whole.first_key_value() {
-            let group = TagGroup { data_type: data_type.clone(), tags: vec![Tag::all_of(tenant, data_type)] };
+            let group = TagGroup::new(data_type.clone(), vec![Tag::all(tenant, data_type)]);
             return Some(Batch { groups: vec![group], added });
         }
         let ((_, first), _) = self.tags.iter().next()?;
@@ -62,7 +62,7 @@ impl Journal {
         for (data_type, tag) in self.tags.keys().filter(|(_, tag)| tag.tenant() == first.tenant()).take(BATCH) {
             match groups.iter_mut().find(|g| g.data_type == *data_type) {
                 Some(group) => group.tags.push(tag.clone()),
-                None => groups.push(TagGroup { data_type: data_type.clone(), tags: vec![tag.clone()] }),
+                None => groups.push(TagGroup::new(data_type.clone(), vec![tag.clone()])),
             }
         }
         Some(Batch { groups, added })
@@ -70,14 +70,14 @@ impl Journal {
 
     /// Strikes out what was delivered. Returns how much is left.
     pub(crate) fn delivered(&mut self, batch: &Batch) -> usize {
-        for TagGroup { data_type, tags } in &batch.groups {
+        for TagGroup { data_type, tags, .. } in &batch.groups {
             for tag in tags {
                 let key = (data_type.clone(), tag.clone());
                 if self.tags.get(&key).is_some_and(|added| *added <= batch.added) {
                     self.tags.remove(&key);
                 }
                 let whole = (tag.tenant().to_vec(), data_type.clone());
-                let is_whole = *tag == Tag::all_of(tag.tenant(), data_type);
+                let is_whole = *tag == Tag::all(tag.tenant(), data_type);
                 if is_whole && self.whole.get(&whole).is_some_and(|added| *added <= batch.added) {
                     self.whole.remove(&whole);
                 }
@@ -92,8 +92,8 @@ mod tests {
     use super::*;
 
     fn group(data_type: &str, ids: std::ops::Range<usize>) -> TagGroup {
-        let tags = ids.map(|id| Tag::entity(b"t", data_type, "agent", id.to_string().as_bytes())).collect();
-        TagGroup { data_type: data_type.into(), tags }
+        let tags = ids.map(|id| Tag::entity(b"s{t}", data_type, "agent", id.to_string().as_bytes())).collect();
+        TagGroup::new(data_type, tags)
     }
 
     fn drain(journal: &mut Journal) -> Vec<Tag> {
@@ -130,7 +130,7 @@ mod tests {
         journal.add(&[group("c", 0..1)]);
         let mut tags = drain(&mut journal);
         tags.sort_by_key(|t| t.as_bytes().to_vec());
-        let all = |t: &str| Tag::all(b"t", t);
-        assert_eq!(tags, [all("a"), all("b"), Tag::entity(b"t", "c", "agent", b"0")]);
+        let all = |t: &str| Tag::all(b"s{t}", t);
+        assert_eq!(tags, [all("a"), all("b"), Tag::entity(b"s{t}", "c", "agent", b"0")]);
     }
 }

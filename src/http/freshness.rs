@@ -3,14 +3,10 @@
 
 use std::time::{Duration, SystemTime};
 
-use http::{Extensions, HeaderMap, HeaderName, HeaderValue, StatusCode, header, response};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response};
 
-use super::{
-    NoCache,
-    cache_status::CACHE_STATUS,
-    directives::{ResponseDirectives, date, list, single},
-};
-use crate::{catalog::Freshness, route::ReadRoute, store::Lifetime};
+use super::directives::{ResponseDirectives, date, list, single};
+use crate::catalog::{Freshness, Lifetime, Policy};
 
 /// How long a response is kept that can only be used after the origin has confirmed it.
 const VALIDATE: Duration = Duration::from_secs(86_400);
@@ -20,20 +16,24 @@ const HEURISTIC: [u16; 12] = [200, 203, 204, 206, 300, 301, 308, 404, 405, 410, 
 
 /// What may be done with a response.
 #[derive(Debug)]
-pub(crate) enum Storable {
+pub(crate) enum Verdict {
     /// For so long, and for requests that have the same of these headers.
-    Yes(Lifetime, Box<[HeaderName]>),
+    Store(Lifetime, Box<[HeaderName]>),
     /// Not stored, but good for everybody who waits for it.
-    Shared(&'static str),
+    Share(&'static str),
     /// For nobody but its own request.
-    No(&'static str),
+    Alone(&'static str),
     /// The origin failed: those who wait try themselves.
-    Failed(&'static str),
+    Fail(&'static str),
 }
 
 /// What is known of the exchange besides the response's head.
 pub(crate) struct Exchange<'a> {
-    pub(crate) route: &'a ReadRoute,
+    pub(crate) policy: &'a Policy,
+    /// Request headers that are part of the key in any case.
+    pub(crate) keyed: &'a [HeaderName],
+    /// The handler says that it is not to be stored.
+    pub(crate) no_cache: bool,
     /// The request had credentials: only a response that says that it is for everybody is.
     pub(crate) needs_public: bool,
     pub(crate) targeted: &'a HeaderName,
@@ -42,8 +42,8 @@ pub(crate) struct Exchange<'a> {
     pub(crate) took: Duration,
 }
 
-pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Storable {
-    let policy = &exchange.route.policy;
+pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Verdict {
+    let policy = exchange.policy;
     let by_response = policy.freshness == Freshness::Response;
     let (status, headers) = (parts.status, &parts.headers);
     let directives = ResponseDirectives::of(headers, exchange.targeted);
@@ -51,23 +51,12 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Storabl
     let has_validator = headers.contains_key(header::ETAG) || headers.contains_key(header::LAST_MODIFIED);
     let is_meant = || says.is_some() || heuristic(exchange, status, headers, &directives).is_some();
     if status.is_server_error() && !(by_response && is_meant()) {
-        return Storable::Failed("status");
+        return Verdict::Fail("status");
     }
-    if let Some(reason) = forbidden(exchange, &parts.extensions, status, headers, &directives) {
-        return Storable::No(reason);
+    if let Some(reason) = forbidden(exchange, status, headers, &directives) {
+        return Verdict::Alone(reason);
     }
-    let mut names: Vec<HeaderName> = vec![];
-    for name in list(headers, header::VARY) {
-        let Ok(name) = HeaderName::try_from(name).map_err(|_| ()) else { return Storable::No("vary") };
-        if name.as_str() == "*" {
-            return Storable::No("vary");
-        }
-        if !exchange.route.vary.contains(&name) {
-            names.push(name);
-        }
-    }
-    names.sort_by(|a, b| a.as_str().cmp(b.as_str()));
-    names.dedup();
+    let Some(names) = varies_by(headers, exchange.keyed) else { return Verdict::Alone("vary") };
     let own = policy.jittered();
     let stricter = |ttl: Option<Duration>| match (ttl, says) {
         (Some(ttl), Some(says)) => Some(ttl.min(says)),
@@ -78,11 +67,11 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Storabl
         (Some(says), _) if by_response => Some(says),
         (_, Some(negative)) => stricter(negative.ttl.duration()),
         _ if by_response => match heuristic(exchange, status, headers, &directives) {
-            None if !status.is_success() => return Storable::Shared("status"),
+            None if !status.is_success() => return Verdict::Share("status"),
             None => own,
             Some(heuristic) => Some(heuristic),
         },
-        _ if !status.is_success() => return Storable::Shared("status"),
+        _ if !status.is_success() => return Verdict::Share("status"),
         _ => stricter(own),
     };
     let age = age(headers, exchange.now);
@@ -106,24 +95,37 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Storabl
     };
     let is_stale = fresh.is_some_and(|fresh| fresh <= age);
     if is_stale && life.validate.is_zero() {
-        return Storable::Shared("stale");
+        return Verdict::Share("stale");
     }
-    Storable::Yes(life, names.into())
+    Verdict::Store(life, names)
+}
+
+/// The request headers that a response depends on, besides those that are part of the key; `None` if on more than headers.
+fn varies_by(headers: &HeaderMap, keyed: &[HeaderName]) -> Option<Box<[HeaderName]>> {
+    let mut names: Vec<HeaderName> = vec![];
+    for name in list(headers, header::VARY) {
+        let name = HeaderName::try_from(name).ok().filter(|name| name.as_str() != "*")?;
+        if !keyed.contains(&name) {
+            names.push(name);
+        }
+    }
+    names.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+    names.dedup();
+    Some(names.into())
 }
 
 /// Why a response is for nobody but its own request.
 fn forbidden(
     exchange: &Exchange<'_>,
-    extensions: &Extensions,
     status: StatusCode,
     headers: &HeaderMap,
     directives: &ResponseDirectives,
 ) -> Option<&'static str> {
-    let policy = &exchange.route.policy;
+    let policy = exchange.policy;
     if matches!(status, StatusCode::PARTIAL_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational() {
         return Some("status");
     }
-    if extensions.get::<NoCache>().is_some() {
+    if exchange.no_cache {
         return Some("no-cache");
     }
     if headers.contains_key(header::SET_COOKIE) && !policy.stores_cookies {
@@ -188,74 +190,23 @@ fn age(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     Some(apparent.max(Duration::from_secs(said)))
 }
 
-fn is_hop_by_hop(name: &HeaderName) -> bool {
-    const HOP_BY_HOP: [HeaderName; 6] = [
-        header::CONNECTION,
-        header::PROXY_AUTHENTICATE,
-        header::TE,
-        header::TRAILER,
-        header::TRANSFER_ENCODING,
-        header::UPGRADE,
-    ];
-    HOP_BY_HOP.contains(name)
-        || matches!(
-            name.as_str(),
-            "keep-alive" | "proxy-connection" | "proxy-authentication-info" | "proxy-authorization"
-        )
-}
-
-/// Headers as they are stored: without those of the connection (RFC 9110, section 7.6.1), and with places for those that
-/// a hit adds.
-pub(crate) fn stored_headers(headers: &HeaderMap) -> HeaderMap {
-    let named: Vec<_> = list(headers, header::CONNECTION).collect();
-    let mut stored = HeaderMap::with_capacity(headers.keys_len() + 2);
-    for (name, value) in headers {
-        let hop = is_hop_by_hop(name) || named.iter().any(|n| n.eq_ignore_ascii_case(name.as_str()));
-        if !hop && *name != header::AGE {
-            stored.append(name.clone(), value.clone());
-        }
-    }
-    const EMPTY: HeaderValue = HeaderValue::from_static("");
-    stored.entry(CACHE_STATUS).or_insert(EMPTY);
-    stored.insert(header::AGE, EMPTY);
-    stored
-}
-
-/// The headers of a response that the origin has confirmed with these of a 304 (RFC 9111, section 3.2).
-pub(crate) fn updated_headers(stored: &HeaderMap, confirmed: &HeaderMap) -> HeaderMap {
-    let mut headers = stored.clone();
-    let new = stored_headers(confirmed);
-    for name in new.keys() {
-        // The body is still the old one.
-        let of_body = [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::CONTENT_RANGE, header::ETAG];
-        if of_body.contains(name) || matches!(name.as_str(), "age" | "cache-status" | "content-md5") {
-            continue;
-        }
-        headers.remove(name);
-        for value in new.get_all(name) {
-            headers.append(name.clone(), value.clone());
-        }
-    }
-    headers
-}
-
 #[cfg(test)]
 mod tests {
     use http::Response;
 
     use super::*;
-    use crate::{DataType, Route, Ttl, catalog::Catalogue};
+    use crate::catalog::{DataType, Ttl};
 
-    fn judge_as(data_type: DataType, status: u16, headers: &[(&str, &str)]) -> Storable {
-        let route = Route::new("/x", "page").vary("Accept-Language");
-        let route = ReadRoute::new("route", &route, &Catalogue::new(&[data_type]).unwrap()).unwrap();
+    fn judge_as(data_type: DataType, status: u16, headers: &[(&str, &str)]) -> Verdict {
         let mut response = Response::builder().status(status);
         for (name, value) in headers {
             response = response.header(*name, *value);
         }
         let targeted = HeaderName::from_static("tower-cache-control");
         let exchange = Exchange {
-            route: &route,
+            policy: &data_type.policy,
+            keyed: &[header::ACCEPT_LANGUAGE],
+            no_cache: false,
             needs_public: false,
             targeted: &targeted,
             now: date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap(),
@@ -264,18 +215,18 @@ mod tests {
         judge(&exchange, &response.body(()).unwrap().into_parts().0)
     }
 
-    fn show(storable: &Storable) -> String {
+    fn show(storable: &Verdict) -> String {
         match storable {
-            Storable::Yes(life, names) if names.is_empty() => {
+            Verdict::Store(life, names) if names.is_empty() => {
                 let left = life.fresh.map(|fresh| fresh.saturating_sub(life.age).as_secs());
                 left.map_or("for ever".to_owned(), |left| left.to_string())
             }
-            Storable::Yes(_, names) => {
+            Verdict::Store(_, names) => {
                 format!("by {}", names.iter().map(HeaderName::as_str).collect::<Vec<_>>().join(","))
             }
-            Storable::Shared(reason) => format!("shared: {reason}"),
-            Storable::No(reason) => format!("no: {reason}"),
-            Storable::Failed(reason) => format!("failed: {reason}"),
+            Verdict::Share(reason) => format!("shared: {reason}"),
+            Verdict::Alone(reason) => format!("no: {reason}"),
+            Verdict::Fail(reason) => format!("failed: {reason}"),
         }
     }
 
@@ -375,28 +326,8 @@ mod tests {
             ("max-age=5, proxy-revalidate", 0, 0),
             ("s-maxage=5", 0, 0),
         ] {
-            let Storable::Yes(life, _) = judge_as(data_type(), 200, &[("cache-control", control)]) else { panic!() };
+            let Verdict::Store(life, _) = judge_as(data_type(), 200, &[("cache-control", control)]) else { panic!() };
             assert_eq!((life.refresh.as_secs(), life.on_error.as_secs()), (refresh, on_error), "{control}");
         }
-    }
-
-    #[test]
-    fn headers_of_the_connection_are_not_stored() {
-        let mut headers = HeaderMap::new();
-        for (name, value) in [
-            ("connection", "x-hop, close"),
-            ("x-hop", "1"),
-            ("keep-alive", "1"),
-            ("transfer-encoding", "chunked"),
-            ("age", "7"),
-            ("x-kept", "1"),
-            ("x-kept", "2"),
-        ] {
-            headers.append(name, HeaderValue::from_static(value));
-        }
-        let stored = stored_headers(&headers);
-        let mut names: Vec<_> = stored.iter().map(|(n, v)| (n.as_str(), v.to_str().unwrap())).collect();
-        names.sort_unstable();
-        assert_eq!(names, [("age", ""), ("cache-status", ""), ("x-kept", "1"), ("x-kept", "2")]);
     }
 }

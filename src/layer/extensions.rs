@@ -1,9 +1,9 @@
-//! Tags that a response declares: what it belongs to, when only the handler knows.
+//! What handlers say to the cache: tags of a response, and that it is to keep out.
 
 use http::{HeaderName, response};
 use percent_encoding::percent_decode_str;
 
-use crate::key::Tag;
+use crate::key::{Tag, Tenant};
 
 /// Entities that a response belongs to, besides those that its path names. Put it into the extensions of the response;
 /// or send them as the header `cache-tag: agent=42, user=7` (ids percent-encoded where they hold `,`, `=` or `%`), which is
@@ -27,15 +27,16 @@ pub struct NoCache;
 
 /// Takes the declared tags out of a response. Malformed ones are an error of the handler: the response must then not be
 /// stored, since a cascade would not find it.
-pub(crate) fn take(
+pub(super) fn take_tags(
     parts: &mut response::Parts,
     header: &HeaderName,
-    tenant: &[u8],
+    tenant: &Tenant,
     data_type: &str,
 ) -> Result<Vec<Tag>, &'static str> {
+    let head = tenant.head();
     let mut tags = vec![];
     if let Some(CacheTags(declared)) = parts.extensions.remove() {
-        tags.extend(declared.iter().map(|(entity, id)| Tag::entity(tenant, data_type, entity, id.as_bytes())));
+        tags.extend(declared.iter().map(|(entity, id)| Tag::entity(head, data_type, entity, id.as_bytes())));
     }
     if !parts.headers.contains_key(header) {
         return Ok(tags);
@@ -47,7 +48,7 @@ pub(crate) fn take(
         for member in text.split(',').map(str::trim).filter(|m| !m.is_empty()) {
             let (entity, id) = member.split_once('=').ok_or("bad-tags")?;
             let id: Vec<u8> = percent_decode_str(id).collect();
-            tags.push(Tag::entity(tenant, data_type, entity, &id));
+            tags.push(Tag::entity(head, data_type, entity, &id));
         }
     }
     Ok(tags)

@@ -5,6 +5,7 @@
 //! journal holds anything, this process does not read the store: what it would read may be stale. Deliveries are retried
 //! until they succeed.
 
+mod breaker;
 mod journal;
 
 use std::{
@@ -16,19 +17,15 @@ use std::{
     time::Duration,
 };
 
-use failsafe::{
-    StateMachine, backoff,
-    failure_policy::{self, SuccessRateOverTimeWindow},
-};
 use tokio::{runtime::Handle, time::timeout};
 
+use super::{Entry, Fence, Generation, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup};
 use crate::{
+    catalog::Tier,
     key::{Key, Tag},
-    store::{Entry, Fence, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup, Tier},
 };
+use breaker::Breaker;
 use journal::Journal;
-
-type Breaker = StateMachine<SuccessRateOverTimeWindow<backoff::Exponential>, ()>;
 
 /// Pauses between two attempts to deliver the journal.
 const RETRY: Duration = Duration::from_millis(50);
@@ -61,13 +58,11 @@ impl<S: Store> Guard<S> {
     /// Guards `store` with the default budgets: 50 ms for a read or a fill, 1 s for an invalidation.
     ///
     /// The breaker opens when at least half of at least 20 calls within 10 s fail or exceed their budget, for 1 s at
-    /// first and doubling to 60 s; then one call tries.
+    /// first and doubling to 5 s; then one call tries.
     pub fn new(store: S) -> Self {
-        let backoff = backoff::exponential(Duration::from_secs(1), Duration::from_secs(60));
-        let policy = failure_policy::success_rate_over_time_window(0.5, 20, Duration::from_secs(10), backoff);
         let shared = Shared {
             store,
-            breaker: StateMachine::new(policy, ()),
+            breaker: Breaker::new(),
             journal: Mutex::default(),
             delivering: AtomicBool::new(false),
             fenced: AtomicBool::new(false),
@@ -107,17 +102,17 @@ impl<S: Store> Guard<S> {
         if shared.is_behind() {
             return Err(StoreError::unreachable("invalidations wait to be delivered first"));
         }
-        if !shared.breaker.is_call_permitted() {
+        let Some(permit) = shared.breaker.permit() else {
             return Err(StoreError::unreachable("the circuit breaker is open"));
-        }
+        };
         let result = match timeout(self.budget, call).await {
             Ok(result) => result,
             Err(_) => Err(StoreError::unreachable("over the time budget")),
         };
         match &result {
-            Err(error) if error.is_unreachable() => shared.breaker.on_error(),
+            Err(error) if error.is_unreachable() => permit.failed(),
             // An answer, even one that says no, is a sign of life.
-            _ => shared.breaker.on_success(),
+            _ => permit.succeeded(),
         }
         result
     }
@@ -177,7 +172,7 @@ impl<S: Store> Store for Guard<S> {
         Box::pin(self.call(self.shared.store.open(tags)))
     }
 
-    fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<crate::store::Generation>>> {
+    fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {
         Box::pin(self.call(self.shared.store.extend(mark, tags)))
     }
 

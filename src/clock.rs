@@ -7,7 +7,8 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
-use crate::store::Millis;
+/// Milliseconds since the Unix epoch, as the engine's clock tells them.
+pub type Millis = u64;
 
 #[derive(Clone)]
 pub(crate) enum Clock {

@@ -6,17 +6,19 @@ use std::{
     future::{Future, IntoFuture},
     marker::PhantomData,
     pin::Pin,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::Leader;
 use crate::{
-    Cache,
-    key::{Key, KeyBuf, Tag, push_ids, push_tenant, push_type},
-    store::{Entry, Lifetime, Payload},
+    catalog::Lifetime,
+    engine::{self, Asker, Leader, Obtained, Use},
+    key::{Key, KeyBuf, Tag, push_ids, push_type},
+    layer::{Core, joined},
+    store::{Entry, Payload},
 };
 
 /// Where a value came from.
@@ -61,10 +63,10 @@ pub struct Report {
     pub total: Duration,
 }
 
-/// A value to be obtained through the cache; made by [`Cache::entry`].
+/// A value to be obtained through the cache; made by [`Cache::entry`](crate::Cache::entry).
 #[must_use = "nothing is looked up before `fetch`"]
 pub struct EntryBuilder<T> {
-    cache: Cache,
+    core: Arc<Core>,
     data_type: String,
     resource: String,
     tenant: String,
@@ -73,8 +75,8 @@ pub struct EntryBuilder<T> {
 }
 
 impl<T> EntryBuilder<T> {
-    pub(crate) fn new(cache: Cache, data_type: String, resource: String) -> Self {
-        Self { cache, data_type, resource, tenant: String::new(), scope: vec![], value: PhantomData }
+    pub(super) fn new(core: Arc<Core>, data_type: String, resource: String) -> Self {
+        Self { core, data_type, resource, tenant: String::new(), scope: vec![], value: PhantomData }
     }
 
     /// Whose value it is. A service without tenants may leave it out.
@@ -105,16 +107,16 @@ impl<T> EntryBuilder<T> {
         let mut scope: Vec<_> = self.scope.iter().map(|(e, id)| (e.as_str(), id.as_bytes())).collect();
         scope.sort_unstable();
         scope.dedup();
-        let (tenant, resource) = (self.tenant.as_bytes(), self.resource.as_bytes());
-        let mut key = KeyBuf::new();
-        push_tenant(&mut key, tenant);
+        let (tenant, resource) = (self.core.space.tenant(self.tenant.as_str()), self.resource.as_bytes());
+        let head = tenant.head();
+        let mut key = KeyBuf::from(head);
         push_type(&mut key, &self.data_type);
         push_ids(&mut key, Some(resource), scope.iter().copied());
         key.push(b'v');
-        let own = (self.cache.routes().entity_of(&self.data_type), resource);
+        let own = (self.core.cascades.entity_of(&self.data_type), resource);
         let entities = scope.iter().copied().filter(|s| *s != own).chain([own]);
-        let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(tenant, &self.data_type, e, id)).collect();
-        tags.push(Tag::all(tenant, &self.data_type));
+        let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(head, &self.data_type, e, id)).collect();
+        tags.push(Tag::all(head, &self.data_type));
         (Key::new(key), tags)
     }
 }
@@ -213,9 +215,8 @@ where
 {
     let start = Instant::now();
     let (key, tags) = entry.key();
-    let policy = entry.cache.policy(&entry.data_type);
-    let ttl = policy.jittered();
-    let EntryBuilder { cache, data_type, resource, .. } = entry;
+    let EntryBuilder { core, data_type, resource, .. } = entry;
+    let policy = core.policy(&data_type);
     let report = |loaded: Option<&Loaded<V>>, lookup| Report {
         source: loaded.map_or(Source::Cache, |l| l.source),
         data_type,
@@ -225,16 +226,19 @@ where
         generate: loaded.map_or(Duration::ZERO, |l| l.generate),
         total: start.elapsed(),
     };
-    let engine = cache.engine();
+    let engine = &core.engine;
     if let Some(value) = engine.peek(key.as_bytes(), engine.now()).and_then(|e| decode(&e)) {
         return Ok((value, report(None, start.elapsed())));
     }
-    // An entry of another shape than ours is loaded anew.
-    let leader = match engine.obtain(&key, &tags, &policy, |entry, _| decode(entry)).await {
-        Ok(value) => return Ok((value, report(None, start.elapsed()))),
-        Err(leader) => leader,
+    let leader = match engine.obtain(key, &tags, &policy, &mut Ask(PhantomData::<fn() -> V>)).await {
+        Obtained::Answer(value) | Obtained::AnswerAndReload(value, _) => {
+            return Ok((value, report(None, start.elapsed())));
+        }
+        Obtained::Absent => None,
+        Obtained::Load(leader) => leader,
     };
     let lookup = start.elapsed();
+    let ttl = policy.jittered();
     let task = tokio::spawn(async move {
         let loaded = load().await?;
         if let Some(leader) = leader {
@@ -242,16 +246,20 @@ where
         }
         Ok(loaded)
     });
-    let loaded = match task.await {
-        Ok(loaded) => loaded?,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime is shutting down, and this task with it.
-            Err(_) => std::future::pending().await,
-        },
-    };
+    let loaded = joined(task).await?;
     let report = report(Some(&loaded), lookup);
     Ok((loaded.value, report))
+}
+
+/// An entry of another shape than ours is loaded anew.
+struct Ask<V>(PhantomData<fn() -> V>);
+
+impl<V: DeserializeOwned> Asker for Ask<V> {
+    type Answer = V;
+
+    fn judge(&mut self, entry: &Entry, _: engine::Source) -> Use<V> {
+        decode(entry).map_or(Use::Useless, Use::Answer)
+    }
 }
 
 /// Gives a value to those who wait for it, and stores it if it is to be kept.

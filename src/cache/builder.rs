@@ -1,0 +1,305 @@
+//! From what is declared to a [`Cache`]: everything is checked here, before the first request.
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderName, request};
+
+use super::Cache;
+use crate::{
+    catalog::{Cascade, Cascades, Catalogue, DataType, FenceTimes, Resolver, ResolverError, Resolvers, Tier},
+    clock::Clock,
+    config::{Config, OnUnreachable},
+    engine::Engine,
+    error::ConfigError,
+    key::Space,
+    layer::{Core, Options},
+    route::{Mutation, Route, Routes, TenantSource, entities},
+    store::{MemoryStore, Store},
+};
+
+/// 64 MiB.
+const MEMORY: u64 = 64 << 20;
+
+/// 2 MiB.
+const BODY_LIMIT: u64 = 2 << 20;
+
+/// Configures a [`Cache`].
+#[must_use]
+pub struct CacheBuilder {
+    service: String,
+    config: Config,
+    tenant: Option<TenantSource>,
+    resolvers: Resolvers,
+    store: Option<Arc<dyn Store>>,
+    tag_header: String,
+    targeted_header: String,
+    entity_tags: bool,
+    request_directives: bool,
+    show_keys: bool,
+    #[cfg(feature = "grpc")]
+    grpc: Vec<crate::GrpcMethod>,
+    clock: Clock,
+}
+
+impl CacheBuilder {
+    pub(super) fn new(service: String) -> Self {
+        Self {
+            service,
+            config: Config::default(),
+            tenant: None,
+            resolvers: Resolvers::new(),
+            store: None,
+            tag_header: "cache-tag".to_owned(),
+            targeted_header: "tower-cache-control".to_owned(),
+            entity_tags: true,
+            request_directives: false,
+            show_keys: false,
+            #[cfg(feature = "grpc")]
+            grpc: vec![],
+            clock: Clock::default(),
+        }
+    }
+
+    /// Adds everything that a [`Config`] declares. Of what can be said only once, the last word counts.
+    pub fn config(mut self, config: Config) -> Self {
+        self.config.add(config);
+        self
+    }
+
+    /// The tenant is the value of this request header. Requests without it, or with several, are not cached.
+    pub fn tenant_header(mut self, name: impl Into<String>) -> Self {
+        self.config.tenant_header = Some(name.into());
+        self
+    }
+
+    /// The tenant is what this closure finds in the request; `None` or empty bypasses the cache.
+    pub fn tenant_from<F>(mut self, extract: F) -> Self
+    where
+        F: Fn(&request::Parts) -> Option<String> + Send + Sync + 'static,
+    {
+        self.tenant = Some(TenantSource::Extractor(Arc::new(extract)));
+        self
+    }
+
+    /// The service has no tenants: everything is stored under this name.
+    pub fn single_tenant(mut self, name: impl Into<Arc<str>>) -> Self {
+        self.tenant = Some(TenantSource::Single(name.into()));
+        self
+    }
+
+    /// Declares a data type.
+    pub fn data_type(mut self, data_type: DataType) -> Self {
+        self.config.types.push(data_type);
+        self
+    }
+
+    /// How a tier in this process may hold entries of a shared store, for types that say nothing else.
+    pub fn tier(mut self, tier: Tier) -> Self {
+        self.config.tier = Some(tier);
+        self
+    }
+
+    /// Fences every write whose cascade says nothing else, with this lease; see [`Cascade::fenced`].
+    pub fn fenced(mut self, lease: Duration) -> Self {
+        self.config.fence = Some(lease);
+        self
+    }
+
+    /// What becomes of writes while the store cannot be told about them; by default they go on.
+    pub fn on_unreachable(mut self, what: OnUnreachable) -> Self {
+        self.config.on_unreachable = Some(what);
+        self
+    }
+
+    /// Declares a cacheable route.
+    pub fn route(mut self, route: Route) -> Self {
+        self.config.routes.push(route);
+        self
+    }
+
+    /// Declares a unary gRPC method whose responses are cached, or that mutates. (Feature `grpc`.)
+    #[cfg(feature = "grpc")]
+    pub fn grpc(mut self, method: crate::GrpcMethod) -> Self {
+        self.grpc.push(method);
+        self
+    }
+
+    /// Declares a mutating route.
+    pub fn mutation(mut self, mutation: Mutation) -> Self {
+        self.config.mutations.push(mutation);
+        self
+    }
+
+    /// Declares what a mutation of a data type drops.
+    pub fn cascade(mut self, cascade: Cascade) -> Self {
+        self.config.cascades.push(cascade);
+        self
+    }
+
+    /// Finds the children of a relation: (tenant, parent id) → ids of the children, usually from the database.
+    ///
+    /// It is asked before the mutating handler runs *and* after it succeeded. Should it fail, or find more than 1,000,
+    /// all children of the tenant are dropped.
+    pub fn resolver<F, Fut, E>(mut self, relation: impl Into<String>, resolve: F) -> Self
+    where
+        F: Fn(String, String) -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = Result<Vec<String>, E>> + Send + 'static,
+        E: Into<ResolverError>,
+    {
+        self.resolvers.insert(relation.into(), Resolver::new(resolve));
+        self
+    }
+
+    /// The store; by default a [`MemoryStore`] of [`memory`](Self::memory) bytes.
+    pub fn store(mut self, store: impl Store) -> Self {
+        self.store = Some(Arc::new(store));
+        self
+    }
+
+    /// How many bytes the in-process store may take; by default 64 MiB.
+    pub fn memory(mut self, bytes: u64) -> Self {
+        self.config.memory = Some(bytes);
+        self
+    }
+
+    /// Responses with a larger body are passed through and not stored; by default 2 MiB.
+    pub fn body_limit(mut self, bytes: usize) -> Self {
+        self.config.body_limit = Some(bytes as u64);
+        self
+    }
+
+    /// The response header by which handlers declare tags ([`CacheTags`](crate::CacheTags)); by default `cache-tag`. It
+    /// is taken out before the client sees the response.
+    pub fn tag_header(mut self, name: impl Into<String>) -> Self {
+        self.tag_header = name.into();
+        self
+    }
+
+    /// Adds the report of what was dropped to responses of mutations, as the header `cache-invalidated`.
+    pub fn report_header(mut self, on: bool) -> Self {
+        self.config.report_header = Some(on);
+        self
+    }
+
+    /// Gives responses without an `ETag` a strong one, so that clients can ask whether what they have is still good; by
+    /// default on.
+    pub fn entity_tags(mut self, on: bool) -> Self {
+        self.entity_tags = on;
+        self
+    }
+
+    /// Honours `Cache-Control` in requests: `no-cache`, `no-store`, `max-age`, `min-fresh`, `max-stale` and
+    /// `only-if-cached` (RFC 9111, section 5.2.1). By default off, because it lets any client defeat the cache.
+    pub fn request_directives(mut self, on: bool) -> Self {
+        self.request_directives = on;
+        self
+    }
+
+    /// The response header whose directives are for this cache alone, and count instead of `Cache-Control` and `Expires`
+    /// (RFC 9213); by default `tower-cache-control`.
+    pub fn targeted_header(mut self, name: impl Into<String>) -> Self {
+        self.targeted_header = name.into();
+        self
+    }
+
+    /// Says the key in `Cache-Status`, for debugging: it holds the tenant and whatever the request is stored by. By
+    /// default off.
+    pub fn show_keys(mut self, on: bool) -> Self {
+        self.show_keys = on;
+        self
+    }
+
+    /// The source of time, for tests. By default the wall clock at start, carried on by the monotonic clock.
+    pub fn clock<F: Fn() -> SystemTime + Send + Sync + 'static>(mut self, now: F) -> Self {
+        self.clock = Clock::Custom(Arc::new(now));
+        self
+    }
+
+    /// Checks everything and makes the cache.
+    ///
+    /// # Errors
+    /// The first mistake found, with the route or data type it is about and the mend.
+    pub fn build(self) -> Result<Cache, ConfigError> {
+        let Config { types, tier, routes, mutations, cascades, .. } = &self.config;
+        let space = Space::new(&self.service)?;
+        let options = self.options()?;
+        let catalogue = Catalogue::new(types, tier.unwrap_or_default())?;
+        let cascades = Cascades::new(&catalogue, cascades, &self.resolvers, entities(routes))?;
+        let compiled = Routes::new(&catalogue, &cascades, routes, mutations)?;
+        #[cfg(feature = "grpc")]
+        let compiled = compiled.with_grpc(&self.grpc, &catalogue, &cascades)?;
+        let tenants = self.tenants()?;
+        let clock = self.clock.clone();
+        let store = self.make_store(options.body_limit as u64)?;
+        let engine = Arc::new(Engine::new(store, clock));
+        Ok(Cache(Arc::new(Core { catalogue, cascades, routes: compiled, tenants, space, engine, options })))
+    }
+
+    fn options(&self) -> Result<Options, ConfigError> {
+        let Config { fence, report_header, on_unreachable, body_limit, .. } = &self.config;
+        if *fence == Some(Duration::ZERO) {
+            return Err(ConfigError::new("a fence of zero fences nothing; make it longer than handlers take"));
+        }
+        let header = |what: &str, name: &str| {
+            let not_one = |_| ConfigError::new(format!("{what} `{name}` is not a header name; choose another"));
+            HeaderName::try_from(name).map_err(not_one)
+        };
+        Ok(Options {
+            body_limit: usize::try_from(body_limit.unwrap_or(BODY_LIMIT)).unwrap_or(usize::MAX),
+            tag_header: header("tag header", &self.tag_header)?,
+            targeted_header: header("targeted header", &self.targeted_header)?,
+            report_header: report_header.unwrap_or(false),
+            entity_tags: self.entity_tags,
+            request_directives: self.request_directives,
+            show_keys: self.show_keys,
+            fence: fence.map(|lease| FenceTimes { lease, hold: Duration::ZERO }),
+            rejects: *on_unreachable == Some(OnUnreachable::Reject),
+        })
+    }
+
+    fn tenants(&self) -> Result<TenantSource, ConfigError> {
+        let Config { tenant_header, routes, mutations, .. } = &self.config;
+        #[cfg(feature = "grpc")]
+        let has_grpc = !self.grpc.is_empty();
+        #[cfg(not(feature = "grpc"))]
+        let has_grpc = false;
+        match (&self.tenant, tenant_header) {
+            (Some(tenant), None) => Ok(tenant.clone()),
+            (None, Some(name)) => TenantSource::header(name),
+            (None, None) if routes.is_empty() && mutations.is_empty() && !has_grpc => {
+                Ok(TenantSource::Single("".into()))
+            }
+            (None, None) => Err(ConfigError::new(
+                "no tenant: call tenant_header or tenant_from, or single_tenant if there is only one",
+            )),
+            (Some(_), Some(name)) => {
+                Err(ConfigError::new(format!("two tenants: take out the tenant header `{name}` or the other")))
+            }
+        }
+    }
+
+    fn make_store(self, body_limit: u64) -> Result<Arc<dyn Store>, ConfigError> {
+        let memory = self.config.memory.unwrap_or(MEMORY);
+        let shared = self.config.redis.map(|redis| redis.build()).transpose()?;
+        let shared = shared.map(|store| Arc::new(store) as Arc<dyn Store>);
+        match (self.store, shared) {
+            (Some(_), Some(_)) => Err(ConfigError::new("two stores: take out `[redis]` or the call of `store`")),
+            (Some(store), None) | (None, Some(store)) => Ok(store),
+            (None, None) if body_limit.saturating_mul(4) > memory => Err(ConfigError::new(format!(
+                "the body limit ({body_limit} bytes) is over a quarter of the in-process store ({memory} bytes), which \
+                 would refuse such entries; lower it with body_limit or enlarge the store with memory"
+            ))),
+            (None, None) => Ok(Arc::new(MemoryStore::with_largest(memory, body_limit))),
+        }
+    }
+}
+
+impl fmt::Debug for CacheBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CacheBuilder").field("config", &self.config).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,82 @@
+//! The [`Cache`]: one handle on configuration, engine and store, which layers, handlers and jobs share.
+
+mod builder;
+mod entry;
+mod invalidation;
+
+use std::{fmt, sync::Arc};
+
+pub use builder::CacheBuilder;
+pub use entry::{EntryBuilder, Fetch, Generate, Report, Source};
+pub use invalidation::Invalidation;
+
+use crate::layer::{CacheAsideLayer, Core, InvalidateLayer};
+
+/// A cache: cheap to clone, and shared by any number of routers, handlers and jobs.
+#[derive(Clone)]
+pub struct Cache(Arc<Core>);
+
+impl Cache {
+    /// A cache to be configured. The name of the service is part of every key, so that services which share a store do
+    /// not share entries; processes that are to share them have the same name.
+    pub fn builder(service: impl Into<String>) -> CacheBuilder {
+        CacheBuilder::new(service.into())
+    }
+
+    /// The layer that answers the configured [`Route`](crate::Route)s from this cache.
+    pub fn layer(&self) -> CacheAsideLayer {
+        CacheAsideLayer { core: self.0.clone() }
+    }
+
+    /// The layer that invalidates after the configured [`Mutation`](crate::Mutation)s.
+    pub fn invalidate_layer(&self) -> InvalidateLayer {
+        InvalidateLayer { core: self.0.clone() }
+    }
+
+    /// The layer for tonic's servers: reads and mutations of gRPC methods. (Feature `grpc`.)
+    #[cfg(feature = "grpc")]
+    pub fn grpc_layer(&self) -> crate::GrpcLayer {
+        crate::GrpcLayer { core: self.0.clone() }
+    }
+
+    /// The cache-aside function: a typed value by data type and id, for code that is not behind HTTP.
+    ///
+    /// ```
+    /// # use tower_cache_aside::{Cache, DataType, Source, Ttl};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let memories = DataType::new("conversation_memory", Ttl::Extended);
+    /// let cache = Cache::builder("docs").data_type(memories).build()?;
+    /// let memory = || {
+    ///     cache
+    ///         .entry::<Vec<String>>("conversation_memory", "7")
+    ///         .tenant("acme")
+    ///         .scope("agent", "42")
+    ///         .fetch(|| async { Ok::<_, std::io::Error>(None) }) // the database has none
+    ///         .generate(|| async { Ok(vec!["hello".to_owned()]) })
+    /// };
+    /// let (value, report) = memory().await?;
+    /// assert_eq!((value.len(), report.source), (1, Source::Generated));
+    /// let (_, report) = memory().await?;
+    /// assert_eq!(report.source, Source::Cache);
+    /// # Ok(()) }
+    /// ```
+    pub fn entry<T>(&self, data_type: impl Into<String>, resource: impl Into<String>) -> EntryBuilder<T> {
+        EntryBuilder::new(self.0.clone(), data_type.into(), resource.into())
+    }
+
+    /// Invalidates from a handler or a job: say what was mutated, then [`run`](Invalidation::run) it.
+    pub fn invalidate(&self, tenant: impl Into<String>) -> Invalidation {
+        Invalidation::new(self.0.clone(), tenant.into())
+    }
+
+    /// Whether everything works; `false` while the shared store cannot be reached, and requests go to the origin.
+    pub fn is_healthy(&self) -> bool {
+        self.0.engine.is_reachable()
+    }
+}
+
+impl fmt::Debug for Cache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cache").field("tenant", &self.0.tenants).field("routes", &self.0.routes).finish_non_exhaustive()
+    }
+}

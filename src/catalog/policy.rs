@@ -1,0 +1,246 @@
+//! What a data type says about how its entries are kept.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer};
+
+use super::ttl::Ttl;
+use crate::units::duration;
+
+/// A named kind of cached thing.
+///
+/// In a file: `agent = "standard"` or `agent = { ttl = "90s" }`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DataType {
+    pub(crate) name: String,
+    pub(crate) policy: Policy,
+}
+
+/// What is configured per data type.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Policy {
+    pub(crate) ttl: Ttl,
+    #[serde(default)]
+    pub(crate) tier: Option<Tier>,
+    #[serde(default)]
+    pub(crate) coalesce: Coalesce,
+    #[serde(default)]
+    pub(crate) freshness: Freshness,
+    #[serde(default, deserialize_with = "duration")]
+    pub(crate) stale_while_revalidate: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    pub(crate) stale_if_error: Option<Duration>,
+    #[serde(default)]
+    pub(crate) serve_invalidated_on_error: bool,
+    #[serde(default, deserialize_with = "duration")]
+    pub(crate) soft_timeout: Option<Duration>,
+    #[serde(default)]
+    pub(crate) early_refresh: f64,
+    #[serde(default)]
+    pub(crate) jitter: f64,
+    #[serde(default)]
+    pub(crate) negative: Option<Negative>,
+    #[serde(default)]
+    pub(crate) stores_cookies: bool,
+}
+
+impl From<Ttl> for Policy {
+    fn from(ttl: Ttl) -> Self {
+        Self {
+            ttl,
+            tier: None,
+            coalesce: Coalesce::default(),
+            freshness: Freshness::default(),
+            stale_while_revalidate: None,
+            stale_if_error: None,
+            serve_invalidated_on_error: false,
+            soft_timeout: None,
+            early_refresh: 0.0,
+            jitter: 0.0,
+            negative: None,
+            stores_cookies: false,
+        }
+    }
+}
+
+impl Policy {
+    /// How it is held in process.
+    pub(crate) fn tier(&self) -> Tier {
+        self.tier.unwrap_or_default()
+    }
+
+    /// The same, held like this if it says nothing about it.
+    pub(super) fn or_tier(self, tier: Tier) -> Self {
+        Self { tier: self.tier.or(Some(tier)), ..self }
+    }
+
+    /// The TTL, shortened by a random part of the jitter.
+    pub(crate) fn jittered(&self) -> Option<Duration> {
+        let ttl = self.ttl.duration()?;
+        Some(if self.jitter > 0.0 { ttl.mul_f64(1.0 - self.jitter * rand::random::<f64>()) } else { ttl })
+    }
+}
+
+/// Which word counts on how long a response stays fresh.
+///
+/// In a file: `freshness = "tighten"` or `"response"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Freshness {
+    /// The data type's TTL, unless the response asks for less (`Cache-Control`, `Expires`); it can never ask for more.
+    #[default]
+    Tighten,
+    /// The response's, as RFC 9111 has it for a shared cache: also for longer than the TTL, also for errors, by
+    /// heuristics if it names only when it was last modified, and with a conditional request to the inner service when
+    /// it is no longer fresh. The TTL, which may be zero, is for responses that say nothing.
+    Response,
+}
+
+/// Statuses that are kept for a while although they are no success.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Negative {
+    pub(crate) statuses: Vec<u16>,
+    pub(crate) ttl: Ttl,
+}
+
+/// How far single flight reaches.
+///
+/// In a file: `coalesce = "process"` or `"fleet"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Coalesce {
+    /// Concurrent misses of a key in this process make one call.
+    #[default]
+    Process,
+    /// Concurrent misses in all processes that share the store make one call. One that waits for another process'
+    /// entry does so for three seconds at most.
+    Fleet,
+}
+
+impl DataType {
+    /// A data type whose entries live for `ttl`.
+    pub fn new(name: impl Into<String>, ttl: impl Into<Ttl>) -> Self {
+        Self { name: name.into(), policy: ttl.into().into() }
+    }
+
+    /// How the tier in process may hold it; by default as the builder's [`tier`](crate::CacheBuilder::tier) says.
+    #[must_use]
+    pub fn tier(mut self, tier: Tier) -> Self {
+        self.policy.tier = Some(tier);
+        self
+    }
+
+    /// How far single flight reaches; by default this process.
+    #[must_use]
+    pub fn coalesce(mut self, coalesce: Coalesce) -> Self {
+        self.policy.coalesce = coalesce;
+        self
+    }
+
+    /// Whose word counts on how long a response stays fresh; by default [`Freshness::Tighten`].
+    #[must_use]
+    pub fn freshness(mut self, freshness: Freshness) -> Self {
+        self.policy.freshness = freshness;
+        self
+    }
+
+    /// For this long after it expired a response is still served, while one request refreshes it in the background
+    /// (RFC 5861); by default not at all. An invalidated one never is.
+    #[must_use]
+    pub fn stale_while_revalidate(mut self, window: Duration) -> Self {
+        self.policy.stale_while_revalidate = Some(window);
+        self
+    }
+
+    /// For this long after it expired a response is still served when the inner service fails: a 5xx or an error (RFC
+    /// 5861); by default not at all. An invalidated one is not, unless
+    /// [so declared](Self::serve_invalidated_on_error).
+    #[must_use]
+    pub fn stale_if_error(mut self, window: Duration) -> Self {
+        self.policy.stale_if_error = Some(window);
+        self
+    }
+
+    /// On error, serves even what a write has made stale; needs [`stale_if_error`](Self::stale_if_error), and counts
+    /// its window from the expiry too.
+    #[must_use]
+    pub fn serve_invalidated_on_error(mut self) -> Self {
+        self.policy.serve_invalidated_on_error = true;
+        self
+    }
+
+    /// Serves an expired response that [`stale_if_error`](Self::stale_if_error) would allow when the inner service has
+    /// not answered after this long; its answer is stored when it comes.
+    #[must_use]
+    pub fn soft_timeout(mut self, timeout: Duration) -> Self {
+        self.policy.soft_timeout = Some(timeout);
+        self
+    }
+
+    /// Refreshes in the background before the expiry, with a probability that grows towards it, so that popular entries
+    /// never expire and never in a stampede (XFetch: Vattani et al., VLDB 2015). `beta` is usually 1, more is earlier; by
+    /// default 0, never. The time the last load took is measured.
+    #[must_use]
+    pub fn early_refresh(mut self, beta: f64) -> Self {
+        self.policy.early_refresh = beta;
+        self
+    }
+
+    /// Shortens each entry's TTL by a random part of it, up to this share (0.1 for a tenth), so that what was filled
+    /// together doesn't expire together; by default 0.
+    #[must_use]
+    pub fn jitter(mut self, share: f64) -> Self {
+        self.policy.jitter = share;
+        self
+    }
+
+    /// Also keeps responses with these statuses (404, 410), with a TTL of their own.
+    #[must_use]
+    pub fn negative(mut self, statuses: impl IntoIterator<Item = u16>, ttl: impl Into<Ttl>) -> Self {
+        self.policy.negative = Some(Negative { statuses: statuses.into_iter().collect(), ttl: ttl.into() });
+        self
+    }
+
+    /// Stores responses with `Set-Cookie` as well, which everybody in the tenant then gets. For origins whose
+    /// `Cache-Control` is to be taken at its word.
+    #[must_use]
+    pub fn stores_cookies(mut self) -> Self {
+        self.policy.stores_cookies = true;
+        self
+    }
+}
+
+/// How a tier in this process may hold an entry of a store outside it. Configured per data type.
+///
+/// In a file: `tier = "on"`, `"off"`, `"validated"`, or the cap as a duration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Tier {
+    /// Hits are answered in this process, until the entry expires or is said to be dropped.
+    #[default]
+    On,
+    /// The same, for at most this long.
+    Capped(Duration),
+    /// Every hit first asks the store whether the generations are current; only the entry itself is spared.
+    Validated,
+    /// Every hit is read from the store.
+    Off,
+}
+
+impl<'de> Deserialize<'de> for Tier {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        Ok(match text.as_str() {
+            "on" => Self::On,
+            "off" => Self::Off,
+            "validated" => Self::Validated,
+            other => Self::Capped(humantime::parse_duration(other).map_err(|e| {
+                serde::de::Error::custom(format!("tier `{other}`: {e}; write on, off, validated or a duration"))
+            })?),
+        })
+    }
+}

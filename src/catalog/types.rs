@@ -1,0 +1,132 @@
+//! The declared data types.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use super::{
+    policy::{DataType, Freshness, Policy, Tier},
+    ttl::Ttl,
+};
+use crate::error::ConfigError;
+
+/// The data types that have a TTL without being declared.
+const GLOBAL_DEFAULTS: [(&str, Ttl); 6] = [
+    ("embedding", Ttl::Extended),
+    ("embedding_batch", Ttl::Extended),
+    ("vector_store", Ttl::Standard),
+    ("query_result", Ttl::Short),
+    ("retrieval_cache", Ttl::Short),
+    ("semantic_index", Ttl::Standard),
+];
+
+/// The declared data types, with the look-up that never comes back empty.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Catalogue {
+    types: BTreeMap<String, Policy>,
+    /// How types are held in process that say nothing about it.
+    tier: Tier,
+}
+
+impl Catalogue {
+    pub(crate) fn new(types: &[DataType], tier: Tier) -> Result<Self, ConfigError> {
+        let mut map = BTreeMap::new();
+        for DataType { name, policy } in types {
+            if name.is_empty() {
+                return Err(ConfigError::new("a data type has an empty name; give it one"));
+            }
+            check_policy(name, policy)?;
+            if map.insert(name.clone(), policy.clone().or_tier(tier)).is_some() {
+                return Err(ConfigError::new(format!("data type `{name}` is declared twice; remove one of them")));
+            }
+        }
+        Ok(Self { types: map, tier })
+    }
+
+    /// The service's own mapping, then the global defaults, then `standard`.
+    pub(crate) fn policy(&self, data_type: &str) -> Policy {
+        if let Some(policy) = self.types.get(data_type) {
+            return policy.clone();
+        }
+        let default = GLOBAL_DEFAULTS.iter().find(|(name, _)| *name == data_type);
+        Policy::from(default.map_or(Ttl::Standard, |(_, ttl)| *ttl)).or_tier(self.tier)
+    }
+
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.types.keys().map(String::as_str)
+    }
+
+    /// `Ok` when the type is declared or has a global default; else what to do about it.
+    pub(crate) fn check(&self, what: &str, data_type: &str) -> Result<(), ConfigError> {
+        if self.types.contains_key(data_type) || GLOBAL_DEFAULTS.iter().any(|(name, _)| *name == data_type) {
+            return Ok(());
+        }
+        let known: Vec<_> = self.names().collect();
+        Err(ConfigError::new(format!(
+            "{what}: unknown data type `{data_type}`; declare it, or use one of: {}",
+            known.join(", ")
+        )))
+    }
+}
+
+/// What a type says that cannot work.
+fn check_policy(name: &str, policy: &Policy) -> Result<(), ConfigError> {
+    if policy.ttl.duration() == Some(Duration::ZERO) && policy.freshness == Freshness::Tighten {
+        return Err(ConfigError::new(format!(
+            "data type `{name}`: a TTL of zero (or under a millisecond) would never hit; \
+             give it a longer one, or take its routes out"
+        )));
+    }
+    if !(0.0..1.0).contains(&policy.jitter) {
+        return Err(ConfigError::new(format!(
+            "data type `{name}`: a jitter of {} is no share of the TTL; choose one from 0 to below 1",
+            policy.jitter
+        )));
+    }
+    if !(0.0..=1_000.0).contains(&policy.early_refresh) {
+        return Err(ConfigError::new(format!(
+            "data type `{name}`: early_refresh = {} makes no sense; 1 is usual, 0 turns it off",
+            policy.early_refresh
+        )));
+    }
+    let needs_window = [
+        ("serve_invalidated_on_error", policy.serve_invalidated_on_error),
+        ("soft_timeout", policy.soft_timeout.is_some()),
+    ];
+    if let Some((setting, _)) = needs_window.iter().find(|(_, on)| *on && policy.stale_if_error.is_none()) {
+        return Err(ConfigError::new(format!(
+            "data type `{name}`: {setting} needs stale_if_error, which says for how long"
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ttl_lookup_is_service_then_global_then_standard() {
+        let own = DataType::new("query_result", Duration::from_millis(250));
+        let catalogue = Catalogue::new(&[own, DataType::new("agent", Ttl::Permanent)], Tier::default()).unwrap();
+        let ttl = |name: &str| catalogue.policy(name).ttl.duration();
+        assert_eq!(ttl("query_result"), Some(Duration::from_millis(250)));
+        assert_eq!(ttl("agent"), None);
+        for (name, seconds) in [
+            ("embedding", 86_400),
+            ("embedding_batch", 86_400),
+            ("vector_store", 3_600),
+            ("retrieval_cache", 300),
+            ("semantic_index", 3_600),
+            ("anything else", 3_600),
+        ] {
+            assert_eq!(ttl(name), Some(Duration::from_secs(seconds)), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_zero_ttl_is_refused() {
+        for ttl in [Duration::ZERO, Duration::from_micros(999)] {
+            let error = Catalogue::new(&[DataType::new("agent", ttl)], Tier::default()).unwrap_err().to_string();
+            assert!(error.contains("`agent`") && error.contains("zero"), "{error}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The whole mapping as plain data: data types, tenant, routes, mutations and cascades.
+//!
+//! The builder fills it from code; with the feature `toml` it can be read from a file, with the same names and the same
+//! checks.
+
+use std::{fmt, time::Duration};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, IntoDeserializer},
+};
+
+use crate::{
+    catalog::{Cascade, DataType, Policy, Tier, Ttl},
+    route::{Mutation, Route},
+    units::{bytes, duration},
+};
+
+#[cfg(feature = "redis")]
+use crate::store::RedisBuilder as RedisTable;
+#[cfg(not(feature = "redis"))]
+use without_redis::RedisTable;
+
+/// Everything about caching that a service declares. The [`docs::configuration`](crate::docs::configuration) page
+/// has the file format.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[non_exhaustive]
+pub struct Config {
+    /// The request header that names the tenant.
+    pub tenant_header: Option<String>,
+    /// How many bytes the in-process store may take.
+    #[serde(deserialize_with = "bytes")]
+    pub memory: Option<u64>,
+    /// Responses with a larger body are not stored.
+    #[serde(deserialize_with = "bytes")]
+    pub body_limit: Option<u64>,
+    /// Whether responses of mutations say what was dropped.
+    pub report_header: Option<bool>,
+    /// What becomes of writes while the store cannot be told about them.
+    pub on_unreachable: Option<OnUnreachable>,
+    /// How types are held in process that say nothing about it.
+    pub tier: Option<Tier>,
+    /// The shared store. (Feature `redis`.)
+    pub redis: Option<RedisTable>,
+    /// The data types and their TTLs.
+    #[serde(deserialize_with = "data_types")]
+    pub types: Vec<DataType>,
+    /// How long writes may take whose cascade says nothing else; see [`Cascade::fenced`]. By default they are not
+    /// fenced.
+    #[serde(deserialize_with = "duration")]
+    pub fence: Option<Duration>,
+    /// The routes whose responses are cached.
+    pub routes: Vec<Route>,
+    /// The routes that mutate.
+    pub mutations: Vec<Mutation>,
+    /// What mutations drop.
+    pub cascades: Vec<Cascade>,
+}
+
+/// What becomes of writes while the store cannot be told about them.
+///
+/// In a file: `on_unreachable = "journal"` or `"reject"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum OnUnreachable {
+    /// They go on; their invalidations are kept and delivered when the store is back (the default).
+    #[default]
+    Journal,
+    /// They are answered 503 before they run. That the store is gone may take a heartbeat (250 ms) to notice, unless the
+    /// cascade is [fenced](crate::Cascade::fenced): raising the fence finds out.
+    Reject,
+}
+
+impl Config {
+    /// Reads the mapping from TOML. (Feature `toml`.)
+    ///
+    /// # Errors
+    /// Syntax errors, unknown fields and bad values, each with its line. What is wrong between parts (an unknown data
+    /// type, a duplicate route, a cycle) is found by [`CacheBuilder::build`](crate::CacheBuilder::build).
+    #[cfg(feature = "toml")]
+    pub fn from_toml(text: &str) -> Result<Self, crate::ConfigError> {
+        toml::from_str(text).map_err(|e| crate::ConfigError::new(e.to_string()))
+    }
+
+    /// Adds what another declares. Of what can be said only once, its word counts.
+    pub(crate) fn add(&mut self, other: Self) {
+        fn replace<T>(own: &mut Option<T>, other: Option<T>) {
+            *own = other.or_else(|| own.take());
+        }
+        replace(&mut self.tenant_header, other.tenant_header);
+        replace(&mut self.memory, other.memory);
+        replace(&mut self.body_limit, other.body_limit);
+        replace(&mut self.report_header, other.report_header);
+        replace(&mut self.on_unreachable, other.on_unreachable);
+        replace(&mut self.tier, other.tier);
+        replace(&mut self.redis, other.redis);
+        replace(&mut self.fence, other.fence);
+        self.types.extend(other.types);
+        self.routes.extend(other.routes);
+        self.mutations.extend(other.mutations);
+        self.cascades.extend(other.cascades);
+    }
+
+    /// Whether a cascade declares a relation of this name, for which a resolver may then be given.
+    pub fn has_relation(&self, name: &str) -> bool {
+        self.cascades.iter().any(|c| c.relations.contains_key(name))
+    }
+}
+
+/// What `[redis]` is without the feature.
+#[cfg(not(feature = "redis"))]
+mod without_redis {
+    use serde::{Deserialize, de::IgnoredAny};
+
+    use crate::{error::ConfigError, store::MemoryStore};
+
+    /// The table of a store that is not compiled in.
+    #[allow(unreachable_pub)] // The type of a public field that nobody can fill but by a file.
+    #[derive(Clone, Debug, Deserialize)]
+    pub struct RedisTable(IgnoredAny);
+
+    impl RedisTable {
+        pub(crate) fn build(self) -> Result<MemoryStore, ConfigError> {
+            let Self(IgnoredAny) = self;
+            Err(ConfigError::new("`[redis]`: turn on the feature `redis` of tower-cache-aside"))
+        }
+    }
+}
+
+fn data_types<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DataType>, D::Error> {
+    struct Visitor;
+    impl<'de> de::Visitor<'de> for Visitor {
+        type Value = Vec<DataType>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a table of data types")
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+            let mut types = vec![];
+            while let Some(name) = map.next_key::<String>()? {
+                let TtlOrPolicy(policy) = map.next_value()?;
+                types.push(DataType { name, policy });
+            }
+            Ok(types)
+        }
+    }
+    deserializer.deserialize_map(Visitor)
+}
+
+/// `"5m"` is short for `{ ttl = "5m" }`. (Not an untagged enum, which would lose the message of what is wrong.)
+struct TtlOrPolicy(Policy);
+
+impl<'de> Deserialize<'de> for TtlOrPolicy {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Policy;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a TTL (short, standard, extended, permanent, \"5m\") or a table { ttl = … }")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Policy, E> {
+                Ttl::deserialize(text.into_deserializer()).map(Policy::from)
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Policy, A::Error> {
+                Policy::deserialize(de::value::MapAccessDeserializer::new(map))
+            }
+        }
+        deserializer.deserialize_any(Visitor).map(Self)
+    }
+}

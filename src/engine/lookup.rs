@@ -1,0 +1,187 @@
+//! From a key to what a request has to do about it: answer, wait, or call the origin.
+
+use std::sync::Arc;
+
+use super::{
+    Engine, MAX_ATTEMPTS,
+    flight::{Flight, Follower, Landed},
+    leader::Leader,
+    stale::{Attempt, Stale},
+};
+use crate::{
+    catalog::{Coalesce, Policy},
+    key::{Key, Tag},
+    store::{Entry, Generation, Lookup, Mark, Stamp, StoreError},
+};
+
+/// What a request has to do.
+pub(super) enum Begin {
+    /// Answer with this.
+    Hit(Arc<Entry>),
+    /// Answer with this, which another process has just loaded.
+    Collapsed(Arc<Entry>),
+    /// Call the origin, and tell the others.
+    Lead(Leader),
+    /// Wait for another's call, which began under the generations that are current now.
+    Follow(Follower, Option<Stale>),
+    /// Call the origin: the store cannot be asked.
+    Unavailable,
+}
+
+/// What an entry is under the generations that were read with it.
+pub(super) enum Validity {
+    Valid,
+    Invalid,
+    /// It may be valid: these tags of it were not looked up.
+    Unknown(Vec<Tag>),
+}
+
+impl Engine {
+    /// Looks the key up; on a miss captures the generations and joins the flight that has the same ones, or leads one.
+    pub(super) async fn begin(self: &Arc<Self>, key: &Key, tags: &[Tag], policy: &Policy, attempt: Attempt) -> Begin {
+        let memo = self.memos.get(key);
+        let seen = self.flights.current(key);
+        let mut asked = tags.to_vec();
+        asked.extend(memo.iter().flat_map(|m| m.late.iter()).filter(|t| !tags.contains(t)).cloned());
+        let stale = match self.find(key, tags, &mut asked, policy).await {
+            Err(error) => return unavailable(&error),
+            Ok(Some(found)) if found.answers(self.now(), attempt) => return Begin::Hit(found.entry),
+            Ok(found) => found,
+        };
+        // Captured before the load: whatever is dropped from now on makes its result useless.
+        let opened = match self.store.open(&asked).await {
+            Err(error) => return unavailable(&error),
+            Ok(opened) => opened,
+        };
+        let flight = Arc::new(Flight::new(asked, opened.generations));
+        let leader = self.leader(key, tags, policy, flight, opened.mark, stale);
+        let unshared = memo.is_some_and(|m| m.unshared_until > self.now());
+        if unshared || attempt.alone || attempt.reload || attempt.failures >= MAX_ATTEMPTS {
+            return Begin::Lead(leader);
+        }
+        self.board(leader, seen, tags, policy, attempt).await
+    }
+
+    /// Reads the entry with the generations of all its tags. What it turns out to have besides is `asked` from then on.
+    async fn find(
+        &self,
+        key: &Key,
+        tags: &[Tag],
+        asked: &mut Vec<Tag>,
+        policy: &Policy,
+    ) -> Result<Option<Stale>, StoreError> {
+        for _ in 0..2 {
+            let Lookup { entry, generations } = self.store.lookup(key, asked, policy.tier()).await?;
+            let Some(entry) = entry else { return Ok(None) };
+            match validity(&entry, tags, asked, &generations) {
+                Validity::Valid => return Ok(Some(Stale { entry, invalidated: false })),
+                Validity::Invalid => return Ok(Some(Stale { entry, invalidated: true })),
+                Validity::Unknown(late) => {
+                    self.remember_late(key, &late);
+                    asked.extend(late);
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn leader(
+        self: &Arc<Self>,
+        key: &Key,
+        tags: &[Tag],
+        policy: &Policy,
+        flight: Arc<Flight>,
+        mark: Mark,
+        stale: Option<Stale>,
+    ) -> Leader {
+        Leader {
+            engine: self.clone(),
+            key: key.clone(),
+            primary: key.clone(),
+            flight,
+            named: tags.len(),
+            mark,
+            tier: policy.tier(),
+            stale,
+            landed: false,
+            claimed: false,
+        }
+    }
+
+    /// Joins the flight that began under the same generations, or takes off. `seen` was under way before the look-up.
+    async fn board(
+        &self,
+        leader: Leader,
+        seen: Option<Arc<Flight>>,
+        tags: &[Tag],
+        policy: &Policy,
+        attempt: Attempt,
+    ) -> Begin {
+        if let Some(other) = self.flights.join_or_lead(&leader.key, &leader.flight, seen) {
+            return match other.landed() {
+                None => Begin::Follow(other, leader.stale.clone()),
+                Some(Landed::Done(entry)) if self.is_good_after(&other, &entry, leader.flight.tags()).await => {
+                    Begin::Hit(entry)
+                }
+                // It failed before this request came, or is good only for those who waited: no reason to wait.
+                Some(_) => Begin::Lead(leader),
+            };
+        }
+        // A flight may have begun and landed since the look-up; its entry was stored before it was taken off the table.
+        if let Some(entry) = self.peek(leader.key.as_bytes(), self.now()).filter(|_| !attempt.refresh) {
+            leader.flight.land(Landed::Done(entry.clone()));
+            return Begin::Hit(entry);
+        }
+        match policy.coalesce {
+            Coalesce::Process => Begin::Lead(leader),
+            Coalesce::Fleet => self.lead_fleet(leader, tags).await,
+        }
+    }
+
+    /// Waits for another's call to end.
+    pub(super) async fn follow(&self, flight: Follower) -> Landed {
+        match flight.wait().await {
+            Landed::Done(entry) if !self.is_proven(&entry, flight.tags()).await => Landed::Failed,
+            landed => landed,
+        }
+    }
+
+    /// Whether the result of a flight that has landed is good for a request that comes now: what is not to be stored, or
+    /// was read while a write is under way, is not.
+    async fn is_good_after(&self, flight: &Follower, entry: &Entry, joined: &[Tag]) -> bool {
+        entry.is_fresh(self.now()) && !flight.is_fenced() && self.is_proven(entry, joined).await
+    }
+
+    /// Whether a flight's result is good for a request that joined it by these tags. Those that only the response
+    /// declared may have been dropped between its landing and that request, which then could not see it.
+    async fn is_proven(&self, entry: &Entry, joined: &[Tag]) -> bool {
+        let late: Vec<_> = entry.stamps.iter().filter(|s| !joined.contains(&s.tag)).collect();
+        if late.is_empty() {
+            return true;
+        }
+        let tags: Vec<_> = late.iter().map(|s| s.tag.clone()).collect();
+        let now = self.store.open(&tags).await;
+        now.is_ok_and(|now| now.generations.iter().eq(late.iter().map(|s| &s.generation)))
+    }
+}
+
+fn unavailable(error: &StoreError) -> Begin {
+    tracing::debug!(%error, "store unavailable: calling the origin");
+    Begin::Unavailable
+}
+
+pub(super) fn validity(entry: &Entry, required: &[Tag], asked: &[Tag], generations: &[Option<Generation>]) -> Validity {
+    // An entry of another configuration may lack tags that cascades count on now.
+    if required.iter().any(|tag| entry.stamps.iter().all(|s| s.tag != *tag)) {
+        return Validity::Invalid;
+    }
+    let mut unknown = vec![];
+    for Stamp { tag, generation } in &entry.stamps {
+        match asked.iter().position(|t| t == tag) {
+            None => unknown.push(tag.clone()),
+            Some(at) if generations.get(at) == Some(&Some(*generation)) => {}
+            Some(_) => return Validity::Invalid,
+        }
+    }
+    if unknown.is_empty() { Validity::Valid } else { Validity::Unknown(unknown) }
+}

@@ -1,0 +1,258 @@
+//! What becomes of a request that was not answered on the spot: for HTTP, gRPC and the typed function alike.
+//!
+//! | outcome | when |
+//! | --- | --- |
+//! | [`Obtained::Answer`] | an entry, or another's call that began under the same generations, answers it; or what is stale does, on purpose |
+//! | [`Obtained::AnswerAndReload`] | what is stale answers it, and it is this request that replaces it |
+//! | [`Obtained::Absent`] | it wants nothing but what is stored, and nothing is |
+//! | [`Obtained::Load`] | the origin has to be asked |
+
+use std::sync::Arc;
+
+use super::{
+    Engine,
+    flight::Landed,
+    leader::Leader,
+    lookup::Begin,
+    stale::{Attempt, Stale},
+};
+use crate::{
+    catalog::Policy,
+    clock::Millis,
+    key::{Key, Tag},
+    store::Entry,
+};
+
+/// Who asks for an entry, and what an entry is to them.
+pub(crate) trait Asker {
+    type Answer;
+
+    /// What to do with an entry that is valid.
+    fn judge(&mut self, entry: &Entry, source: Source) -> Use<Self::Answer>;
+
+    /// Neither waits for others nor lets them wait.
+    fn is_alone(&self) -> bool {
+        false
+    }
+
+    /// Wants nothing but what is stored.
+    fn only_stored(&self) -> bool {
+        false
+    }
+
+    /// Takes an entry that has expired, and whose type would not serve it.
+    fn accepts_expired(&self, entry: &Entry, now: Millis) -> bool {
+        let _ = (entry, now);
+        false
+    }
+}
+
+/// Where an entry comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    Store,
+    /// Another request's call.
+    Flight,
+    /// It is not fresh, and served on purpose.
+    Stale,
+}
+
+/// What an entry is to a request that found it.
+pub(crate) enum Use<T> {
+    Answer(T),
+    /// It answers others; this request's is under another key.
+    Elsewhere(Key),
+    /// It is to be replaced.
+    Useless,
+}
+
+/// What became of a request.
+pub(crate) enum Obtained<T> {
+    Answer(T),
+    AnswerAndReload(T, Leader),
+    Absent,
+    /// Without a leader nobody waits, and nothing is stored: the store cannot be asked.
+    Load(Option<Leader>),
+}
+
+/// What to do when another's call has ended.
+#[derive(Debug)]
+enum Landing {
+    Use(Arc<Entry>),
+    ServeStale(Arc<Entry>),
+    TryAgain,
+}
+
+/// What to do as the one who is to call the origin.
+#[derive(Debug, PartialEq, Eq)]
+enum Departure {
+    ServeStale,
+    ServeStaleAndLoad,
+    Load,
+}
+
+impl Engine {
+    /// Looks the key up, waits for others' calls and tries again, until there is an answer or a call to make.
+    pub(crate) async fn obtain<A: Asker>(
+        self: &Arc<Self>,
+        mut key: Key,
+        tags: &[Tag],
+        policy: &Policy,
+        asker: &mut A,
+    ) -> Obtained<A::Answer> {
+        // Each round that does not end it counts as a failure or asks for a reload; after a few it is a call of its own.
+        let mut attempt = Attempt { alone: asker.is_alone(), ..Attempt::default() };
+        loop {
+            let (entry, source) = match self.begin(&key, tags, policy, attempt).await {
+                Begin::Lead(leader) => return self.depart(leader, attempt, asker),
+                Begin::Unavailable if asker.only_stored() => return Obtained::Absent,
+                Begin::Unavailable => return Obtained::Load(None),
+                Begin::Hit(entry) => (entry, Source::Store),
+                Begin::Collapsed(entry) => (entry, Source::Flight),
+                Begin::Follow(flight, stale) => {
+                    let meanwhile = stale.as_ref().filter(|stale| stale.serves_meanwhile(self.now()));
+                    if let Some(answer) = meanwhile.and_then(|stale| serve_stale(asker, &stale.entry)) {
+                        return Obtained::Answer(answer);
+                    }
+                    if asker.only_stored() {
+                        return Obtained::Absent;
+                    }
+                    match landing(self.follow(flight).await, stale, self.now(), policy) {
+                        Landing::Use(entry) => (entry, Source::Flight),
+                        Landing::ServeStale(entry) => {
+                            if let Some(answer) = serve_stale(asker, &entry) {
+                                return Obtained::Answer(answer);
+                            }
+                            attempt.failures += 1;
+                            continue;
+                        }
+                        Landing::TryAgain => {
+                            attempt.failures += 1;
+                            continue;
+                        }
+                    }
+                }
+            };
+            match asker.judge(&entry, source) {
+                Use::Answer(answer) => return Obtained::Answer(answer),
+                Use::Elsewhere(other) => {
+                    key = other;
+                    attempt.failures += 1;
+                }
+                Use::Useless => attempt.reload = true,
+            }
+        }
+    }
+
+    fn depart<A: Asker>(&self, leader: Leader, attempt: Attempt, asker: &mut A) -> Obtained<A::Answer> {
+        let now = self.now();
+        if let Some(stale) = leader.stale().cloned() {
+            let accepted = asker.accepts_expired(&stale.entry, now);
+            match departure(&stale, accepted, attempt.reload, now) {
+                Departure::ServeStale => {
+                    if let Some(answer) = serve_stale(asker, &stale.entry) {
+                        return Obtained::Answer(answer);
+                    }
+                }
+                Departure::ServeStaleAndLoad => {
+                    if let Some(answer) = serve_stale(asker, &stale.entry) {
+                        return Obtained::AnswerAndReload(answer, leader);
+                    }
+                }
+                Departure::Load => {}
+            }
+        }
+        if asker.only_stored() { Obtained::Absent } else { Obtained::Load(Some(leader)) }
+    }
+
+    /// Takes the lead in replacing an entry that has been served already, unless somebody else does.
+    pub(crate) async fn lead_refresh(self: &Arc<Self>, key: &Key, tags: &[Tag], policy: &Policy) -> Option<Leader> {
+        let attempt = Attempt { refresh: true, ..Attempt::default() };
+        match self.begin(key, tags, policy, attempt).await {
+            Begin::Lead(leader) => Some(leader),
+            _ => None,
+        }
+    }
+}
+
+fn serve_stale<A: Asker>(asker: &mut A, entry: &Entry) -> Option<A::Answer> {
+    match asker.judge(entry, Source::Stale) {
+        Use::Answer(answer) => Some(answer),
+        Use::Elsewhere(_) | Use::Useless => None,
+    }
+}
+
+fn landing(landed: Landed, stale: Option<Stale>, now: Millis, policy: &Policy) -> Landing {
+    match landed {
+        Landed::Done(entry) => Landing::Use(entry),
+        Landed::Unshareable => Landing::TryAgain,
+        Landed::Failed => match stale.filter(|stale| stale.serves_on_error(now, policy)) {
+            Some(stale) => Landing::ServeStale(stale.entry),
+            None => Landing::TryAgain,
+        },
+    }
+}
+
+fn departure(stale: &Stale, accepted: bool, reload: bool, now: Millis) -> Departure {
+    if stale.has_expired(now) && accepted {
+        return Departure::ServeStale;
+    }
+    if stale.serves_meanwhile(now) && !reload {
+        return Departure::ServeStaleAndLoad;
+    }
+    Departure::Load
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::{
+        catalog::{Lifetime, Ttl},
+        store::Payload,
+    };
+
+    /// Made at 0; fresh for 10 s, served for 10 s more while it is refreshed, and for 20 s when the origin fails.
+    fn stale(invalidated: bool) -> Stale {
+        let second = Duration::from_secs(1);
+        let life =
+            Lifetime { fresh: Some(10 * second), refresh: 10 * second, on_error: 20 * second, ..Lifetime::default() };
+        Stale { entry: Arc::new(Entry::new(Payload::Value(Bytes::new()), Box::default(), 0, life)), invalidated }
+    }
+
+    #[test]
+    fn what_is_stale_is_served_in_its_windows_unless_a_write_made_it_so() {
+        for (now, invalidated, accepted, reload, expected) in [
+            (5_000, false, false, false, Departure::ServeStaleAndLoad),
+            (5_000, false, true, true, Departure::Load),
+            (15_000, false, false, false, Departure::ServeStaleAndLoad),
+            (15_000, false, false, true, Departure::Load),
+            (15_000, false, true, true, Departure::ServeStale),
+            (15_000, true, true, false, Departure::Load),
+            (20_000, false, false, false, Departure::Load),
+            (20_000, false, true, false, Departure::ServeStale),
+        ] {
+            let found = departure(&stale(invalidated), accepted, reload, now);
+            assert_eq!(found, expected, "{now} {invalidated} {accepted} {reload}");
+        }
+    }
+
+    #[test]
+    fn a_failed_call_gives_what_is_stale_or_is_tried_again() {
+        let serving = Policy { serve_invalidated_on_error: true, ..Policy::from(Ttl::Short) };
+        for (landed, now, invalidated, policy, served) in [
+            (Landed::Failed, 29_000, false, Ttl::Short.into(), true),
+            (Landed::Failed, 30_000, false, Ttl::Short.into(), false),
+            (Landed::Failed, 29_000, true, Ttl::Short.into(), false),
+            (Landed::Failed, 29_000, true, serving, true),
+            (Landed::Unshareable, 29_000, false, Ttl::Short.into(), false),
+        ] {
+            let landing = landing(landed, Some(stale(invalidated)), now, &policy);
+            assert_eq!(matches!(landing, Landing::ServeStale(_)), served, "{now} {invalidated}");
+            assert!(served || matches!(landing, Landing::TryAgain));
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Header fields as they are stored and sent on (RFC 9110, section 7.6.1; RFC 9111, section 3).
+
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
+use super::{cache_status::CACHE_STATUS, directives::list};
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    const HOP_BY_HOP: [HeaderName; 6] = [
+        header::CONNECTION,
+        header::PROXY_AUTHENTICATE,
+        header::TE,
+        header::TRAILER,
+        header::TRANSFER_ENCODING,
+        header::UPGRADE,
+    ];
+    HOP_BY_HOP.contains(name)
+        || matches!(
+            name.as_str(),
+            "keep-alive" | "proxy-connection" | "proxy-authentication-info" | "proxy-authorization"
+        )
+}
+
+/// Headers as they are stored: without those of the connection (RFC 9110, section 7.6.1), and with places for those that
+/// a hit adds.
+pub(crate) fn stored_headers(headers: &HeaderMap) -> HeaderMap {
+    let named: Vec<_> = list(headers, header::CONNECTION).collect();
+    let mut stored = HeaderMap::with_capacity(headers.keys_len() + 2);
+    for (name, value) in headers {
+        let hop = is_hop_by_hop(name) || named.iter().any(|n| n.eq_ignore_ascii_case(name.as_str()));
+        if !hop && *name != header::AGE {
+            stored.append(name.clone(), value.clone());
+        }
+    }
+    const EMPTY: HeaderValue = HeaderValue::from_static("");
+    stored.entry(CACHE_STATUS).or_insert(EMPTY);
+    stored.insert(header::AGE, EMPTY);
+    stored
+}
+
+/// The headers of a response that the origin has confirmed with these of a 304 (RFC 9111, section 3.2).
+pub(crate) fn updated_headers(stored: &HeaderMap, confirmed: &HeaderMap) -> HeaderMap {
+    let mut headers = stored.clone();
+    let new = stored_headers(confirmed);
+    for name in new.keys() {
+        // The body is still the old one.
+        let of_body = [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::CONTENT_RANGE, header::ETAG];
+        if of_body.contains(name) || matches!(name.as_str(), "age" | "cache-status" | "content-md5") {
+            continue;
+        }
+        headers.remove(name);
+        for value in new.get_all(name) {
+            headers.append(name.clone(), value.clone());
+        }
+    }
+    headers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_of_the_connection_are_not_stored() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "x-hop, close"),
+            ("x-hop", "1"),
+            ("keep-alive", "1"),
+            ("transfer-encoding", "chunked"),
+            ("age", "7"),
+            ("x-kept", "1"),
+            ("x-kept", "2"),
+        ] {
+            headers.append(name, HeaderValue::from_static(value));
+        }
+        let stored = stored_headers(&headers);
+        let mut names: Vec<_> = stored.iter().map(|(n, v)| (n.as_str(), v.to_str().unwrap())).collect();
+        names.sort_unstable();
+        assert_eq!(names, [("age", ""), ("cache-status", ""), ("x-kept", "1"), ("x-kept", "2")]);
+    }
+}

@@ -1,0 +1,178 @@
+//! A call of the inner service: its request, what becomes of its response, and a stored one that it confirms.
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName, Request, Response, StatusCode, header, response};
+use http_body::Body;
+use tower_service::Service;
+
+use super::miss::{Miss, stored};
+use crate::{
+    catalog::{Freshness, Lifetime},
+    engine::Leader,
+    http::{
+        cache_status::{Forwarded, Handled},
+        conditions::validate,
+        fields::{stored_headers, updated_headers},
+        freshness::{Exchange, Verdict, judge},
+    },
+    key::{Key, Tag},
+    layer::{
+        body::CacheBody,
+        extensions::{NoCache, take_tags},
+        reading::{Reading, Reply, settle},
+        serve::serve,
+    },
+    route::variant_key,
+    store::{Entry, Payload, StoredResponse},
+};
+
+impl Miss {
+    /// Calls the inner service, answers its request, and stores the response for others if it may be.
+    pub(super) async fn load<S, B, R>(
+        self,
+        mut inner: S,
+        mut request: Request<B>,
+        mut leader: Option<Leader>,
+        reply: Reply<R, S::Error>,
+    ) where
+        S: Service<Request<B>, Response = Response<R>>,
+        R: Body<Data = Bytes>,
+    {
+        let start = Instant::now();
+        let request_headers = request.headers().clone();
+        if let Some(leader) = &mut leader {
+            leader.primary = self.primary.clone();
+        }
+        let confirmable = self.prepare(request.headers_mut(), leader.as_ref());
+        let result = inner.call(request).await;
+        if !matches!(&result, Ok(response) if !response.status().is_server_error())
+            && let Some(response) = self.instead(leader.as_ref())
+        {
+            let _ = reply.send(Ok(response));
+            return;
+        }
+        let response = match result {
+            Ok(response) => response,
+            Err(error) => {
+                drop(leader);
+                // Nobody is there to be answered if the client hung up.
+                let _ = reply.send(Err(error));
+                return;
+            }
+        };
+        let (mut parts, body) = response.into_parts();
+        let tag_header = &self.core.options.tag_header;
+        let late = take_tags(&mut parts, tag_header, &self.tenant, self.route.data_type());
+        let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(self.reason) };
+        let confirmed = confirmable.filter(|_| parts.status == StatusCode::NOT_MODIFIED);
+        if let Some(stored) = &confirmed {
+            parts.status = stored.status;
+            parts.headers = updated_headers(&stored.headers, &parts.headers);
+        }
+        let size = if confirmed.is_some() { 0 } else { body.size_hint().lower() };
+        let verdict = match &late {
+            Err(reason) => Verdict::Alone(reason),
+            Ok(_) => self.verdict(&parts, size, start),
+        };
+        let late = late.unwrap_or_default();
+        let settled = settle(leader, verdict, &mut forwarded);
+        if let Some(stored) = confirmed {
+            let kept = settled.map(|(leader, life, names)| {
+                let varied = self.varied(names, &request_headers);
+                Kept { leader, late, life, varied }
+            });
+            return self.confirm(stored, parts, kept, forwarded, reply).await;
+        }
+        let Some((leader, life, names)) = settled else {
+            Handled::Forwarded(forwarded).append(&mut parts.headers, None, self.asked.key.as_deref());
+            let _ = reply.send(Ok(Response::from_parts(parts, CacheBody::inner(body))));
+            return;
+        };
+        let varied = self.varied(names, &request_headers);
+        let is_plain = parts.status == StatusCode::OK && !parts.headers.contains_key(header::ETAG);
+        let adds_tag = self.core.options.entity_tags && is_plain;
+        let limit = self.core.options.body_limit;
+        let accepts = |_: &Bytes, _: Option<&HeaderMap>| Ok(());
+        let reading = Reading { leader, late, parts, forwarded, life, varied, adds_tag, limit, accepts };
+        reading.read(body, &self.asked, reply).await;
+    }
+
+    /// Asks for the whole response, or whether the stored one is still good, which is then returned.
+    fn prepare(&self, headers: &mut HeaderMap, leader: Option<&Leader>) -> Option<StoredResponse> {
+        // The client's conditions are met from the whole response.
+        headers.remove(header::IF_NONE_MATCH);
+        headers.remove(header::IF_MODIFIED_SINCE);
+        let known = leader.and_then(stored).filter(|stale| !stale.invalidated);
+        match known.filter(|_| self.route.policy.freshness == Freshness::Response).map(|s| &s.entry.payload) {
+            Some(Payload::Response(stored)) => validate(headers, &stored.headers).then(|| stored.clone()),
+            _ => None,
+        }
+    }
+
+    /// What to answer with when the origin fails, if anything.
+    fn instead<R: Body>(&self, leader: Option<&Leader>) -> Option<Response<CacheBody<R>>> {
+        let now = self.core.engine.now();
+        let stale = leader?.stale().filter(|stale| stale.serves_on_error(now, &self.route.policy))?;
+        serve(&stale.entry, now, &self.asked, None)
+    }
+
+    fn verdict(&self, parts: &response::Parts, size: u64, start: Instant) -> Verdict {
+        if size > self.core.options.body_limit as u64 {
+            return Verdict::Alone("body-limit");
+        }
+        let exchange = Exchange {
+            policy: &self.route.policy,
+            keyed: &self.route.vary,
+            no_cache: parts.extensions.get::<NoCache>().is_some(),
+            needs_public: self.needs_public,
+            targeted: &self.core.options.targeted_header,
+            now: self.core.date(),
+            took: start.elapsed(),
+        };
+        judge(&exchange, parts)
+    }
+
+    /// Which headers the response depends on, and the key they give in this request.
+    fn varied(&self, names: Box<[HeaderName]>, headers: &HeaderMap) -> Option<(Box<[HeaderName]>, Key)> {
+        let key = (!names.is_empty()).then(|| Key::new(variant_key(self.primary.as_bytes(), &names, headers)));
+        key.map(|key| (names, key))
+    }
+
+    /// Stores what the origin has confirmed anew, and answers with it.
+    async fn confirm<R: Body, E>(
+        &self,
+        stored: StoredResponse,
+        parts: response::Parts,
+        kept: Option<Kept>,
+        mut forwarded: Forwarded,
+        reply: Reply<R, E>,
+    ) {
+        let headers = stored_headers(&parts.headers);
+        let payload = Payload::Response(StoredResponse { headers, ..stored });
+        let engine = &self.core.engine;
+        let life = kept.as_ref().map_or_else(Lifetime::default, |kept| kept.life);
+        let sealed = match kept.filter(|_| forwarded.stored) {
+            Some(Kept { leader, late, life, varied }) => leader.seal(payload.clone(), late, life, varied).await,
+            None => None,
+        };
+        forwarded.stored = sealed.as_ref().is_some_and(|sealed| !sealed.is_fenced());
+        let unstored = || Arc::new(Entry::new(payload, Box::default(), engine.now(), life));
+        let entry = sealed.as_ref().map_or_else(unstored, |sealed| sealed.entry.clone());
+        if let Some(response) = serve(&entry, engine.now(), &self.asked, Some(Handled::Forwarded(forwarded))) {
+            let _ = reply.send(Ok(response));
+        }
+        if let Some(sealed) = sealed {
+            sealed.store().await;
+        }
+    }
+}
+
+/// For how long, under which tags and for which variant a confirmed response is kept.
+struct Kept {
+    leader: Leader,
+    late: Vec<Tag>,
+    life: Lifetime,
+    varied: Option<(Box<[HeaderName]>, Key)>,
+}

@@ -1,0 +1,230 @@
+//! A request that was not answered on the spot.
+
+use std::{marker::PhantomData, sync::Arc};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body::Body;
+use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tower_service::Service;
+use tracing::Instrument;
+
+use crate::{
+    clock::Millis,
+    engine::{Asker, Leader, Obtained, Source, Stale, Use},
+    http::cache_status::{Forwarded, Handled, Reason},
+    key::{Key, Tag, Tenant},
+    layer::{
+        body::CacheBody,
+        core::Core,
+        future,
+        reading::Replied,
+        serve::{Asked, serve},
+    },
+    route::{ReadRoute, variant_key},
+    store::{Entry, Payload},
+};
+
+pub(super) struct Miss {
+    /// The key without request headers that responses turned out to vary by.
+    pub(super) primary: Key,
+    /// The key with them, as far as they are known.
+    pub(super) key: Key,
+    pub(super) tags: Vec<Tag>,
+    pub(super) tenant: Tenant,
+    pub(super) needs_public: bool,
+    pub(super) route: Arc<ReadRoute>,
+    pub(super) core: Arc<Core>,
+    pub(super) asked: Asked,
+    /// Why nothing stored has answered it so far.
+    pub(super) reason: Reason,
+}
+
+/// A request with its headers, which say which variant it wants.
+struct Ask<'a, R> {
+    miss: &'a mut Miss,
+    headers: &'a HeaderMap,
+    body: PhantomData<fn() -> R>,
+}
+
+impl<R: Body> Asker for Ask<'_, R> {
+    type Answer = Response<CacheBody<R>>;
+
+    fn judge(&mut self, entry: &Entry, source: Source) -> Use<Self::Answer> {
+        let miss = &mut *self.miss;
+        let names = match (&entry.payload, &entry.varied) {
+            (Payload::Vary(names), _) => Some((names, None)),
+            (_, Some((names, key))) => Some((names, Some(key))),
+            _ => None,
+        };
+        if let Some((names, of_entry)) = names.filter(|_| source != Source::Stale) {
+            let own = Key::new(variant_key(miss.primary.as_bytes(), names, self.headers));
+            if of_entry != Some(&own) {
+                if own == miss.key {
+                    miss.reason = Reason::Request;
+                    return Use::Useless;
+                }
+                (miss.key, miss.reason) = (own.clone(), Reason::VaryMiss);
+                return Use::Elsewhere(own);
+            }
+        }
+        let now = miss.core.engine.now();
+        let collapsed = Forwarded { collapsed: true, ..Forwarded::new(miss.reason) };
+        let handled = (source == Source::Flight).then_some(Handled::Forwarded(collapsed));
+        match serve(entry, now, &miss.asked, handled) {
+            Some(response) if source == Source::Stale || miss.asked.accepts(entry, now) => Use::Answer(response),
+            _ => {
+                miss.reason = Reason::Request;
+                Use::Useless
+            }
+        }
+    }
+
+    fn is_alone(&self) -> bool {
+        self.miss.asked.is_partial()
+    }
+
+    fn only_stored(&self) -> bool {
+        self.miss.only_stored()
+    }
+
+    fn accepts_expired(&self, entry: &Entry, now: Millis) -> bool {
+        self.miss.asked.accepts_stale(entry, now, &self.miss.core.options.targeted_header)
+    }
+}
+
+impl Miss {
+    fn only_stored(&self) -> bool {
+        self.asked.directives().is_some_and(|directives| directives.only_if_cached)
+    }
+
+    pub(super) async fn answer<S, B, R>(mut self, inner: S, request: Request<B>) -> Replied<R, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+        R::Error: Send,
+    {
+        let (core, route) = (self.core.clone(), self.route.clone());
+        let (key, tags) = (self.key.clone(), std::mem::take(&mut self.tags));
+        let mut ask = Ask { miss: &mut self, headers: request.headers(), body: PhantomData::<fn() -> R> };
+        let obtained = core.engine.obtain(key, &tags, &route.policy, &mut ask).await;
+        match obtained {
+            Obtained::Answer(response) => Ok(response),
+            Obtained::Absent => Ok(gateway_timeout()),
+            Obtained::AnswerAndReload(response, leader) => {
+                if !self.asked.is_partial() {
+                    self.expired(&leader);
+                    self.spawn_load(inner, request, Some(leader));
+                }
+                Ok(response)
+            }
+            Obtained::Load(leader) => {
+                if let Some(leader) = &leader {
+                    self.expired(leader);
+                }
+                if self.asked.is_partial() {
+                    drop(leader);
+                    return self.pass(inner, request).await;
+                }
+                self.call(inner, request, leader).await
+            }
+        }
+    }
+
+    /// Says so if what is stored has only grown old.
+    fn expired(&mut self, leader: &Leader) {
+        if stored(leader).is_some_and(|stale| stale.has_expired(self.core.engine.now())) {
+            self.reason = Reason::Stale;
+        }
+    }
+
+    /// A part of a response is no good for others.
+    async fn pass<S, B, R>(self, mut inner: S, request: Request<B>) -> Replied<R, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>>,
+        R: Body,
+    {
+        let detail = if self.asked.head { "head" } else { "range" };
+        let mut response = inner.call(request).await?;
+        response.headers_mut().remove(&self.core.options.tag_header);
+        let status = response.status();
+        let forwarded = Forwarded::because(self.reason, detail);
+        forwarded.append(response.headers_mut(), Some(status), self.asked.key.as_deref());
+        Ok(response.map(CacheBody::inner))
+    }
+
+    /// Waits for the origin, or for as long as its type has patience with it while there is something else to serve.
+    async fn call<S, B, R>(self, inner: S, request: Request<B>, leader: Option<Leader>) -> Replied<R, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+        R::Error: Send,
+    {
+        let (engine, policy, asked) = (self.core.engine.clone(), self.route.policy.clone(), self.asked.clone());
+        let stale = leader.as_ref().and_then(stored).filter(|stale| !stale.invalidated).cloned();
+        let stale = stale.filter(|stale| stale.serves_on_error(engine.now(), &policy));
+        let (task, mut replied) = self.spawn_load(inner, request, leader);
+        let outcome = match policy.soft_timeout.zip(stale) {
+            None => replied.await,
+            Some((patience, stale)) => match timeout(patience, &mut replied).await {
+                Ok(outcome) => outcome,
+                Err(_) => match serve(&stale.entry, engine.now(), &asked, None) {
+                    Some(response) => return Ok(response),
+                    None => replied.await,
+                },
+            },
+        };
+        future::replied(outcome, task).await
+    }
+
+    /// Replaces what has been served already, unless somebody else does.
+    pub(super) async fn refresh<S, B, R>(mut self, inner: S, request: Request<B>)
+    where
+        S: Service<Request<B>, Response = Response<R>>,
+        R: Body<Data = Bytes>,
+    {
+        self.reason = Reason::Stale;
+        if let Some(leader) = self.core.engine.lead_refresh(&self.key, &self.tags, &self.route.policy).await {
+            let (nobody, _) = oneshot::channel();
+            self.load(inner, request, Some(leader), nobody).await;
+        }
+    }
+
+    /// Calls the inner service in a task, which goes on whatever becomes of its client.
+    fn spawn_load<S, B, R>(
+        self,
+        inner: S,
+        request: Request<B>,
+        leader: Option<Leader>,
+    ) -> (JoinHandle<()>, oneshot::Receiver<Replied<R, S::Error>>)
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+        R::Error: Send,
+    {
+        let (reply, replied) = oneshot::channel();
+        (tokio::spawn(self.load(inner, request, leader, reply).in_current_span()), replied)
+    }
+}
+
+/// The response that was stored when the load began.
+pub(super) fn stored(leader: &Leader) -> Option<&Stale> {
+    leader.stale().filter(|stale| matches!(stale.entry.payload, Payload::Response(_)))
+}
+
+/// The answer to a request that wants nothing but what is stored, when nothing is (RFC 9111, section 5.2.1.7).
+fn gateway_timeout<R: Body>() -> Response<CacheBody<R>> {
+    let mut response = Response::new(CacheBody::full(Bytes::new(), None));
+    *response.status_mut() = StatusCode::GATEWAY_TIMEOUT;
+    Forwarded::because(Reason::Request, "only-if-cached").append(response.headers_mut(), None, None);
+    response
+}

@@ -1,0 +1,203 @@
+//! The bodies of gRPC: of a request that was read to know its message, and of a response whose trailers wait.
+
+use std::{
+    collections::VecDeque,
+    future::poll_fn,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+use super::status::is_refusal;
+use crate::layer::{
+    body::CacheBody,
+    core::Core,
+    reading::joined,
+    writing::{Due, Writing},
+};
+
+/// The request body that the inner service gets: what was read of it to know the message, and the rest.
+pub struct GrpcBody<B: Body> {
+    read: VecDeque<Result<Frame<Bytes>, B::Error>>,
+    rest: Option<Pin<Box<B>>>,
+}
+
+// Nothing in it is pinned but the box.
+impl<B: Body> Unpin for GrpcBody<B> {}
+
+impl<B: Body<Data = Bytes>> GrpcBody<B> {
+    pub(super) fn passing(body: B) -> Self {
+        Self { read: VecDeque::new(), rest: Some(Box::pin(body)) }
+    }
+
+    /// Reads the body of a unary call, to its end if that comes before the limit.
+    pub(super) async fn read(body: B, limit: usize) -> Self {
+        let mut this = Self::passing(body);
+        let mut size = 0;
+        while let Some(rest) = &mut this.rest {
+            let frame = poll_fn(|cx| rest.as_mut().poll_frame(cx)).await;
+            match frame {
+                None => this.rest = None,
+                Some(frame) => {
+                    let is_error = frame.is_err();
+                    size += frame.as_ref().ok().and_then(Frame::data_ref).map_or(0, Bytes::len);
+                    this.read.push_back(frame);
+                    if is_error || size > limit {
+                        break;
+                    }
+                }
+            }
+        }
+        this
+    }
+
+    /// The whole body, if it was read to its end.
+    pub(super) fn whole(&self) -> Option<Bytes> {
+        if self.rest.is_some() {
+            return None;
+        }
+        let data = self.read.iter().map(|frame| frame.as_ref().ok()?.data_ref().cloned());
+        let data: Vec<_> = data.flatten().collect();
+        match &data[..] {
+            [one] => Some(one.clone()),
+            many => Some(joined(many, many.iter().map(Bytes::len).sum())),
+        }
+    }
+}
+
+impl<B: Body<Data = Bytes>> Body for GrpcBody<B> {
+    type Data = Bytes;
+    type Error = B::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        if let Some(frame) = self.read.pop_front() {
+            return Poll::Ready(Some(frame));
+        }
+        match &mut self.rest {
+            None => Poll::Ready(None),
+            Some(rest) => rest.as_mut().poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.read.is_empty() && self.rest.as_ref().is_none_or(|rest| rest.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.rest {
+            Some(rest) if self.read.is_empty() => rest.size_hint(),
+            _ => SizeHint::default(),
+        }
+    }
+}
+
+pin_project! {
+    /// The response body of [`Grpc`](crate::Grpc). That of a mutation holds its trailers, which say whether it was a
+    /// success, until the invalidation is done.
+    pub struct GrpcResponseBody<R: Body> {
+        #[pin]
+        body: CacheBody<R>,
+        write: Option<Write>,
+    }
+}
+
+/// A mutation whose trailers are still to come.
+struct Write {
+    core: Arc<Core>,
+    due: Due,
+    is_fenced: bool,
+    held: Option<HeaderMap>,
+    refused: bool,
+}
+
+/// An empty body: what other layers (tower-http's time-out) answer with.
+impl<R: Body> Default for GrpcResponseBody<R> {
+    fn default() -> Self {
+        Self { body: CacheBody::default(), write: None }
+    }
+}
+
+impl<R: Body> GrpcResponseBody<R> {
+    pub(super) fn untouched(body: CacheBody<R>) -> Self {
+        Self { body, write: None }
+    }
+
+    /// Invalidates when the trailers say that it was a success, or don't say that it was none.
+    pub(super) fn until_trailers(body: CacheBody<R>, core: Arc<Core>, writing: Writing) -> Self {
+        let is_fenced = writing.is_fenced();
+        let write = Write { core, due: Due::arm(writing), is_fenced, held: None, refused: false };
+        Self { body, write: Some(write) }
+    }
+}
+
+impl Write {
+    /// Takes the trailers; whether they may go at once, since nothing is to be invalidated.
+    fn hold(&mut self, trailers: HeaderMap) -> Option<HeaderMap> {
+        self.refused = is_refusal(&trailers);
+        if self.refused && !self.is_fenced {
+            self.due.disarm();
+            return Some(trailers);
+        }
+        self.held = Some(trailers);
+        self.due.fire();
+        None
+    }
+
+    /// Until the invalidation is done: the trailers, with its report.
+    fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<Option<HeaderMap>> {
+        let report = ready!(self.due.poll_done(cx));
+        let mut trailers = self.held.take();
+        if let (Some(report), Some(trailers), false) = (report, &mut trailers, self.refused) {
+            Writing::report(&self.core, &report, trailers);
+        }
+        Poll::Ready(trailers)
+    }
+}
+
+impl<R: Body<Data = Bytes>> Body for GrpcResponseBody<R> {
+    type Data = Bytes;
+    type Error = R::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
+        let this = self.project();
+        let Some(write) = this.write else { return this.body.poll_frame(cx) };
+        if write.due.is_running() {
+            return write.poll_held(cx).map(|trailers| trailers.map(|t| Ok(Frame::trailers(t))));
+        }
+        match ready!(this.body.poll_frame(cx)) {
+            Some(Ok(frame)) if frame.is_trailers() => {
+                let Ok(trailers) = frame.into_trailers() else { return Poll::Ready(None) };
+                if let Some(trailers) = write.hold(trailers) {
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                }
+                write.poll_held(cx).map(|trailers| trailers.map(|t| Ok(Frame::trailers(t))))
+            }
+            None => {
+                write.due.fire();
+                write.poll_held(cx).map(|_| None)
+            }
+            Some(Err(error)) => {
+                write.due.fire();
+                Poll::Ready(Some(Err(error)))
+            }
+            frame => Poll::Ready(frame),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.write.as_ref().is_none_or(|write| write.due.is_done()) && self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self.write {
+            // An exact size would become a `content-length`, after which there is no room for trailers.
+            Some(_) => SizeHint::new(),
+            None => self.body.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! gRPC: unary calls of declared methods from the cache, and mutations that invalidate before their trailers. (Feature
+//! `grpc`.)
+//!
+//! **Authorization must sit outside this layer.** A tonic interceptor wraps one service, so it sits *inside*
+//! `Server::layer`: a hit never reaches it. Therefore requests with `authorization` pass by the cache, unless their
+//! method is declared [shared](crate::GrpcMethod::shared).
+//!
+//! What is stored: one message with `grpc-status: 0` in its trailers, which are stored and replayed with it. Errors (which
+//! come in the headers, or after data), streams, and whatever is not one message pass through untouched, the first message
+//! at once. A mutation succeeds at its trailers: they are held until the invalidation is done. Unknown outcomes invalidate.
+//! grpc-web carries trailers in its body, and passes by the cache.
+
+mod body;
+mod read;
+mod status;
+mod write;
+
+use std::{
+    fmt,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, header};
+use http_body::Body;
+use tower_layer::Layer;
+use tower_service::Service;
+use tracing::Instrument;
+
+use super::{
+    body::CacheBody,
+    core::Core,
+    future::{self, Finish, ResponseFuture, take_ready},
+};
+use crate::http::cache_status::{Forwarded, Reason};
+pub use body::{GrpcBody, GrpcResponseBody};
+use read::Read;
+use write::Write;
+
+/// Wraps gRPC services in [`Grpc`]: unary calls of declared methods are answered from the cache, and mutations invalidate
+/// before their trailers are sent. (Feature `grpc`.)
+///
+/// **Authorization must sit outside this layer.** A tonic interceptor wraps one service, so it sits *inside*
+/// `Server::layer`, and a hit never reaches it. Therefore requests with `authorization` pass by the cache, unless their
+/// method is declared [shared](crate::GrpcMethod::shared): do that only with authorization in a layer of its own, outside.
+///
+/// ```
+/// # use prost::Message;
+/// # use tower_cache_aside::{Cache, DataType, GrpcMethod, GrpcTarget, Ttl};
+/// #[derive(Clone, PartialEq, prost::Message)]
+/// struct GetAgent {
+///     #[prost(string, tag = "1")]
+///     id: String,
+/// }
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let get = GrpcMethod::read("/agents.v1.Agents/GetAgent", "agent");
+/// let cache = Cache::builder("docs")
+///     .tenant_header("x-tenant-id")
+///     .data_type(DataType::new("agent", Ttl::Standard))
+///     .grpc(get.message(|bytes| Some(GrpcTarget::new(GetAgent::decode(bytes).ok()?.id))))
+///     .build()?;
+/// let layer = cache.grpc_layer(); // tonic::transport::Server::builder().layer(layer)
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct GrpcLayer {
+    pub(crate) core: Arc<Core>,
+}
+
+impl<S> Layer<S> for GrpcLayer {
+    type Service = Grpc<S>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Grpc { inner, core: self.core.clone() }
+    }
+}
+
+impl fmt::Debug for GrpcLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("GrpcLayer")
+    }
+}
+
+/// Answers the declared methods of a gRPC service from the cache, and invalidates after its mutations.
+#[derive(Clone)]
+pub struct Grpc<S> {
+    inner: S,
+    core: Arc<Core>,
+}
+
+impl<S: fmt::Debug> fmt::Debug for Grpc<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Grpc").field("inner", &self.inner).finish_non_exhaustive()
+    }
+}
+
+impl<S, B, R> Service<Request<B>> for Grpc<S>
+where
+    S: Service<Request<GrpcBody<B>>, Response = Response<R>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Send,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Send,
+    R: Body<Data = Bytes> + Send + 'static,
+    R::Error: Send,
+{
+    type Response = Response<GrpcResponseBody<R>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, R, GrpcResponseBody<R>, S::Error>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let route = self.core.routes.grpc(request.uri().path()).filter(|_| is_grpc(&request)).cloned();
+        let (parts, body) = request.into_parts();
+        let Core { tenants, space, options, .. } = &*self.core;
+        let passed = match route {
+            None => None,
+            Some(route) if route.mutates => {
+                let write = Write { tenants: tenants.tenants(&parts, space), route, core: self.core.clone() };
+                let request = Request::from_parts(parts, body);
+                let inner = take_ready(&mut self.inner);
+                let task = tokio::spawn(write.run(inner, request).in_current_span());
+                return ResponseFuture::boxed(Box::pin(future::joined(task)));
+            }
+            Some(route) => match tenants.tenant(&parts) {
+                Err(reason) => Some(reason),
+                Ok(_) if !route.shared && parts.headers.contains_key(header::AUTHORIZATION) => Some("credentials"),
+                Ok(tenant) => {
+                    let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone() };
+                    let request = Request::from_parts(parts, body);
+                    let inner = take_ready(&mut self.inner);
+                    return ResponseFuture::boxed(Box::pin(read.answer(inner, request)));
+                }
+            },
+        };
+        let finish = passed.map(|reason| Finish {
+            handled: Forwarded::because(Reason::Bypass, reason),
+            tag_header: options.tag_header.clone(),
+        });
+        let request = Request::from_parts(parts, GrpcBody::passing(body));
+        ResponseFuture::pass(self.inner.call(request), finish, |body| {
+            GrpcResponseBody::untouched(CacheBody::inner(body))
+        })
+    }
+}
+
+fn is_grpc<B>(request: &Request<B>) -> bool {
+    let content_type = request.headers().get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    let rest = content_type.strip_prefix(b"application/grpc");
+    *request.method() == Method::POST && rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+}

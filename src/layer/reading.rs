@@ -1,0 +1,342 @@
+//! A response on its way to the client, to those who wait for the same, and into the store: for HTTP and gRPC alike.
+//!
+//! | its body | its client gets it | the others |
+//! | --- | --- | --- |
+//! | is there at once | whole | whole |
+//! | comes by and by | while it is read | whole, when it has ended |
+//! | is too large, or takes too long | while it is read, and the rest on its own | call the origin |
+//! | breaks, or its service panics | as far as it went, and then the error | try again |
+
+use std::{
+    any::Any,
+    future::poll_fn,
+    panic::AssertUnwindSafe,
+    pin::{Pin, pin},
+    task::Poll,
+    time::Duration,
+};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::FutureExt;
+use http::{HeaderMap, HeaderName, Response, header, response};
+use http_body::{Body, Frame, SizeHint};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{
+    body::{CacheBody, Piece},
+    serve::{Asked, serve},
+};
+use crate::{
+    catalog::Lifetime,
+    engine::{Leader, Sealed},
+    http::{
+        cache_status::{Forwarded, Handled},
+        conditions::entity_tag,
+        fields::stored_headers,
+        freshness::Verdict,
+    },
+    key::{Key, Tag},
+    store::{Payload, StoredResponse},
+};
+
+/// A body that streams for longer than this is not waited for by others, and not stored.
+const STREAM_LIMIT: Duration = Duration::from_secs(10);
+
+pub(super) type Replied<R, E> = Result<Response<CacheBody<R>>, E>;
+pub(super) type Reply<R, E> = oneshot::Sender<Replied<R, E>>;
+
+/// Who gets a response besides its own request: `None` if nobody does, and those who wait are told so.
+pub(super) fn settle(
+    leader: Option<Leader>,
+    verdict: Verdict,
+    forwarded: &mut Forwarded,
+) -> Option<(Leader, Lifetime, Box<[HeaderName]>)> {
+    let Some(leader) = leader else {
+        forwarded.detail = Some(match verdict {
+            Verdict::Store(..) => "store-unavailable",
+            Verdict::Share(why) | Verdict::Alone(why) | Verdict::Fail(why) => why,
+        });
+        return None;
+    };
+    match verdict {
+        Verdict::Store(life, names) => {
+            forwarded.stored = true;
+            Some((leader, life, names))
+        }
+        Verdict::Share(why) => {
+            forwarded.detail = Some(why);
+            Some((leader, Lifetime::fresh_for(Some(Duration::ZERO)), Box::default()))
+        }
+        Verdict::Alone(why) => {
+            forwarded.detail = Some(why);
+            leader.unshareable();
+            None
+        }
+        Verdict::Fail(why) => {
+            forwarded.detail = Some(why);
+            None
+        }
+    }
+}
+
+/// A response whose body is being read, to be stored or at least shared.
+pub(super) struct Reading {
+    pub(super) leader: Leader,
+    pub(super) late: Vec<Tag>,
+    pub(super) parts: response::Parts,
+    pub(super) forwarded: Forwarded,
+    pub(super) life: Lifetime,
+    pub(super) varied: Option<(Box<[HeaderName]>, Key)>,
+    /// It has no entity tag, and is to get one.
+    pub(super) adds_tag: bool,
+    pub(super) limit: usize,
+    /// The last word, when all of it has been read: why it may not be stored after all.
+    pub(super) accepts: fn(&Bytes, Option<&HeaderMap>) -> Result<(), &'static str>,
+}
+
+/// How the reading of a body ended.
+enum End<R: Body> {
+    Whole,
+    /// Too large or too slow.
+    GivenUp,
+    Error(R::Error),
+    Panic(Box<dyn Any + Send>),
+}
+
+enum Read<R: Body> {
+    Frame(Option<Result<Frame<Bytes>, R::Error>>),
+    /// There is nothing at the moment.
+    Waits,
+    TooLong,
+}
+
+impl Reading {
+    pub(super) async fn read<R, E>(self, body: R, asked: &Asked, reply: Reply<R, E>)
+    where
+        R: Body<Data = Bytes>,
+    {
+        let size = body.size_hint();
+        let mut body = Box::pin(body);
+        let mut copy = Copy::default();
+        let mut client = Client::Waiting(reply);
+        match self.copy(&mut body, &mut copy, &mut client, &size, asked).await {
+            End::Whole => self.complete(client, copy, asked).await,
+            End::GivenUp => self.give_up(client, copy, body, &size, asked),
+            End::Error(error) => self.fail(client, copy, Piece::Error(error), &size),
+            End::Panic(panic) => self.fail(client, copy, Piece::Panic(panic), &size),
+        }
+    }
+
+    /// Reads until the body ends, in one way or another. What is not there at once is streamed to the client meanwhile.
+    async fn copy<R, E>(
+        &self,
+        body: &mut Pin<Box<R>>,
+        copy: &mut Copy,
+        client: &mut Client<R, E>,
+        size: &SizeHint,
+        asked: &Asked,
+    ) -> End<R>
+    where
+        R: Body<Data = Bytes>,
+    {
+        let mut deadline = pin!(tokio::time::sleep(STREAM_LIMIT));
+        loop {
+            let waits = matches!(client, Client::Waiting(_));
+            let poll = poll_fn(|cx| match body.as_mut().poll_frame(cx) {
+                Poll::Ready(frame) => Poll::Ready(Read::<R>::Frame(frame)),
+                Poll::Pending if waits => Poll::Ready(Read::Waits),
+                Poll::Pending => deadline.as_mut().poll(cx).map(|()| Read::TooLong),
+            });
+            match AssertUnwindSafe(poll).catch_unwind().await {
+                Ok(Read::Waits) => {
+                    let (tx, rx) = mpsc::unbounded_channel();
+                    copy.replay(&tx);
+                    client.stream(Response::from_parts(self.head(asked), CacheBody::tee(rx, size)), tx);
+                }
+                Ok(Read::Frame(Some(Ok(frame)))) => {
+                    let over = copy.push(&frame, self.limit);
+                    client.send(Piece::Frame(frame));
+                    if over {
+                        return End::GivenUp;
+                    }
+                }
+                Ok(Read::TooLong) => return End::GivenUp,
+                Ok(Read::Frame(None)) => return End::Whole,
+                Ok(Read::Frame(Some(Err(error)))) => return End::Error(error),
+                Err(panic) => return End::Panic(panic),
+            }
+        }
+    }
+
+    /// All of it is there.
+    async fn complete<R: Body, E>(mut self, mut client: Client<R, E>, copy: Copy, asked: &Asked) {
+        let (data, trailers) = copy.into_parts();
+        if let Err(detail) = (self.accepts)(&data, trailers.as_ref()) {
+            drop(self.leader);
+            (self.forwarded.stored, self.forwarded.detail) = (false, Some(detail));
+            return client.end(|| {
+                Handled::Forwarded(self.forwarded).append(&mut self.parts.headers, None, asked.key.as_deref());
+                Response::from_parts(self.parts, CacheBody::full(data, trailers))
+            });
+        }
+        if let (true, Ok(tag)) = (self.adds_tag, entity_tag(&data)) {
+            self.parts.headers.insert(header::ETAG, tag);
+        }
+        let stored = StoredResponse {
+            status: self.parts.status,
+            headers: stored_headers(&self.parts.headers),
+            body: data.clone(),
+            trailers: trailers.clone(),
+        };
+        let keep = self.forwarded.stored;
+        let sealed = self.leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
+        self.forwarded.stored = keep && sealed.as_ref().is_some_and(|s| !s.is_fenced());
+        client.end(|| {
+            let handled = Handled::Forwarded(self.forwarded);
+            let conditional = sealed.as_ref().filter(|_| asked.conditions.is_some());
+            conditional.and_then(|sealed| conditionally(sealed, &self.parts, asked, handled)).unwrap_or_else(|| {
+                let mut parts = self.parts;
+                handled.append(&mut parts.headers, None, asked.key.as_deref());
+                Response::from_parts(parts, CacheBody::full(data, trailers))
+            })
+        });
+        if let Some(sealed) = sealed.filter(|_| keep) {
+            sealed.store().await;
+        }
+    }
+
+    /// The head of the response, for a client that gets the body while it is read.
+    fn head(&self, asked: &Asked) -> response::Parts {
+        let mut parts = self.parts.clone();
+        Handled::Forwarded(self.forwarded).append(&mut parts.headers, None, asked.key.as_deref());
+        parts
+    }
+
+    /// The client reads on by itself, and those who wait call the origin.
+    fn give_up<R: Body, E>(
+        mut self,
+        client: Client<R, E>,
+        copy: Copy,
+        body: Pin<Box<R>>,
+        size: &SizeHint,
+        asked: &Asked,
+    ) {
+        (self.forwarded.stored, self.forwarded.detail) = (false, Some("body-limit"));
+        let parts = self.head(asked);
+        self.leader.unshareable();
+        client.finish(copy, Piece::Rest(body), |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
+    }
+
+    /// The client gets what there was, and what it ended with.
+    fn fail<R: Body, E>(self, client: Client<R, E>, copy: Copy, last: Piece<R>, size: &SizeHint) {
+        drop(self.leader);
+        let parts = self.parts;
+        client.finish(copy, last, |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
+    }
+}
+
+/// The part of a new entry that its own request asked for.
+fn conditionally<R: Body>(
+    sealed: &Sealed,
+    parts: &response::Parts,
+    asked: &Asked,
+    handled: Handled,
+) -> Option<Response<CacheBody<R>>> {
+    let mut response = serve(&sealed.entry, sealed.entry.created, asked, Some(handled))?;
+    // The age it came with, if it came with one: it is not from the cache.
+    match parts.headers.get(header::AGE) {
+        Some(age) => response.headers_mut().insert(header::AGE, age.clone()),
+        None => response.headers_mut().remove(header::AGE),
+    };
+    Some(response)
+}
+
+/// The request that the load was begun for: it has its response or not.
+enum Client<R: Body, E> {
+    Waiting(Reply<R, E>),
+    Streaming(mpsc::UnboundedSender<Piece<R>>),
+    Gone,
+}
+
+impl<R: Body, E> Client<R, E> {
+    /// Begins to stream.
+    fn stream(&mut self, response: Response<CacheBody<R>>, tx: mpsc::UnboundedSender<Piece<R>>) {
+        if let Self::Waiting(reply) = std::mem::replace(self, Self::Gone) {
+            let _ = reply.send(Ok(response));
+        }
+        *self = Self::Streaming(tx);
+    }
+
+    /// Nothing is lost on one that hung up.
+    fn send(&mut self, piece: Piece<R>) {
+        if let Self::Streaming(tx) = self {
+            let _ = tx.send(piece);
+        }
+    }
+
+    /// It has all of it now, or gets it.
+    fn end(&mut self, response: impl FnOnce() -> Response<CacheBody<R>>) {
+        match std::mem::replace(self, Self::Gone) {
+            Self::Waiting(reply) => drop(reply.send(Ok(response()))),
+            Self::Streaming(tx) => drop(tx.send(Piece::End)),
+            Self::Gone => {}
+        }
+    }
+
+    /// Sends the last piece; if the response was not sent, that and all before it.
+    fn finish(
+        mut self,
+        copy: Copy,
+        last: Piece<R>,
+        response: impl FnOnce(mpsc::UnboundedReceiver<Piece<R>>) -> Response<CacheBody<R>>,
+    ) {
+        if let Self::Waiting(_) = self {
+            let (tx, rx) = mpsc::unbounded_channel();
+            copy.replay(&tx);
+            self.stream(response(rx), tx);
+        }
+        self.send(last);
+    }
+}
+
+/// What has been read of a body.
+#[derive(Default)]
+struct Copy {
+    data: Vec<Bytes>,
+    size: usize,
+    trailers: Option<HeaderMap>,
+}
+
+impl Copy {
+    /// Whether that was more than the limit.
+    fn push(&mut self, frame: &Frame<Bytes>, limit: usize) -> bool {
+        if let Some(data) = frame.data_ref() {
+            self.size += data.len();
+            self.data.push(data.clone());
+        } else if let Some(trailers) = frame.trailers_ref() {
+            self.trailers = Some(trailers.clone());
+        }
+        self.size > limit
+    }
+
+    fn replay<R: Body>(&self, tx: &mpsc::UnboundedSender<Piece<R>>) {
+        let frames = self.data.iter().cloned().map(Frame::data);
+        for frame in frames.chain(self.trailers.clone().map(Frame::trailers)) {
+            let _ = tx.send(Piece::Frame(frame));
+        }
+    }
+
+    /// In one piece of its own: a slice would keep the buffer alive that it was read into.
+    fn into_parts(self) -> (Bytes, Option<HeaderMap>) {
+        (joined(&self.data, self.size), self.trailers)
+    }
+}
+
+/// The pieces of a body as one.
+pub(super) fn joined(pieces: &[Bytes], size: usize) -> Bytes {
+    let mut all = BytesMut::with_capacity(size);
+    for piece in pieces {
+        all.extend_from_slice(piece);
+    }
+    all.freeze()
+}
