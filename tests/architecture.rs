@@ -266,7 +266,7 @@ fn house() -> House {
 fn dependencies_run_down() {
     for (at, (room, below)) in ROOMS.iter().enumerate() {
         let is_below = |name: &&str| ROOMS[at + 1..].iter().any(|(other, _)| other == name);
-        assert!(below.iter().all(|name| is_below(name)), "{room} is to know what is not below it");
+        assert!(below.iter().all(is_below), "{room} is to know what is not below it");
     }
     let arrows = house().arrows();
     assert!(arrows.len() > 60, "only {} arrows were read", arrows.len());
@@ -305,10 +305,10 @@ fn no_function_is_longer_than_seventy_lines() {
         for (first, line) in lines.iter().enumerate().filter(|(_, line)| line.contains("fn ") && !line.contains('"')) {
             let indent = line.len() - line.trim_start().len();
             let end = format!("{}}}", " ".repeat(indent));
-            let is_decl = |l: &&&str| {
+            let is_decl = |l: &&str| {
                 l.starts_with(&end) || (l.trim_end().ends_with(';') && l.len() - l.trim_start().len() == indent)
             };
-            let length = lines[first..].iter().position(|l| is_decl(&l)).unwrap_or(0);
+            let length = lines[first..].iter().position(is_decl).unwrap_or(0);
             assert!(length <= 70, "{}:{}: {length} lines", path.display(), first + 1);
         }
     }

@@ -5,6 +5,7 @@ use std::{
     io::{BufRead, BufReader},
     path::PathBuf,
     process::{Child, Command, Stdio},
+    sync::Once,
     time::{Duration, Instant},
 };
 
@@ -21,20 +22,19 @@ pub struct Service {
     pub url: String,
 }
 
-/// Where cargo put the example: beside the test's own binary, which makes cargo build it first.
+/// An example as a program. Cargo builds it here: not every way to run a test does so, and none must start an old one.
 pub fn example(name: &str) -> PathBuf {
-    let mut path = std::env::current_exe().unwrap();
-    path.pop();
-    if path.ends_with("deps") {
-        path.pop();
-    }
-    let path = path.join("examples").join(name);
-    assert!(
-        path.exists(),
-        "{} is missing: run `cargo test` without --test, or `cargo build --examples`",
-        path.display()
-    );
-    path
+    static BUILT: Once = Once::new();
+    // target/debug/deps/test-hash
+    let test = std::env::current_exe().unwrap();
+    let profile = test.ancestors().find(|dir| dir.ends_with("debug") || dir.ends_with("release")).unwrap().to_owned();
+    BUILT.call_once(|| {
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--examples", "--all-features", "--target-dir"]).arg(profile.parent().unwrap());
+        build.args(profile.ends_with("release").then_some("--release"));
+        assert!(build.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success(), "the examples do not build");
+    });
+    profile.join("examples").join(name)
 }
 
 impl Service {
