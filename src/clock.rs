@@ -1,10 +1,10 @@
-//! The time, in milliseconds since the epoch: the wall clock at start, carried on by the monotonic clock, so that
-//! setting the machine's clock neither expires nor prolongs an entry.
+//! The time, in milliseconds since the epoch: the wall clock at start, carried on by a clock that nobody sets and that goes
+//! on while the machine sleeps, so that neither setting its clock nor suspending it prolongs an entry.
 
 use std::{
     fmt,
     sync::Arc,
-    time::{Instant, SystemTime, UNIX_EPOCH},
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 /// Milliseconds since the Unix epoch, as the engine's clock tells them.
@@ -12,20 +12,20 @@ pub type Millis = u64;
 
 #[derive(Clone)]
 pub(crate) enum Clock {
-    Monotonic { wall: Millis, start: Instant },
+    Monotonic { wall: Millis, start: Millis },
     Custom(Arc<dyn Fn() -> SystemTime + Send + Sync>),
 }
 
 impl Default for Clock {
     fn default() -> Self {
-        Self::Monotonic { wall: millis(SystemTime::now()), start: Instant::now() }
+        Self::Monotonic { wall: millis(SystemTime::now()), start: uptime() }
     }
 }
 
 impl Clock {
     pub(crate) fn now(&self) -> Millis {
         match self {
-            Self::Monotonic { wall, start } => wall + start.elapsed().as_millis() as Millis,
+            Self::Monotonic { wall, start } => wall + uptime().saturating_sub(*start),
             Self::Custom(now) => millis(now()),
         }
     }
@@ -39,4 +39,19 @@ impl fmt::Debug for Clock {
 
 fn millis(time: SystemTime) -> Millis {
     time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as Millis)
+}
+
+/// Milliseconds since the machine started, the time it slept included.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(crate) fn uptime() -> Millis {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec).unwrap_or(0), u64::try_from(now.tv_nsec).unwrap_or(0));
+    seconds * 1_000 + nanos / 1_000_000
+}
+
+/// Milliseconds since the first call. (Time that the machine sleeps may be missing.)
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(crate) fn uptime() -> Millis {
+    static START: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
+    START.elapsed().as_millis() as Millis + 1
 }

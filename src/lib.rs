@@ -33,7 +33,8 @@
 //! request that begins later is served what was read before it. Not from the cache, not from a call that was under way,
 //! and not from a slow read that stores its result afterwards: that classic race of cache-aside is closed by giving
 //! every entity a *generation*, which a load captures before it begins, an entry is valid under, and a write drops. See
-//! [`store`] for what it asks of a store.
+//! [`store`] for what it asks of a store, and [`docs::redis`] for what becomes of this, fault by fault, when the store is
+//! shared.
 //!
 //! # Safe by default
 //!
@@ -60,9 +61,9 @@
 //!
 //! # Features
 //!
-//! - `redis`: [`store::RedisStore`], the shared store of a fleet, with a coherent tier in each process.
+//! - `redis`: `store::RedisStore`, the shared store of a fleet, with a coherent tier in each process.
 //! - `redis-cluster`, `redis-tls`: clusters, `rediss://`.
-//! - `grpc`: [`GrpcLayer`], for unary calls of tonic services.
+//! - `grpc`: `GrpcLayer`, for unary calls of tonic services.
 //! - `lz4`: compress large bodies for the shared store.
 //! - `toml`: read the [`Config`] from a file.
 
@@ -84,7 +85,7 @@ mod route;
 pub mod store;
 mod units;
 
-pub use cache::{Cache, CacheBuilder, EntryBuilder, Fetch, Generate, Invalidation, Report, Source};
+pub use cache::{Cache, CacheBuilder, Drained, EntryBuilder, Fetch, Generate, Invalidation, Report, Source};
 pub use catalog::{Cascade, Coalesce, DataType, Freshness, Tier, Ttl};
 pub use config::{Config, OnUnreachable};
 pub use engine::Invalidated;
@@ -114,4 +115,7 @@ pub mod docs {
 
     #[doc = include_str!("../docs/layers.md")]
     pub mod layers {}
+
+    #[doc = include_str!("../docs/redis.md")]
+    pub mod redis {}
 }

@@ -21,7 +21,9 @@ use tokio::sync::Notify;
 use tower::{Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_cache_aside::{
     Cache, CacheTags, Cascade, DataType, Key, Mutation, Route, Tag, Tier, Ttl,
-    store::{Entry, Fence, Generation, Lookup, Mark, MemoryStore, Millis, Opened, Store, StoreFuture, TagGroup},
+    store::{
+        Entry, Fence, Generation, Inquiry, Lookup, Mark, MemoryStore, Millis, Opened, Store, StoreFuture, TagGroup,
+    },
 };
 
 /// A rule of the protocol, broken on purpose.
@@ -77,14 +79,15 @@ impl Store for Chaos {
         if skip { None } else { self.inner.peek(key, now) }
     }
 
-    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], tier: Tier) -> StoreFuture<'a, Lookup> {
+    fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         Box::pin(self.step(async move {
-            let found = self.inner.lookup(key, tags, tier).await?;
+            let Inquiry { key, tags, tier, now, .. } = inquiry;
+            let found = self.inner.lookup(inquiry).await?;
             let filled = self.filled.lock().unwrap().get(key).cloned();
             match (self.sabotage, filled) {
                 (Sabotage::SkipTheCheck | Sabotage::CaptureAfterTheLoad, Some((entry, generations))) => {
                     let stamps: Vec<_> = entry.stamps().iter().map(|s| s.tag.clone()).collect();
-                    let now = self.inner.lookup(key, &stamps, tier).await?.generations;
+                    let now = self.inner.lookup(Inquiry::new(key, &stamps, tier, now)).await?.generations;
                     let is_current = now.iter().flatten().eq(&generations);
                     if self.sabotage == Sabotage::CaptureAfterTheLoad && !is_current {
                         return Ok(found);
@@ -117,7 +120,7 @@ impl Store for Chaos {
         }))
     }
 
-    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier) -> StoreFuture<'a, ()> {
+    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()> {
         Box::pin(self.step(async move {
             if self.sabotage == Sabotage::JoinAnyFlight {
                 // The flight goes on until its result is stored: long enough for others to come after a write.
@@ -126,10 +129,10 @@ impl Store for Chaos {
                 }
             }
             let tags: Vec<_> = entry.stamps().iter().map(|s| s.tag.clone()).collect();
-            let now = self.inner.open(&tags).await?.generations;
-            self.filled.lock().unwrap().insert(key.clone(), (entry.clone(), now));
+            let generations = self.inner.open(&tags).await?.generations;
+            self.filled.lock().unwrap().insert(key.clone(), (entry.clone(), generations));
             self.opened.lock().unwrap().clear();
-            self.inner.fill(key, entry, tier).await
+            self.inner.fill(key, entry, tier, now).await
         }))
     }
 
@@ -139,6 +142,10 @@ impl Store for Chaos {
 
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
         Box::pin(self.step(self.inner.fence(groups, fence)))
+    }
+
+    fn clear(&self) -> StoreFuture<'_, ()> {
+        Box::pin(self.step(self.inner.clear()))
     }
 }
 

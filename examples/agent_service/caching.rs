@@ -2,7 +2,7 @@
 //! two layers around the application. No handler knows of it.
 
 use axum::{Router, middleware, response::Response};
-use tower_cache_aside::{Cache, CacheTags, Coalesce as Reach, Config, store::RedisStore};
+use tower_cache_aside::{Cache, CacheTags, Coalesce as Reach, Config, Tier, store::RedisStore};
 
 use crate::{
     cli::{Args, Coalesce},
@@ -35,10 +35,11 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
     }
     let resolves = config.has_relation("conversations");
     if !args.redis.is_empty() {
-        let in_process = if args.l1 { MEMORY } else { 0 };
+        let in_process = if args.l1 == Tier::Off { 0 } else { MEMORY };
         config.redis = Some(RedisStore::builder(&args.redis).prefix(&args.prefix).in_process(in_process));
     }
-    let mut builder = Cache::builder("agent_service").config(config).memory(MEMORY).report_header(true);
+    let builder = Cache::builder("agent_service").config(config).memory(MEMORY).report_header(true);
+    let mut builder = builder.tier(args.l1).on_unreachable(args.on_unreachable);
     if resolves {
         builder = builder.resolver("conversations", move |tenant, agent| {
             let db = db.clone();
@@ -48,7 +49,14 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
     if let Some(lease) = args.fence {
         builder = builder.fenced(lease);
     }
-    builder.build().map_err(|e| format!("{name}: {}", one_line(&e.to_string())))
+    builder.build().map_err(|e| {
+        let what = one_line(&e.to_string());
+        if what.starts_with("Redis ") && !args.redis.is_empty() {
+            format!("--redis: {what}")
+        } else {
+            format!("{name}: {what}")
+        }
+    })
 }
 
 /// Puts the cache around the application.

@@ -3,6 +3,7 @@
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use lexopt::Arg;
+use tower_cache_aside::{OnUnreachable, Tier};
 
 pub const USAGE: &str = "\
 The agent service: an axum server on SQLite, with a cache in front of it.
@@ -12,12 +13,13 @@ Usage: agent_service [FLAGS]
     [--listen 127.0.0.1:8080]      # port 0 picks a free one; the first line on stdout is: listening on http://ADDR
     [--db PATH]                    # SQLite file, shared by several processes (WAL); default: a fresh temporary one
     [--redis URL]                  # several URLs or redis+cluster:// for a cluster; default: in-process store only
-    [--l1 on|off]                  # in-process tier over Redis, default on
+    [--l1 validated|on|off]        # in-process tier over the shared store, default validated (strict); on: faster, stale for a push
     [--prefix NAME]                # key prefix in the shared store, default \"cas\"
     [--config FILE]                # TOML: data types, TTLs, routes, cascades; default: the built-in agent catalogue
     [--origin-delay-ms N]          # makes every database read take that much longer (a slow origin), default 0
     [--coalesce process|fleet]     # how far single flight reaches, default process
     [--fence-ms N]                 # fenced writes with that lease; 0 = off, the default
+    [--on-unreachable journal|reject]  # writes the store cannot be told about: they go on, the default, or are answered 503
     [--admin-token TOKEN]          # turns the /_cache endpoints on; without it they answer 404
     [--seed-agents N]              # inserts N sample agents for tenant \"demo\", default 10
     [--warm on|off]                # pre-warm popular entries at start and periodically, default off
@@ -36,12 +38,13 @@ pub struct Args {
     pub listen: SocketAddr,
     pub db: Option<PathBuf>,
     pub redis: Vec<String>,
-    pub l1: bool,
+    pub l1: Tier,
     pub prefix: String,
     pub config: Option<PathBuf>,
     pub origin_delay: Duration,
     pub coalesce: Coalesce,
     pub fence: Option<Duration>,
+    pub on_unreachable: OnUnreachable,
     pub admin_token: Option<String>,
     pub seed_agents: usize,
     pub warm: bool,
@@ -54,12 +57,13 @@ impl Default for Args {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             db: None,
             redis: Vec::new(),
-            l1: true,
+            l1: Tier::Validated,
             prefix: "cas".into(),
             config: None,
             origin_delay: Duration::ZERO,
             coalesce: Coalesce::Process,
             fence: None,
+            on_unreachable: OnUnreachable::Journal,
             admin_token: None,
             seed_agents: 10,
             warm: false,
@@ -91,7 +95,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
             "listen" => parsed.listen = value("IP:PORT, such as 127.0.0.1:8080")?.parsed()?,
             "db" => parsed.db = Some(value("the path of an SQLite file")?.path()?),
             "redis" => value("URLs such as redis://127.0.0.1:6379, separated by commas")?.urls(&mut parsed.redis)?,
-            "l1" => parsed.l1 = value("on or off")?.one_of(&[("on", true), ("off", false)])?,
+            "l1" => {
+                let tiers = [("validated", Tier::Validated), ("on", Tier::On), ("off", Tier::Off)];
+                parsed.l1 = value("validated, on or off")?.one_of(&tiers)?;
+            }
             "prefix" => parsed.prefix = value("a name that is not empty")?.text()?,
             "config" => parsed.config = Some(value("the path of a TOML file")?.path()?),
             "origin-delay-ms" => parsed.origin_delay = value("a whole number of milliseconds")?.millis()?,
@@ -102,6 +109,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
             "fence-ms" => {
                 let lease = value("a whole number of milliseconds, 0 for off")?.millis()?;
                 parsed.fence = (!lease.is_zero()).then_some(lease);
+            }
+            "on-unreachable" => {
+                let choices = [("journal", OnUnreachable::Journal), ("reject", OnUnreachable::Reject)];
+                parsed.on_unreachable = value("journal or reject")?.one_of(&choices)?;
             }
             "admin-token" => parsed.admin_token = Some(value("a token that is not empty")?.text()?),
             "seed-agents" => parsed.seed_agents = value("a whole number")?.parsed()?,

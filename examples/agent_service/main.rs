@@ -12,8 +12,9 @@ use std::{io::Write, process::ExitCode, sync::Arc, time::Duration};
 
 use axum::serve::ListenerExt;
 use tokio::{net::TcpListener, sync::watch};
+use tower_cache_aside::store::Health;
 
-/// How long a shutdown waits for the requests that are still running.
+/// How long a shutdown waits for the requests that are still running, and for the shared store.
 const GRACE: Duration = Duration::from_secs(10);
 
 #[tokio::main]
@@ -30,7 +31,8 @@ async fn main() -> ExitCode {
 
 async fn run() -> Result<(), String> {
     // Quiet unless asked: RUST_LOG=tower_cache_aside=info shows every invalidation with its report.
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let warn = tracing_subscriber::filter::LevelFilter::WARN.into();
+    let filter = tracing_subscriber::EnvFilter::builder().with_default_directive(warn).from_env_lossy();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let args = cli::parse(std::env::args_os().skip(1))?;
     if args.help {
@@ -47,7 +49,8 @@ async fn run() -> Result<(), String> {
         })?;
     let cache = caching::cache(&args, db.clone())?;
     let health = cache.clone();
-    let store_state: routes::StoreState = Arc::new(move || if health.is_healthy() { "ok" } else { "degraded" });
+    let store_state: routes::StoreState =
+        Arc::new(move || if health.health() == Health::Ok { "ok" } else { "degraded" });
     let app = caching::apply(routes::router(db, store_state), &cache);
 
     let unusable = |e| format!("--listen: cannot listen on {}: {e}", args.listen);
@@ -71,10 +74,20 @@ async fn run() -> Result<(), String> {
         let _ = asked.changed().await;
     });
     tokio::select! {
-        served = server => served.map_err(|e| format!("the server failed: {e}")),
+        served = server => served.map_err(|e| format!("the server failed: {e}"))?,
         // An endless response must not keep the process alive.
-        () = async { let _ = drained.changed().await; tokio::time::sleep(GRACE).await } => Ok(()),
+        () = async { let _ = drained.changed().await; tokio::time::sleep(GRACE).await } => {}
     }
+    // What the shared store has not been told is told now, or never.
+    let undelivered = cache.drain(GRACE).await.undelivered;
+    if undelivered > 0 {
+        let _ = writeln!(
+            std::io::stderr(),
+            "agent_service: {undelivered} invalidations could not be delivered: other processes may serve what they \
+             dropped, until its TTL"
+        );
+    }
+    Ok(())
 }
 
 /// Completes at ctrl-c or, where there is such a thing, SIGTERM.

@@ -15,7 +15,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     catalog::Lifetime,
-    engine::{self, Asker, Leader, Obtained, Use},
+    engine::{self, Asker, Engine, Leader, Obtained, Use},
     key::{Key, KeyBuf, Tag, push_ids, push_type},
     layer::{Core, joined},
     store::{Entry, Payload},
@@ -239,10 +239,11 @@ where
     };
     let lookup = start.elapsed();
     let ttl = policy.jittered();
-    let task = tokio::spawn(async move {
+    let fills = engine.clone();
+    let task = engine.spawn(async move {
         let loaded = load().await?;
         if let Some(leader) = leader {
-            store(leader, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
+            store(&fills, leader, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
         }
         Ok(loaded)
     });
@@ -263,12 +264,12 @@ impl<V: DeserializeOwned> Asker for Ask<V> {
 }
 
 /// Gives a value to those who wait for it, and stores it if it is to be kept.
-async fn store(leader: Leader, json: serde_json::Result<Vec<u8>>, keep: bool, ttl: Option<Duration>) {
+async fn store(engine: &Engine, leader: Leader, json: serde_json::Result<Vec<u8>>, keep: bool, ttl: Option<Duration>) {
     match json {
         Ok(json) => {
             let sealed = leader.seal(Payload::Value(Bytes::from(json)), vec![], Lifetime::fresh_for(ttl), None).await;
             if let Some(sealed) = sealed.filter(|_| keep) {
-                tokio::spawn(sealed.store());
+                engine.spawn(sealed.store());
             }
         }
         Err(error) => tracing::warn!(%error, "value not cached: it cannot be written as JSON"),

@@ -4,13 +4,16 @@ mod builder;
 mod entry;
 mod invalidation;
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 pub use builder::CacheBuilder;
 pub use entry::{EntryBuilder, Fetch, Generate, Report, Source};
 pub use invalidation::Invalidation;
 
-use crate::layer::{CacheAsideLayer, Core, InvalidateLayer};
+use crate::{
+    layer::{CacheAsideLayer, Core, InvalidateLayer},
+    store::Health,
+};
 
 /// A cache: cheap to clone, and shared by any number of routers, handlers and jobs.
 #[derive(Clone)]
@@ -69,10 +72,36 @@ impl Cache {
         Invalidation::new(self.0.clone(), tenant.into())
     }
 
-    /// Whether everything works; `false` while the shared store cannot be reached, and requests go to the origin.
-    pub fn is_healthy(&self) -> bool {
-        self.0.engine.is_reachable()
+    /// Whether the store does what it is there for, and why not. While it is down, requests go to the origin.
+    pub fn health(&self) -> Health {
+        self.0.engine.health()
     }
+
+    /// Waits for what is under way without its clients (writes, loads, fills), and delivers to the store what it has not
+    /// been told: to be awaited at shutdown, after the server has stopped. It takes no longer than this.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let cache = tower_cache_aside::Cache::builder("docs").build()?;
+    /// let drained = cache.drain(Duration::from_secs(10)).await;
+    /// if drained.undelivered > 0 {
+    ///     eprintln!("other processes may serve what {} tags have dropped, until their TTL", drained.undelivered);
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub async fn drain(&self, within: Duration) -> Drained {
+        Drained { undelivered: self.0.engine.drain(within).await }
+    }
+}
+
+/// What [`Cache::drain`] came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Drained {
+    /// How many tags were dropped by acknowledged writes and could not be delivered to the store. If the process ends
+    /// now, others may serve their entries until the TTL.
+    pub undelivered: usize,
 }
 
 impl fmt::Debug for Cache {

@@ -70,6 +70,15 @@ impl Policy {
         self.tier.unwrap_or_default()
     }
 
+    /// How long an entry may be fresh at most, whatever its writer thought; `None` where the response decides, or nobody.
+    pub(crate) fn longest(&self) -> Option<Duration> {
+        if self.freshness == Freshness::Response {
+            return None;
+        }
+        let negative = self.negative.as_ref().map_or(Some(Duration::ZERO), |negative| negative.ttl.duration());
+        Some(self.ttl.duration()?.max(negative?))
+    }
+
     /// The same, held like this if it says nothing about it.
     pub(super) fn or_tier(self, tier: Tier) -> Self {
         Self { tier: self.tier.or(Some(tier)), ..self }
@@ -220,14 +229,17 @@ impl DataType {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Tier {
-    /// Hits are answered in this process, until the entry expires or is said to be dropped.
+    /// Every hit first asks the store whether the generations are current, in one round trip of a few dozen bytes; only the
+    /// entry itself is spared. Strict: no response that begins after a write was acknowledged is from before it (the
+    /// default).
     #[default]
+    Validated,
+    /// Hits are answered in this process, until the entry expires or is said to be dropped. Faster, and stale for as long
+    /// as that takes to be said: usually well under a millisecond, and at most two heartbeats when the connection is lost.
     On,
     /// The same, for at most this long.
     Capped(Duration),
-    /// Every hit first asks the store whether the generations are current; only the entry itself is spared.
-    Validated,
-    /// Every hit is read from the store.
+    /// Every hit is read from the store, body and all.
     Off,
 }
 

@@ -11,6 +11,7 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
+    clock::Millis,
     key::{Key, Tag},
     store::{Entry, Generation, Stamp},
 };
@@ -31,16 +32,22 @@ pub(crate) enum Landed {
 pub(crate) struct Flight {
     tags: Vec<Tag>,
     generations: Vec<Generation>,
+    /// What it loads is as old as this.
+    began: Millis,
     landed: watch::Sender<Option<Landed>>,
 }
 
 impl Flight {
-    pub(crate) fn new(tags: Vec<Tag>, generations: Vec<Generation>) -> Self {
-        Self { tags, generations, landed: watch::Sender::new(None) }
+    pub(crate) fn new(tags: Vec<Tag>, generations: Vec<Generation>, began: Millis) -> Self {
+        Self { tags, generations, began, landed: watch::Sender::new(None) }
     }
 
     pub(crate) fn tags(&self) -> &[Tag] {
         &self.tags
+    }
+
+    pub(crate) fn began(&self) -> Millis {
+        self.began
     }
 
     pub(crate) fn stamps(&self) -> impl Iterator<Item = Stamp> {

@@ -6,16 +6,18 @@ use std::{fmt, sync::Arc};
 /// extension.
 ///
 /// Displayed, it is the value of the `cache-invalidated` header: `agent=1, agent_config=1, agent_tools=0,
-/// conversations=4, total=6`. What a relation reached is counted together under the relation's name.
+/// conversations=4, total=6`. What a relation reached is counted together under the relation's name. With `undelivered=5`
+/// at its end, the shared store was out of reach.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Invalidated {
     lines: Vec<(Arc<str>, u64)>,
     types: Vec<(Arc<str>, u64)>,
+    undelivered: usize,
 }
 
 impl Invalidated {
-    pub(crate) fn new(counts: impl Iterator<Item = ((Arc<str>, Arc<str>), u64)>) -> Self {
-        let mut this = Self::default();
+    pub(crate) fn new(counts: impl Iterator<Item = ((Arc<str>, Arc<str>), u64)>, undelivered: usize) -> Self {
+        let mut this = Self { undelivered, ..Self::default() };
         for ((line, data_type), count) in counts {
             add(&mut this.lines, line, count);
             add(&mut this.types, data_type, count);
@@ -26,6 +28,12 @@ impl Invalidated {
     /// How many entries of a data type were dropped.
     pub fn count(&self, data_type: &str) -> u64 {
         self.types.iter().find(|(name, _)| **name == *data_type).map_or(0, |(_, count)| *count)
+    }
+
+    /// How many tags the shared store has not been told about yet: it was out of reach, and they are in the journal. This
+    /// process serves none of their entries; others may, until the journal is delivered.
+    pub fn undelivered(&self) -> usize {
+        self.undelivered
     }
 
     /// How many entries were dropped altogether.
@@ -46,6 +54,10 @@ impl fmt::Display for Invalidated {
         for (name, count) in &self.lines {
             write!(f, "{name}={count}, ")?;
         }
-        write!(f, "total={}", self.total())
+        write!(f, "total={}", self.total())?;
+        match self.undelivered {
+            0 => Ok(()),
+            tags => write!(f, ", undelivered={tags}"),
+        }
     }
 }

@@ -11,7 +11,7 @@ use super::{
     stale::Stale,
 };
 use crate::{
-    catalog::{Lifetime, Tier},
+    catalog::{Lifetime, Policy},
     key::{Key, Tag},
     store::{Entry, Mark, Payload, Stamp},
 };
@@ -26,7 +26,7 @@ pub(crate) struct Leader {
     /// How many of the flight's tags the request names; the rest an earlier response declared.
     pub(super) named: usize,
     pub(super) mark: Mark,
-    pub(super) tier: Tier,
+    pub(super) policy: Box<Policy>,
     /// What was stored when it began, if anything was.
     pub(super) stale: Option<Stale>,
     pub(super) landed: bool,
@@ -70,7 +70,7 @@ impl Leader {
             let generations = proven?;
             stamps.extend(declared.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
         }
-        let entry = Entry::new(payload, stamps.into(), self.engine.now(), life);
+        let entry = Entry::new(payload, stamps.into(), self.flight.began(), life);
         let entry = Arc::new(Entry { varied, ..entry });
         self.flight.land(Landed::Done(entry.clone()));
         Some(Sealed { entry, leader: self })
@@ -88,7 +88,7 @@ impl Leader {
             self.engine.flights.remove(&self.key, &self.flight);
             if let (true, Ok(runtime)) = (self.claimed, Handle::try_current()) {
                 let (engine, key) = (self.engine.clone(), self.key.clone());
-                runtime.spawn(async move { engine.store.release(&key).await });
+                self.engine.spawn_on(async move { engine.store.release(&key).await }, &runtime);
             }
         }
     }
@@ -107,25 +107,27 @@ pub(crate) struct Sealed {
 }
 
 impl Sealed {
-    /// Whether a write is under way, so that it will not be stored.
-    pub(crate) fn is_fenced(&self) -> bool {
-        self.entry.stamps.iter().any(|stamp| stamp.generation.is_fenced())
+    /// Whether it will be stored: not while a write is under way, nor when it took longer to load than it may be kept.
+    pub(crate) fn is_kept(&self) -> bool {
+        let is_fenced = self.entry.stamps.iter().any(|stamp| stamp.generation.is_fenced());
+        !is_fenced && self.entry.keep_until > self.leader.engine.now()
     }
 
     pub(crate) async fn store(mut self) {
-        if self.is_fenced() {
+        if !self.is_kept() {
             return;
         }
-        let engine = &self.leader.engine;
+        let Leader { engine, policy, .. } = &self.leader;
+        let (tier, now) = (policy.tier(), engine.now());
         let mut filled = Ok(());
         match &self.entry.varied {
-            None => filled = engine.store.fill(&self.leader.key, self.entry.clone(), self.leader.tier).await,
+            None => filled = engine.store.fill(&self.leader.key, self.entry.clone(), tier, now).await,
             // First the response, then what leads to it.
             Some((names, key)) => {
                 for (key, entry) in
                     [(key, self.entry.clone()), (&self.leader.primary, Arc::new(self.entry.marker(names)))]
                 {
-                    filled = filled.and(engine.store.fill(key, entry, self.leader.tier).await);
+                    filled = filled.and(engine.store.fill(key, entry, tier, now).await);
                 }
             }
         }

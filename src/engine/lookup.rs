@@ -11,7 +11,7 @@ use super::{
 use crate::{
     catalog::{Coalesce, Policy},
     key::{Key, Tag},
-    store::{Entry, Generation, Lookup, Mark, Stamp, StoreError},
+    store::{Entry, Generation, Inquiry, Lookup, Mark, Stamp, StoreError},
 };
 
 /// What a request has to do.
@@ -39,6 +39,7 @@ pub(super) enum Validity {
 impl Engine {
     /// Looks the key up; on a miss captures the generations and joins the flight that has the same ones, or leads one.
     pub(super) async fn begin(self: &Arc<Self>, key: &Key, tags: &[Tag], policy: &Policy, attempt: Attempt) -> Begin {
+        let began = self.now();
         let memo = self.memos.get(key);
         let seen = self.flights.current(key);
         let mut asked = tags.to_vec();
@@ -53,13 +54,17 @@ impl Engine {
             Err(error) => return unavailable(&error),
             Ok(opened) => opened,
         };
-        let flight = Arc::new(Flight::new(asked, opened.generations));
+        let flight = Arc::new(Flight::new(asked, opened.generations, began));
         let leader = self.leader(key, tags, policy, flight, opened.mark, stale);
         let unshared = memo.is_some_and(|m| m.unshared_until > self.now());
         if unshared || attempt.alone || attempt.reload || attempt.failures >= MAX_ATTEMPTS {
             return Begin::Lead(leader);
         }
         self.board(leader, seen, tags, policy, attempt).await
+    }
+
+    pub(super) fn inquiry<'a>(&self, key: &'a Key, tags: &'a [Tag], required: usize, policy: &Policy) -> Inquiry<'a> {
+        Inquiry { key, tags, required, tier: policy.tier(), longest: policy.longest(), now: self.now() }
     }
 
     /// Reads the entry with the generations of all its tags. What it turns out to have besides is `asked` from then on.
@@ -71,7 +76,7 @@ impl Engine {
         policy: &Policy,
     ) -> Result<Option<Stale>, StoreError> {
         for _ in 0..2 {
-            let Lookup { entry, generations } = self.store.lookup(key, asked, policy.tier()).await?;
+            let Lookup { entry, generations } = self.store.lookup(self.inquiry(key, asked, tags.len(), policy)).await?;
             let Some(entry) = entry else { return Ok(None) };
             match validity(&entry, tags, asked, &generations) {
                 Validity::Valid => return Ok(Some(Stale { entry, invalidated: false })),
@@ -101,7 +106,7 @@ impl Engine {
             flight,
             named: tags.len(),
             mark,
-            tier: policy.tier(),
+            policy: Box::new(policy.clone()),
             stale,
             landed: false,
             claimed: false,

@@ -13,15 +13,20 @@ mod lookup;
 mod obtain;
 mod stale;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use quick_cache::sync::Cache as Memo;
+use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
+use tokio_util::task::TaskTracker;
 
 use crate::{
     catalog::Drops,
     clock::{Clock, Millis},
     key::{Key, Tag},
-    store::{Entry, Fence, Store, StoreError, TagGroup},
+    store::{Entry, Fence, Health, Store, StoreError, TagGroup},
 };
 use flight::Flights;
 pub use invalidated::Invalidated;
@@ -43,6 +48,8 @@ pub(crate) struct Engine {
     flights: Flights,
     memos: Memo<Key, Arc<KeyMemo>>,
     clock: Clock,
+    /// Loads, writes and fills that go on without their clients.
+    tasks: TaskTracker,
 }
 
 /// What earlier loads of a key taught. Lost without harm.
@@ -56,7 +63,7 @@ struct KeyMemo {
 
 impl Engine {
     pub(crate) fn new(store: Arc<dyn Store>, clock: Clock) -> Self {
-        Self { store, flights: Flights::default(), memos: Memo::new(MEMOS), clock }
+        Self { store, flights: Flights::default(), memos: Memo::new(MEMOS), clock, tasks: TaskTracker::new() }
     }
 
     pub(crate) fn now(&self) -> Millis {
@@ -73,9 +80,34 @@ impl Engine {
         self.store.fence(&tag_groups(drops), fence).await
     }
 
-    /// Whether an invalidation would reach the store now.
-    pub(crate) fn is_reachable(&self) -> bool {
-        self.store.is_reachable()
+    pub(crate) fn health(&self) -> Health {
+        self.store.health()
+    }
+
+    /// Does this whatever becomes of who wanted it; [`drain`](Self::drain) waits for it. Within a runtime.
+    pub(crate) fn spawn<F>(&self, task: F) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.tasks.spawn(task)
+    }
+
+    /// The same, in this runtime.
+    pub(crate) fn spawn_on<F>(&self, task: F, runtime: &Handle) -> JoinHandle<F::Output>
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        self.tasks.spawn_on(task, runtime)
+    }
+
+    /// Waits for what is under way, and delivers what the store has not been told; how many tags are left.
+    pub(crate) async fn drain(&self, within: Duration) -> usize {
+        let deadline = Instant::now() + within;
+        self.tasks.close();
+        let _ = timeout(within, self.tasks.wait()).await;
+        self.tasks.reopen();
+        let left = self.store.drain(deadline.saturating_duration_since(Instant::now())).await;
+        left.unwrap_or_default()
     }
 
     /// Tags of the entry that the request does not name are looked up with it from now on.
@@ -94,14 +126,17 @@ impl Engine {
     pub(crate) async fn invalidate(&self, drops: Drops, fence: Option<&Fence>) -> Invalidated {
         let lines: Vec<_> = drops.groups.iter().map(|g| g.line.clone()).collect();
         let groups = tag_groups(drops);
-        let counts = match self.store.invalidate(&groups, fence).await {
-            Ok(counts) => counts,
+        let (counts, undelivered) = match self.store.invalidate(&groups, fence).await {
+            Ok(counts) => (counts, 0),
+            // The store says so, once; this is for those who ask about this one.
             Err(error) => {
-                tracing::error!(%error, "invalidation did not reach the store yet");
-                vec![0; groups.len()]
+                let tags = groups.iter().map(|group| group.tags.len()).sum();
+                tracing::debug!(%error, tags, "an invalidation is not delivered yet");
+                (vec![0; groups.len()], tags)
             }
         };
-        Invalidated::new(lines.into_iter().zip(groups.into_iter().map(|g| g.data_type)).zip(counts))
+        let counts = lines.into_iter().zip(groups.into_iter().map(|g| g.data_type)).zip(counts);
+        Invalidated::new(counts, undelivered)
     }
 }
 

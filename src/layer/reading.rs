@@ -190,7 +190,7 @@ impl Reading {
         };
         let keep = self.forwarded.stored;
         let sealed = self.leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
-        self.forwarded.stored = keep && sealed.as_ref().is_some_and(|s| !s.is_fenced());
+        self.forwarded.stored = keep && sealed.as_ref().is_some_and(Sealed::is_kept);
         client.end(|| {
             let handled = Handled::Forwarded(self.forwarded);
             let conditional = sealed.as_ref().filter(|_| asked.conditions.is_some());

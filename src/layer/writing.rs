@@ -27,7 +27,7 @@ pub(super) struct Writing {
 impl Writing {
     /// Whether a write may run at all.
     pub(super) fn check(core: &Core) -> Result<(), Refused> {
-        if core.options.rejects && !core.engine.is_reachable() { Err(Refused) } else { Ok(()) }
+        if core.options.rejects && !core.engine.health().takes_invalidations() { Err(Refused) } else { Ok(()) }
     }
 
     /// Raises the fence that these types ask for.
@@ -109,7 +109,8 @@ impl Due {
     /// Starts it, if that has not been done.
     pub(super) fn fire(&mut self) {
         if let Some((writing, runtime)) = self.armed.take() {
-            self.running = Some(runtime.spawn(writing.end()));
+            let engine = writing.core.engine.clone();
+            self.running = Some(engine.spawn_on(writing.end(), &runtime));
         }
     }
 

@@ -8,17 +8,19 @@
 //! body    all the rest; LZ4 with its size in front, if the flags say so
 //! ```
 //!
-//! A list of header names that responses vary by is stored as headers without values. Numbers are little-endian. A value (of the cache-aside function) has no status, headers or trailers. Reading copies
+//! Times are told by a clock that all processes share, which the store knows: see `shift`. A list of header names that responses vary by is stored as headers without values. Numbers are little-endian. A value (of the cache-aside function) has no status, headers or trailers. Reading copies
 //! nothing but header names: the body and the header values are slices of what the store returned. Whatever cannot be
 //! read (foreign, truncated, corrupt, another version) is [`Unreadable`], which the store counts and treats as a miss.
+
+use std::time::Duration;
 
 use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use super::{Entry, Generation, Payload, Stamp, StoredResponse};
-use crate::key::Tag;
+use crate::{clock::Millis, key::Tag};
 
-const VERSION: u8 = 2;
+const VERSION: u8 = 3;
 /// The version and the checksum.
 const HEAD: usize = 5;
 
@@ -39,6 +41,15 @@ const MAX_BODY: usize = 256 << 20;
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Unreadable;
 
+/// What does not fit into the format: too many headers or tags, or too long ones.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct TooLarge;
+
+/// A time by another clock, which is so much ahead.
+fn shifted(time: Millis, shift: i64) -> Millis {
+    if time == Millis::MAX { time } else { time.saturating_add_signed(shift) }
+}
+
 /// An entry as bytes, and what became of its body.
 pub(crate) struct Encoded {
     pub(crate) bytes: Vec<u8>,
@@ -46,7 +57,8 @@ pub(crate) struct Encoded {
     pub(crate) compressed: Option<(usize, usize)>,
 }
 
-pub(crate) fn encode(entry: &Entry) -> Encoded {
+/// `shift` is how far the shared clock is ahead of the one that the entry's times are told by.
+pub(crate) fn encode(entry: &Entry, shift: i64) -> Result<Encoded, TooLarge> {
     let nothing = Bytes::new();
     let (body, response) = match &entry.payload {
         Payload::Value(body) => (body, None),
@@ -61,37 +73,39 @@ pub(crate) fn encode(entry: &Entry) -> Encoded {
     out.put_u32_le(0);
     out.put_u8(0);
     for time in [entry.created, entry.expires, entry.refresh_until, entry.on_error_until, entry.keep_until] {
-        out.put_u64_le(time);
+        out.put_u64_le(shifted(time, shift));
     }
     out.put_u32_le(entry.load);
-    put_count(&mut out, entry.stamps.len());
+    put_count(&mut out, entry.stamps.len())?;
     for Stamp { tag, generation } in &entry.stamps {
-        put_count(&mut out, tag.as_bytes().len());
+        put_count(&mut out, tag.as_bytes().len())?;
         out.put_slice(tag.as_bytes());
         out.put_u128_le(generation.0);
     }
     if let Some(response) = response {
         flags |= RESPONSE;
         out.put_u16_le(response.status.as_u16());
-        put_headers(&mut out, &response.headers);
+        put_headers(&mut out, &response.headers)?;
         if let Some(trailers) = &response.trailers {
             flags |= TRAILERS;
-            put_headers(&mut out, trailers);
+            put_headers(&mut out, trailers)?;
         }
     }
     if let Payload::Vary(names) = &entry.payload {
         flags |= VARY;
         let names = names.iter().map(|name| (name.clone(), HeaderValue::from_static("")));
-        put_headers(&mut out, &names.collect());
+        put_headers(&mut out, &names.collect())?;
     }
     out.put_slice(tail);
     out[HEAD] = flags;
     let crc = crc32fast::hash(&out[HEAD..]);
     out[1..HEAD].copy_from_slice(&crc.to_le_bytes());
-    Encoded { compressed: packed.as_ref().map(|p| (body.len(), p.len())), bytes: out }
+    Ok(Encoded { compressed: packed.as_ref().map(|p| (body.len(), p.len())), bytes: out })
 }
 
-pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
+/// `shift` is how far the clock that the entry's times are to be told by is ahead of the shared one; `longest` is how long
+/// it may be fresh at most, whatever its writer thought.
+pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Result<Entry, Unreadable> {
     let mut rest = bytes;
     if rest.len() <= HEAD || rest[0] != VERSION {
         return Err(Unreadable);
@@ -103,11 +117,13 @@ pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
         return Err(Unreadable);
     }
     rest.advance(1);
-    let mut time = || rest.try_get_u64_le().map_err(|_| Unreadable);
+    let mut time = || rest.try_get_u64_le().map(|time| shifted(time, shift)).map_err(|_| Unreadable);
     let (created, expires, refresh_until, on_error_until, keep_until) = (time()?, time()?, time()?, time()?, time()?);
+    let longest = longest.map_or(Millis::MAX, |longest| longest.as_millis() as Millis);
+    let expires = expires.min(created.saturating_add(longest));
     let load = rest.try_get_u32_le().map_err(|_| Unreadable)?;
     let count = rest.try_get_u16_le().map_err(|_| Unreadable)?;
-    let mut stamps = Vec::with_capacity(count.into());
+    let mut stamps = Vec::with_capacity(usize::from(count).min(rest.len() / 18));
     for _ in 0..count {
         let length = rest.try_get_u16_le().map_err(|_| Unreadable)?;
         let tag = Tag(take(&mut rest, length.into())?);
@@ -121,7 +137,8 @@ pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
         let status = StatusCode::from_u16(status).map_err(|_| Unreadable)?;
         let mut headers = take_headers(&mut rest)?;
         for place in PLACES {
-            headers.entry(place).or_insert(HeaderValue::from_static(""));
+            let entry = headers.try_entry(place).map_err(|_| Unreadable)?;
+            entry.or_try_insert(HeaderValue::from_static("")).map_err(|_| Unreadable)?;
         }
         let trailers = if flags & TRAILERS == 0 { None } else { Some(take_headers(&mut rest)?) };
         Some((status, headers, trailers))
@@ -147,26 +164,30 @@ pub(crate) fn decode(bytes: Bytes) -> Result<Entry, Unreadable> {
     })
 }
 
-/// Lengths fit: keys' parts are bounded, and HTTP servers bound headers far below.
-fn put_count(out: &mut Vec<u8>, count: usize) {
-    out.put_u16_le(u16::try_from(count).unwrap_or(u16::MAX));
+fn put_count(out: &mut Vec<u8>, count: usize) -> Result<(), TooLarge> {
+    out.put_u16_le(u16::try_from(count).map_err(|_| TooLarge)?);
+    Ok(())
 }
 
-fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) {
+fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) -> Result<(), TooLarge> {
     // The places of `cache-status` and `age` are empty, and made anew when the entry is read.
     let stored = || headers.iter().filter(|(name, value)| !(value.is_empty() && is_place(name)));
-    put_count(out, stored().count());
+    put_count(out, stored().count())?;
     for (name, value) in stored() {
-        put_count(out, name.as_str().len());
+        put_count(out, name.as_str().len())?;
         out.put_slice(name.as_str().as_bytes());
-        out.put_u32_le(u32::try_from(value.len()).unwrap_or(u32::MAX));
+        out.put_u32_le(u32::try_from(value.len()).map_err(|_| TooLarge)?);
         out.put_slice(value.as_bytes());
     }
+    Ok(())
 }
 
 fn take_headers(rest: &mut Bytes) -> Result<HeaderMap, Unreadable> {
     let count = rest.try_get_u16_le().map_err(|_| Unreadable)?;
-    let mut headers = HeaderMap::with_capacity(usize::from(count) + 2);
+    // A right checksum is no proof of sense: each header takes six bytes at least, and a map has its limits.
+    let fits = usize::from(count) * 6 <= rest.len();
+    let capacity = if fits { usize::from(count) + PLACES.len() } else { return Err(Unreadable) };
+    let mut headers = HeaderMap::try_with_capacity(capacity).map_err(|_| Unreadable)?;
     for _ in 0..count {
         let length = rest.try_get_u16_le().map_err(|_| Unreadable)?;
         let name = rest.get(..length.into()).ok_or(Unreadable)?;
@@ -174,7 +195,8 @@ fn take_headers(rest: &mut Bytes) -> Result<HeaderMap, Unreadable> {
         rest.advance(length.into());
         let length = rest.try_get_u32_le().map_err(|_| Unreadable)?;
         let value = take(rest, length as usize)?;
-        headers.append(name, HeaderValue::from_maybe_shared(value).map_err(|_| Unreadable)?);
+        let value = HeaderValue::from_maybe_shared(value).map_err(|_| Unreadable)?;
+        headers.try_append(name, value).map_err(|_| Unreadable)?;
     }
     Ok(headers)
 }
@@ -274,7 +296,7 @@ mod tests {
         fn what_is_written_is_read(body in proptest::collection::vec(0u8..4, 0..5_000), response: bool) {
             let headers = [("x-a", "1"), ("x-a", "2"), ("content-type", "text/plain")];
             let entry = entry(body, &headers, response);
-            let read = decode(encode(&entry).bytes.into()).unwrap();
+            let read = decode(encode(&entry, 7).unwrap().bytes.into(), -7, None).unwrap();
             prop_assert!(same(&entry, &read));
         }
 
@@ -282,30 +304,30 @@ mod tests {
         fn names_of_headers_are_read(names in proptest::collection::btree_set("x-[a-z]{1,9}", 1..5)) {
             let names: Box<[HeaderName]> = names.iter().map(|n| n.parse().unwrap()).collect();
             let entry = Entry { payload: Payload::Vary(names), ..entry(vec![], &[], false) };
-            let read = decode(encode(&entry).bytes.into()).unwrap();
+            let read = decode(encode(&entry, 7).unwrap().bytes.into(), -7, None).unwrap();
             prop_assert!(same(&entry, &read));
         }
 
         #[test]
         fn anything_else_is_unreadable(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-            prop_assert!(decode(bytes.into()).is_err());
+            prop_assert!(decode(bytes.into(), 0, None).is_err());
         }
 
         #[test]
         fn a_flipped_bit_or_a_cut_is_noticed(at in 0usize..3_000, bit in 0u8..8) {
-            let good = encode(&entry(vec![7; 1_000], &[("x-a", "1")], true)).bytes;
+            let good = encode(&entry(vec![7; 1_000], &[("x-a", "1")], true), 0).unwrap().bytes;
             let mut flipped = good.clone();
             let at = at % good.len();
             flipped[at] ^= 1 << bit;
-            prop_assert!(decode(flipped.into()).is_err());
-            prop_assert!(decode(good[..at].to_vec().into()).is_err());
+            prop_assert!(decode(flipped.into(), 0, None).is_err());
+            prop_assert!(decode(good[..at].to_vec().into(), 0, None).is_err());
         }
     }
 
     #[cfg(feature = "lz4")]
     #[test]
     fn only_what_shrinks_is_compressed() {
-        let packed = |body, headers| encode(&entry(body, headers, true)).compressed;
+        let packed = |body, headers| encode(&entry(body, headers, true), 0).unwrap().compressed;
         assert!(packed(vec![7; 2_000], &[]).is_some_and(|(from, to)| from == 2_000 && to < 100));
         assert_eq!(packed(vec![7; 1_000], &[]), None, "small");
         assert_eq!(packed(vec![7; 2_000], &[("content-encoding", "br")]), None);
@@ -317,11 +339,64 @@ mod tests {
     #[cfg(feature = "lz4")]
     #[test]
     fn an_absurd_size_is_unreadable() {
-        let mut bytes = encode(&entry(vec![7; 2_000], &[], false)).bytes;
-        let at = bytes.len() - encode(&entry(vec![7; 2_000], &[], false)).compressed.unwrap().1;
+        let mut bytes = encode(&entry(vec![7; 2_000], &[], false), 0).unwrap().bytes;
+        let at = bytes.len() - encode(&entry(vec![7; 2_000], &[], false), 0).unwrap().compressed.unwrap().1;
         bytes[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
         let crc = crc32fast::hash(&bytes[HEAD..]);
         bytes[1..HEAD].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(decode(bytes.into()).unwrap_err(), Unreadable);
+        assert_eq!(decode(bytes.into(), 0, None).unwrap_err(), Unreadable);
+    }
+
+    /// Bytes with a right checksum may still make no sense.
+    fn sealed(mut bytes: Vec<u8>) -> Bytes {
+        let crc = crc32fast::hash(&bytes[HEAD..]);
+        bytes[1..HEAD].copy_from_slice(&crc.to_le_bytes());
+        bytes.into()
+    }
+
+    #[test]
+    fn absurd_counts_are_unreadable() {
+        let good = encode(&entry(vec![7; 300_000], &[("x-a", "1")], true), 0).unwrap().bytes;
+        let mut refused = 0;
+        for at in HEAD + 1..good.len().min(300) {
+            let mut bytes = good.clone();
+            bytes[at..at + 2].copy_from_slice(&u16::MAX.to_le_bytes());
+            refused += usize::from(decode(sealed(bytes), 0, None).is_err());
+        }
+        assert!(refused > 20, "{refused}");
+        // More headers than a map may hold, all of them there: the count of none is the last of this one.
+        let mut many = encode(&entry(vec![], &[], true), 0).unwrap().bytes;
+        many.truncate(many.len() - 2);
+        many.put_u16_le(40_000);
+        for i in 0..40_000u32 {
+            let name = format!("x-{i}");
+            many.put_u16_le(name.len() as u16);
+            many.put_slice(name.as_bytes());
+            many.put_u32_le(0);
+        }
+        assert!(decode(sealed(many), 0, None).is_err());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_and_not_cut() {
+        let long = "x".repeat(70_000);
+        let tag = Tag(Bytes::from(long.into_bytes()));
+        let stamps = [Stamp { tag, generation: Generation(1) }].into();
+        assert_eq!(encode(&Entry { stamps, ..entry(vec![], &[], true) }, 0).err(), Some(TooLarge));
+    }
+
+    /// No clock but the shared one counts, and the reader's own TTL.
+    #[test]
+    fn times_are_told_by_the_shared_clock_and_bound_by_the_reader() {
+        let written = Entry { created: 1_000, expires: 3_000, ..entry(vec![], &[], true) };
+        let bytes = |shift| Bytes::from(encode(&written, shift).unwrap().bytes);
+        // The writer's clock is a minute ahead of the shared one, the reader's an hour behind.
+        let read = decode(bytes(-60_000 + 100_000), -3_600_000 + 4_000_000, None).unwrap();
+        assert_eq!((read.created, read.expires), (441_000, 443_000));
+        let read = decode(bytes(0), 0, Some(Duration::from_millis(500))).unwrap();
+        assert_eq!((read.created, read.expires), (1_000, 1_500));
+        let permanent = Entry { expires: Millis::MAX, ..written };
+        let read = decode(encode(&permanent, 5).unwrap().bytes.into(), -7, None).unwrap();
+        assert_eq!(read.expires, Millis::MAX);
     }
 }

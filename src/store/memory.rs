@@ -17,7 +17,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -27,7 +27,7 @@ use quick_cache::{
     sync::{Cache, DefaultLifecycle},
 };
 
-use super::{Entry, Fence, Generation, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup};
+use super::{Entry, Fence, Generation, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup};
 use crate::{
     catalog::Tier,
     clock::Millis,
@@ -38,6 +38,12 @@ const TAG_SHARDS: usize = 64;
 
 /// Set in the version of a fenced tag.
 const FENCED: u64 = 1 << 63;
+
+/// Tags that may be fenced at once, per shard.
+const MAX_FENCES: usize = 4096;
+
+/// A lease that is longer than clocks can count is this.
+const MAX_LEASE: Duration = Duration::from_secs(365 * 86_400);
 
 /// Up to this many entries per group an invalidation counts exactly; above, it reports how many were filled.
 const COUNT_LIMIT: usize = 4096;
@@ -84,6 +90,8 @@ struct TagShard {
     fences: HashMap<Tag, Vec<(u128, Instant)>, RandomState>,
     /// Forget unused states when there are more than this.
     sweep_at: usize,
+    /// Take down fences whose lease has run out when there are more than this.
+    sweep_fences_at: usize,
 }
 
 impl TagShard {
@@ -94,7 +102,7 @@ impl TagShard {
                 // Only this table holds it, and it is locked: nobody can come by a pointer to it meanwhile.
                 let used = Arc::strong_count(state) > 1 || fences.contains_key(tag);
                 if !used {
-                    *floor = (*floor).max(state.version.load(Ordering::Acquire));
+                    *floor = (*floor).max(state.version.load(Ordering::Acquire) & !FENCED);
                 }
                 used
             });
@@ -120,12 +128,29 @@ impl TagShard {
         left
     }
 
+    /// Raises one writer's fence. The tags whose fences have run out are forgotten by and by, though nobody asks for them
+    /// again.
+    fn raise(&mut self, tag: &Tag, fence: &Fence) -> Result<(), StoreError> {
+        if self.fences.len() > self.sweep_fences_at {
+            let now = Instant::now();
+            self.fences.retain(|_, fences| fences.iter().any(|(_, until)| *until > now));
+            self.sweep_fences_at = 2 * self.fences.len() + 64;
+        }
+        if self.fences.len() >= MAX_FENCES && !self.fences.contains_key(tag) {
+            self.sweep_fences_at = 0;
+            return Err(StoreError::new("too many tags are fenced at once"));
+        }
+        let until = Instant::now() + fence.lease.min(MAX_LEASE);
+        self.fences.entry(tag.clone()).or_default().push((fence.writer, until));
+        Ok(())
+    }
+
     /// Takes down the fence of one writer, or leaves it for the time it is to hold.
     fn lift(&mut self, tag: &Tag, fence: &Fence) {
         let Some(fences) = self.fences.get_mut(tag) else { return };
         for (writer, until) in fences.iter_mut().filter(|(writer, _)| *writer == fence.writer) {
             let _ = writer;
-            *until = Instant::now() + fence.hold;
+            *until = Instant::now() + fence.hold.min(MAX_LEASE);
         }
     }
 }
@@ -276,7 +301,7 @@ impl Store for MemoryStore {
         (now < resident.until && resident.is_valid()).then(|| resident.entry.clone())
     }
 
-    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], _: Tier) -> StoreFuture<'a, Lookup> {
+    fn lookup<'a>(&'a self, Inquiry { key, tags, .. }: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         let version = |tag| self.version(&mut self.shard(tag), tag);
         done(Lookup::new(self.raw(key), tags.iter().map(|tag| Some(generation(version(tag)))).collect()))
     }
@@ -294,7 +319,7 @@ impl Store for MemoryStore {
         done(tags.iter().map(version).collect())
     }
 
-    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, _: Tier) -> StoreFuture<'a, ()> {
+    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, _: Tier, _: Millis) -> StoreFuture<'a, ()> {
         let captured = self.capture(entry.stamps.iter().map(|s| &s.tag));
         let current = captured.iter().zip(&entry.stamps).all(|((_, v), stamp)| generation(*v) == stamp.generation);
         if current {
@@ -308,15 +333,32 @@ impl Store for MemoryStore {
         done(groups.iter().map(|group| self.drop_group(group, fence)).collect())
     }
 
+    fn clear(&self) -> StoreFuture<'_, ()> {
+        for shard in &self.tags {
+            let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            shard.floor = self.next_version();
+            let TagShard { states, fences, .. } = &*shard;
+            for (tag, state) in states {
+                // A fence goes on: its writer has not come back.
+                let fenced = if fences.contains_key(tag) { FENCED } else { 0 };
+                state.version.store(self.next_version() | fenced, Ordering::Release);
+            }
+        }
+        self.entries.clear();
+        done(())
+    }
+
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
+        let mut raised = Ok(());
         for tag in groups.iter().flat_map(|g| &g.tags) {
             let mut shard = self.shard(tag);
-            let until = Instant::now() + fence.lease;
-            shard.fences.entry(tag.clone()).or_default().push((fence.writer, until));
-            let version = self.next_version() | FENCED;
-            shard.state(tag).version.store(version, Ordering::Release);
+            raised = raised.and_then(|()| shard.raise(tag, fence));
+            if raised.is_ok() {
+                let version = self.next_version() | FENCED;
+                shard.state(tag).version.store(version, Ordering::Release);
+            }
         }
-        done(())
+        Box::pin(ready(raised))
     }
 }
 

@@ -47,6 +47,12 @@ impl Generation {
         self.0 & Self::FENCED != 0
     }
 
+    /// The same as one that is not fenced.
+    #[must_use]
+    pub fn unfenced(self) -> Self {
+        Self(self.0 & !Self::FENCED)
+    }
+
     /// The same as a fenced one.
     #[must_use]
     pub fn fenced(self) -> Self {
@@ -132,6 +138,63 @@ impl Fence {
     pub(crate) const NOBODY: Self = Self { writer: 0, lease: Duration::ZERO, hold: Duration::ZERO };
 }
 
+/// Whether a store does what it is there for, and why not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Health {
+    /// It does.
+    #[default]
+    Ok,
+    /// Invalidations arrive, but something else is missing: why, and the mend.
+    Degraded(Arc<str>),
+    /// Invalidations do not arrive, and nothing is read: why, and the mend.
+    Down(Arc<str>),
+}
+
+impl Health {
+    /// Whether a write that begins now can be made known.
+    pub fn takes_invalidations(&self) -> bool {
+        !matches!(self, Self::Down(_))
+    }
+}
+
+impl fmt::Display for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ok => f.write_str("ok"),
+            Self::Degraded(why) => write!(f, "degraded: {why}"),
+            Self::Down(why) => write!(f, "down: {why}"),
+        }
+    }
+}
+
+/// What a look-up asks for.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Inquiry<'a> {
+    /// The key of the entry.
+    pub key: &'a Key,
+    /// The tags whose generations are wanted.
+    pub tags: &'a [Tag],
+    /// How many of them, from the first, an entry must have to be valid: those that the request names. The rest was
+    /// declared by an earlier response.
+    pub required: usize,
+    /// How a tier in this process may hold the entry.
+    pub tier: Tier,
+    /// How long an entry may be fresh at most, whatever its writer thought; `None` means for ever.
+    pub longest: Option<Duration>,
+    /// The time, by the clock that the entry's times are told by. It is this process' own: what leaves the process must be
+    /// told by one that all share.
+    pub now: Millis,
+}
+
+impl<'a> Inquiry<'a> {
+    /// A look-up of an entry that must have all of these tags.
+    pub fn new(key: &'a Key, tags: &'a [Tag], tier: Tier, now: Millis) -> Self {
+        Self { key, tags, required: tags.len(), tier, longest: None, now }
+    }
+}
+
 /// A future returned by a store.
 pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>> + Send + 'a>>;
 
@@ -141,7 +204,8 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// - a generation that was dropped (or lost: evicted, expired, flushed) never comes back;
 /// - [`open`](Store::open) returns generations that are current when it returns;
 /// - when [`invalidate`](Store::invalidate) has returned `Ok`, no later call of any method, in any process, sees a
-///   dropped generation.
+///   dropped generation;
+/// - an entry's times, read in another process, are told by that process' clock, and never later than they were meant.
 ///
 /// Entries may vanish at any time.
 pub trait Store: Send + Sync + 'static {
@@ -152,8 +216,8 @@ pub trait Store: Send + Sync + 'static {
         None
     }
 
-    /// Reads the entry, valid or not, and the current generations of `tags`, in one round trip.
-    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], tier: Tier) -> StoreFuture<'a, Lookup>;
+    /// Reads the entry, valid or not, and the current generations of the tags, in one round trip.
+    fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup>;
 
     /// Reads the generations of `tags`, creating those that are absent, and marks this point in time. Called before
     /// the origin is.
@@ -163,9 +227,9 @@ pub trait Store: Send + Sync + 'static {
     /// dropped since; creates those that are absent.
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>>;
 
-    /// Stores the entry until [`Entry::keep_until`]. No check is needed: an entry whose generations are gone is never
-    /// valid.
-    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier) -> StoreFuture<'a, ()>;
+    /// Stores the entry until [`Entry::keep_until`]; `now` is as in [`Inquiry`]. No check is needed: an entry whose
+    /// generations are gone is never valid.
+    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()>;
 
     /// Drops the generations of all tags of all groups at once. Returns how many live entries each group had: for the
     /// report only, an estimate will do.
@@ -190,9 +254,19 @@ pub trait Store: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(())))
     }
 
-    /// Whether an invalidation would reach the store now, as far as this process knows.
-    fn is_reachable(&self) -> bool {
-        true
+    /// Drops the generations of all tags of all tenants: nothing that is stored now is valid when it has returned.
+    fn clear(&self) -> StoreFuture<'_, ()>;
+
+    /// How it is, as far as this process knows.
+    fn health(&self) -> Health {
+        Health::Ok
+    }
+
+    /// Delivers what has been acknowledged to writers and not yet to the store, for so long at most; how many tags are
+    /// left undelivered.
+    fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {
+        let _ = within;
+        Box::pin(std::future::ready(Ok(0)))
     }
 }
 
@@ -200,23 +274,35 @@ pub trait Store: Send + Sync + 'static {
 #[derive(Debug)]
 pub struct StoreError {
     cause: Box<dyn StdError + Send + Sync>,
-    unreachable: bool,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Refused,
+    Silent,
+    Away,
 }
 
 impl StoreError {
     /// The store answered that it can't.
     pub fn new(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        Self { cause: cause.into(), unreachable: false }
+        Self { cause: cause.into(), kind: Kind::Refused }
     }
 
     /// The store did not answer.
     pub fn unreachable(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
-        Self { cause: cause.into(), unreachable: true }
+        Self { cause: cause.into(), kind: Kind::Silent }
     }
 
-    /// Whether the store did not answer: the same may work later.
-    pub fn is_unreachable(&self) -> bool {
-        self.unreachable
+    /// The store is known to be away: it was not even asked.
+    pub fn away(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self { cause: cause.into(), kind: Kind::Away }
+    }
+
+    /// Whether somebody waited for an answer that did not come: what a circuit breaker counts.
+    pub fn is_silence(&self) -> bool {
+        self.kind == Kind::Silent
     }
 }
 

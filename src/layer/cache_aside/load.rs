@@ -10,7 +10,7 @@ use tower_service::Service;
 use super::miss::{Miss, stored};
 use crate::{
     catalog::{Freshness, Lifetime},
-    engine::Leader,
+    engine::{Leader, Sealed},
     http::{
         cache_status::{Forwarded, Handled},
         conditions::validate,
@@ -157,7 +157,7 @@ impl Miss {
             Some(Kept { leader, late, life, varied }) => leader.seal(payload.clone(), late, life, varied).await,
             None => None,
         };
-        forwarded.stored = sealed.as_ref().is_some_and(|sealed| !sealed.is_fenced());
+        forwarded.stored = sealed.as_ref().is_some_and(Sealed::is_kept);
         let unstored = || Arc::new(Entry::new(payload, Box::default(), engine.now(), life));
         let entry = sealed.as_ref().map_or_else(unstored, |sealed| sealed.entry.clone());
         if let Some(response) = serve(&entry, engine.now(), &self.asked, Some(Handled::Forwarded(forwarded))) {

@@ -212,7 +212,8 @@ impl Miss {
         R::Error: Send,
     {
         let (reply, replied) = oneshot::channel();
-        (tokio::spawn(self.load(inner, request, leader, reply).in_current_span()), replied)
+        let engine = self.core.engine.clone();
+        (engine.spawn(self.load(inner, request, leader, reply).in_current_span()), replied)
     }
 }
 

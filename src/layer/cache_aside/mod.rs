@@ -164,7 +164,7 @@ where
         match response {
             None => ResponseFuture::boxed(Box::pin(miss.answer(inner, request))),
             Some(response) => {
-                tokio::spawn(miss.refresh(inner, request).in_current_span());
+                self.core.engine.spawn(miss.refresh(inner, request).in_current_span());
                 ResponseFuture::ready(response)
             }
         }

@@ -124,7 +124,7 @@ where
                 let write = Write { tenants: tenants.tenants(&parts, space), route, core: self.core.clone() };
                 let request = Request::from_parts(parts, body);
                 let inner = take_ready(&mut self.inner);
-                let task = tokio::spawn(write.run(inner, request).in_current_span());
+                let task = self.core.engine.spawn(write.run(inner, request).in_current_span());
                 return ResponseFuture::boxed(Box::pin(future::joined(task)));
             }
             Some(route) => match tenants.tenant(&parts) {

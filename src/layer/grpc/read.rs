@@ -112,7 +112,7 @@ impl Read {
             Obtained::Load(leader) => leader,
         };
         let (reply, replied) = oneshot::channel();
-        let task = tokio::spawn(self.load(inner, request, leader, reply).in_current_span());
+        let task = core.engine.spawn(self.load(inner, request, leader, reply).in_current_span());
         future::replied(replied.await, task).await.map(out)
     }
 

@@ -123,7 +123,8 @@ where
             core: self.core.clone(),
         };
         let inner = take_ready(&mut self.inner);
-        let task = tokio::spawn(write.run(inner, Request::from_parts(parts, body)).in_current_span());
+        let write = write.run(inner, Request::from_parts(parts, body)).in_current_span();
+        let task = self.core.engine.spawn(write);
         ResponseFuture::boxed(Box::pin(future::joined(task)))
     }
 }

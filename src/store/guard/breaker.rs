@@ -46,6 +46,10 @@ impl Breaker {
         }
     }
 
+    pub(super) fn is_open(&self) -> bool {
+        self.open_until.load(Ordering::Acquire) > 0
+    }
+
     /// Leave to make a call, unless it is open.
     pub(super) fn permit(&self) -> Option<Permit<'_>> {
         self.permit_at(|| self.now())

@@ -11,24 +11,37 @@ mod journal;
 use std::{
     fmt,
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use tokio::{runtime::Handle, time::timeout};
+use tokio::{
+    runtime::Handle,
+    sync::Notify,
+    time::{sleep, timeout, timeout_at},
+};
 
-use super::{Entry, Fence, Generation, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup};
+use super::{
+    Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup,
+};
 use crate::{
     catalog::Tier,
+    clock::Millis,
     key::{Key, Tag},
 };
 use breaker::Breaker;
-use journal::Journal;
+use journal::{Batch, Journal, What};
 
-/// Pauses between two attempts to deliver the journal.
-const RETRY: Duration = Duration::from_millis(50);
+/// Pauses between two attempts to deliver: at first, and at most.
+const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
+
+/// How long one delivery from the journal may take.
+const DELIVERY: Duration = Duration::from_secs(1);
+
+/// And one that drops everything, which has to look for it.
+const CLEARING: Duration = Duration::from_secs(60);
 
 /// Wraps a [`Store`] that is reached over a network.
 #[derive(Debug)]
@@ -42,10 +55,19 @@ struct Shared<S> {
     store: S,
     breaker: Breaker,
     journal: Mutex<Journal>,
+    outage: Mutex<Option<Outage>>,
     /// Whether a task is delivering the journal.
     delivering: AtomicBool,
+    emptied: Notify,
     /// Whether any write was fenced: then late invalidations leave the fences of other writers standing, as others do.
     fenced: AtomicBool,
+}
+
+/// While the journal holds anything.
+struct Outage {
+    since: Instant,
+    writes: u64,
+    why: Arc<str>,
 }
 
 impl<S: fmt::Debug> fmt::Debug for Shared<S> {
@@ -57,14 +79,16 @@ impl<S: fmt::Debug> fmt::Debug for Shared<S> {
 impl<S: Store> Guard<S> {
     /// Guards `store` with the default budgets: 50 ms for a read or a fill, 1 s for an invalidation.
     ///
-    /// The breaker opens when at least half of at least 20 calls within 10 s fail or exceed their budget, for 1 s at
+    /// The breaker opens when at least half of at least 20 calls within 10 s get no answer within their budget, for 1 s at
     /// first and doubling to 5 s; then one call tries.
     pub fn new(store: S) -> Self {
         let shared = Shared {
             store,
             breaker: Breaker::new(),
             journal: Mutex::default(),
+            outage: Mutex::default(),
             delivering: AtomicBool::new(false),
+            emptied: Notify::new(),
             fenced: AtomicBool::new(false),
         };
         Self { shared: Arc::new(shared), budget: Duration::from_millis(50), invalidate_budget: Duration::from_secs(1) }
@@ -92,25 +116,23 @@ impl<S: Store> Guard<S> {
         self.call(call(&self.shared.store)).await
     }
 
-    pub(crate) fn inner(&self) -> &S {
-        &self.shared.store
-    }
-
     /// Makes one call under the budget, if the breaker lets it.
     async fn call<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
         let shared = &self.shared;
         if shared.is_behind() {
-            return Err(StoreError::unreachable("invalidations wait to be delivered first"));
+            // The runtime in which that was begun may be gone.
+            shared.deliver();
+            return Err(StoreError::away("invalidations wait to be delivered first"));
         }
         let Some(permit) = shared.breaker.permit() else {
-            return Err(StoreError::unreachable("the circuit breaker is open"));
+            return Err(StoreError::away("the circuit breaker is open"));
         };
         let result = match timeout(self.budget, call).await {
             Ok(result) => result,
-            Err(_) => Err(StoreError::unreachable("over the time budget")),
+            Err(_) => Err(StoreError::unreachable(format!("no answer within {:?}", self.budget))),
         };
         match &result {
-            Err(error) if error.is_unreachable() => permit.failed(),
+            Err(error) if error.is_silence() => permit.failed(),
             // An answer, even one that says no, is a sign of life.
             _ => permit.succeeded(),
         }
@@ -123,8 +145,48 @@ impl<S: Store> Shared<S> {
         !self.journal().is_empty()
     }
 
-    fn journal(&self) -> std::sync::MutexGuard<'_, Journal> {
+    fn journal(&self) -> MutexGuard<'_, Journal> {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn outage(&self) -> MutexGuard<'_, Option<Outage>> {
+        self.outage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes what was not delivered. It is said when that begins, and when it is over.
+    fn postpone(&self, what: &What, why: &Arc<str>) {
+        match what {
+            What::Groups(groups) => self.journal().add(groups),
+            What::Everything => self.journal().add_everything(),
+        }
+        let mut outage = self.outage();
+        if outage.is_none() {
+            tracing::error!(
+                %why,
+                "an invalidation did not reach the store: this process serves from the origin, others may serve what is \
+                 stale until it is delivered"
+            );
+        }
+        let outage = outage.get_or_insert_with(|| Outage { since: Instant::now(), writes: 0, why: why.clone() });
+        outage.writes += 1;
+        outage.why = why.clone();
+    }
+
+    /// Strikes out what was delivered.
+    fn strike(&self, batch: &Batch) {
+        let is_empty = {
+            let mut journal = self.journal();
+            journal.delivered(batch);
+            journal.is_empty()
+        };
+        if !is_empty {
+            return;
+        }
+        if let Some(Outage { since, writes, .. }) = self.outage().take() {
+            let after = since.elapsed();
+            tracing::warn!(writes, ?after, "the store has been told of all invalidations that did not reach it");
+        }
+        self.emptied.notify_waiters();
     }
 
     /// Delivers what is in the journal, for as long as there is something and somebody holds the store.
@@ -133,39 +195,66 @@ impl<S: Store> Shared<S> {
         if self.delivering.swap(true, Ordering::AcqRel) {
             return;
         }
-        let weak: Weak<Self> = Arc::downgrade(self);
+        let delivering = Delivering { shared: Arc::downgrade(self), is_done: false };
         runtime.spawn(async move {
-            while let Some(shared) = weak.upgrade() {
+            let mut delivering = delivering;
+            let mut pause = RETRY.0;
+            while let Some(shared) = delivering.shared.upgrade() {
                 let Some(batch) = shared.journal().front() else {
-                    shared.delivering.store(false, Ordering::Release);
-                    // Something may have been added since.
-                    if shared.is_behind() {
-                        shared.deliver();
-                    }
+                    delivering.is_done = true;
                     return;
                 };
-                let fence = shared.fenced.load(Ordering::Relaxed).then_some(&Fence::NOBODY);
-                match timeout(Duration::from_secs(1), shared.store.invalidate(&batch.groups, fence)).await {
-                    Ok(Ok(_)) => {
-                        let left = shared.journal().delivered(&batch);
-                        tracing::info!(left, "undelivered invalidations reached the store");
+                match shared.attempt(&batch.what).await {
+                    Ok(()) => {
+                        shared.strike(&batch);
+                        pause = RETRY.0;
                     }
-                    other => {
-                        if let Ok(Err(error)) = other {
-                            tracing::debug!(%error, "an invalidation is still not delivered");
-                        }
+                    Err(error) => {
+                        tracing::debug!(%error, "an invalidation is still not delivered");
                         drop(shared);
-                        tokio::time::sleep(RETRY).await;
+                        sleep(pause).await;
+                        pause = (pause * 2).min(RETRY.1);
                     }
                 }
             }
         });
     }
+
+    async fn attempt(&self, what: &What) -> Result<(), StoreError> {
+        let fence = self.fenced.load(Ordering::Relaxed).then_some(&Fence::NOBODY);
+        let within = |budget| move |_| StoreError::unreachable(format!("not acknowledged within {budget:?}"));
+        match what {
+            What::Groups(groups) => {
+                let delivered = timeout(DELIVERY, self.store.invalidate(groups, fence)).await;
+                delivered.map_err(within(DELIVERY))?.map(drop)
+            }
+            What::Everything => timeout(CLEARING, self.store.clear()).await.map_err(within(CLEARING))?,
+        }
+    }
+}
+
+/// A task that delivers the journal; when it ends, in whatever way, another may.
+struct Delivering<S: Store> {
+    shared: Weak<Shared<S>>,
+    /// It has not just gone down with its runtime.
+    is_done: bool,
+}
+
+impl<S: Store> Drop for Delivering<S> {
+    fn drop(&mut self) {
+        if let Some(shared) = self.shared.upgrade() {
+            shared.delivering.store(false, Ordering::Release);
+            // Something may have been added since it looked.
+            if self.is_done && shared.is_behind() {
+                shared.deliver();
+            }
+        }
+    }
 }
 
 impl<S: Store> Store for Guard<S> {
-    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], tier: Tier) -> StoreFuture<'a, Lookup> {
-        Box::pin(self.call(self.shared.store.lookup(key, tags, tier)))
+    fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
+        Box::pin(self.call(self.shared.store.lookup(inquiry)))
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
@@ -176,8 +265,8 @@ impl<S: Store> Store for Guard<S> {
         Box::pin(self.call(self.shared.store.extend(mark, tags)))
     }
 
-    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier) -> StoreFuture<'a, ()> {
-        Box::pin(self.call(self.shared.store.fill(key, entry, tier)))
+    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()> {
+        Box::pin(self.call(self.shared.store.fill(key, entry, tier, now)))
     }
 
     fn claim<'a>(&'a self, key: &'a Key, lease: Duration) -> StoreFuture<'a, bool> {
@@ -190,9 +279,10 @@ impl<S: Store> Store for Guard<S> {
 
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
         Box::pin(async move {
+            self.shared.fenced.store(true, Ordering::Relaxed);
             match timeout(self.invalidate_budget, self.shared.store.fence(groups, fence)).await {
                 Ok(result) => result,
-                Err(_) => Err(StoreError::unreachable("over the time budget")),
+                Err(_) => Err(StoreError::unreachable(format!("not acknowledged within {:?}", self.invalidate_budget))),
             }
         })
     }
@@ -202,42 +292,96 @@ impl<S: Store> Store for Guard<S> {
         if fence.is_some() {
             shared.fenced.store(true, Ordering::Relaxed);
         }
-        let attempts = async move {
-            loop {
-                match shared.store.invalidate(groups, fence).await {
-                    Err(error) if error.is_unreachable() => tokio::time::sleep(RETRY).await,
-                    other => return other,
-                }
-            }
-        };
         Box::pin(async move {
-            // Whatever comes of it, and should this future be dropped: what was not acknowledged is in the journal.
-            let mut pending = Pending { shared, groups, acknowledged: false };
+            // What has not been delivered when the budget is over is in the journal, and should this future be dropped, too.
+            let mut pending = Pending::new(shared, What::Groups(groups.to_vec()));
             // Behind the journal there is nothing to wait for: the outage is known.
             let budget = if shared.is_behind() { Duration::ZERO } else { self.invalidate_budget };
-            let result = timeout(budget, attempts).await;
-            let result = result.unwrap_or_else(|_| Err(StoreError::unreachable("over the time budget")));
-            pending.acknowledged = result.is_ok();
+            let deadline = Instant::now() + budget;
+            let mut last = None;
+            while let Ok(attempt) = timeout_at(deadline.into(), shared.store.invalidate(groups, fence)).await {
+                match attempt {
+                    Ok(counts) => {
+                        pending.why = None;
+                        return Ok(counts);
+                    }
+                    Err(error) => {
+                        pending.why = Some(error.to_string().into());
+                        last = Some(error);
+                    }
+                }
+                // A refusal may come at once, also after the deadline.
+                if timeout_at(deadline.into(), sleep(RETRY.0)).await.is_err() {
+                    break;
+                }
+            }
+            let no_answer = || StoreError::unreachable(format!("not acknowledged within {budget:?}"));
+            Err(last.unwrap_or_else(no_answer))
+        })
+    }
+
+    fn clear(&self) -> StoreFuture<'_, ()> {
+        let shared = &self.shared;
+        Box::pin(async move {
+            let mut pending = Pending::new(shared, What::Everything);
+            let result = timeout(CLEARING, shared.store.clear()).await;
+            let result = result.unwrap_or_else(|_| Err(StoreError::unreachable("the store is not cleared in time")));
+            pending.why = result.as_ref().err().map(|error| error.to_string().into());
             result
         })
     }
 
-    fn is_reachable(&self) -> bool {
-        !self.shared.is_behind() && self.shared.store.is_reachable()
+    fn health(&self) -> Health {
+        let health = self.shared.store.health();
+        if let Health::Down(_) = health {
+            return health;
+        }
+        if let Some(outage) = &*self.shared.outage() {
+            return Health::Down(format!("invalidations wait to be delivered: {}", outage.why).into());
+        }
+        match (health, self.shared.breaker.is_open()) {
+            (Health::Ok, true) => Health::Degraded("the circuit breaker is open: the store is too slow".into()),
+            (health, _) => health,
+        }
+    }
+
+    fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {
+        let shared = &self.shared;
+        Box::pin(async move {
+            let emptied = async {
+                loop {
+                    let emptied = shared.emptied.notified();
+                    if !shared.is_behind() {
+                        return;
+                    }
+                    shared.deliver();
+                    emptied.await;
+                }
+            };
+            let _ = timeout(within, emptied).await;
+            Ok(shared.journal().len())
+        })
     }
 }
 
 /// An invalidation that is not acknowledged yet; dropped, it goes to the journal.
 struct Pending<'a, S: Store> {
     shared: &'a Arc<Shared<S>>,
-    groups: &'a [TagGroup],
-    acknowledged: bool,
+    what: What,
+    /// Why not; `None` once it is.
+    why: Option<Arc<str>>,
+}
+
+impl<'a, S: Store> Pending<'a, S> {
+    fn new(shared: &'a Arc<Shared<S>>, what: What) -> Self {
+        Self { shared, what, why: Some("its caller went away".into()) }
+    }
 }
 
 impl<S: Store> Drop for Pending<'_, S> {
     fn drop(&mut self) {
-        if !self.acknowledged {
-            self.shared.journal().add(self.groups);
+        if let Some(why) = &self.why {
+            self.shared.postpone(&self.what, why);
             self.shared.deliver();
         }
     }

@@ -1,39 +1,25 @@
 //! Redis as the shared store of a fleet, with a coherent tier in each process. (Feature `redis`.)
 //!
-//! What is guaranteed, and what a hit costs, by the [`Tier`] of the data type:
+//! [`docs::redis`](crate::docs::redis) has what is guaranteed in which mode and tier, fault by fault, the rights that are
+//! needed, and what each log line means.
 //!
-//! | tier | a hit costs | after a write was acknowledged elsewhere, a stale response is |
-//! | --- | --- | --- |
-//! | `Off` | one `MGET` of the entry and its generations | impossible |
-//! | `Validated` | one `MGET` of generations (16 bytes each); the entry is in process | impossible |
-//! | `On`, `Capped` | nothing leaves the process | possible for as long as a push takes (well under a millisecond); should the tracking connection die silently, for two heartbeats (500 ms) |
-//!
-//! A write in the same process takes effect at once in every tier. All this holds while Redis answers. When a write's
-//! invalidation cannot reach it for a second, the write is acknowledged all the same, the invalidation goes to a journal,
-//! and this process stays away from Redis until it is delivered; other processes that reach Redis all the while may then
-//! serve what is stale until it is. Where that must not be, [fence](crate::Cascade::fenced) the cascade or
-//! [refuse](crate::CacheBuilder::on_unreachable) writes that cannot be invalidated.
-//!
-//! After an outage, every process waits a second ([`settle`](RedisBuilder::settle)) before it reads Redis again, so that
-//! others can deliver. A server that was restarted, or was a replica until now, has another run id: what it holds is not
-//! read, since it may have forgotten invalidations ([`trust_restarted`](RedisBuilder::trust_restarted)). In a cluster
-//! every master is watched, and such a change is noticed within two heartbeats: until then, reads of its tenants may find
-//! what the failed server had not yet replicated a drop of. While it is not known who serves a slot, its tenants are
-//! served from the origin.
-//!
-//! Needs Redis 7.0 or later, for `SET NX GET`.
+//! Needs Redis 7.0 or later, for `SET NX GET` and `PEXPIREAT GT`.
 
 mod address;
-#[cfg(feature = "redis-cluster")]
-mod cluster;
+mod held;
 mod link;
 mod remote;
-mod tracker;
+mod server;
+#[cfg(feature = "redis-cluster")]
+mod slot;
+mod slots;
+mod trouble;
+mod watch;
 
 use std::{
     fmt,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -42,7 +28,10 @@ use std::{
 use serde::Deserialize;
 use tokio::runtime::Handle;
 
-use super::{Entry, Fence, Generation, Lookup, Mark, MemoryStore, Opened, Store, StoreFuture, TagGroup, guard::Guard};
+use super::{
+    Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreError, StoreFuture,
+    TagGroup, guard::Guard,
+};
 use crate::{
     catalog::Tier,
     clock::Millis,
@@ -51,10 +40,12 @@ use crate::{
     units::{bytes, duration},
 };
 use address::Address;
-use link::{Link, LinkOptions};
+use held::Held;
+use link::Link;
 pub use remote::RedisStats;
 use remote::{Counters, Remote};
-use tracker::Held;
+use server::Terms;
+use watch::watch;
 
 /// What all keys begin with.
 const PREFIX: &str = "cas";
@@ -75,8 +66,8 @@ struct Shared {
     link: Arc<Link>,
     counters: Arc<Counters>,
     held: Option<Arc<Held>>,
-    heartbeat: Duration,
-    tracking: AtomicBool,
+    /// Whether a task watches the servers.
+    watched: Arc<AtomicBool>,
 }
 
 /// Configures a [`RedisStore`].
@@ -100,7 +91,9 @@ pub struct RedisBuilder {
     #[serde(default, deserialize_with = "duration")]
     generation_ttl: Option<Duration>,
     #[serde(default)]
-    trust_restarted: bool,
+    assume_one_server: bool,
+    #[serde(default)]
+    replicas: u32,
     #[serde(default, deserialize_with = "duration")]
     settle: Option<Duration>,
 }
@@ -118,7 +111,8 @@ impl RedisStore {
             budget: None,
             invalidate_budget: None,
             generation_ttl: None,
-            trust_restarted: false,
+            assume_one_server: false,
+            replicas: 0,
             settle: None,
         }
     }
@@ -128,28 +122,42 @@ impl RedisStore {
         self.0.counters.stats()
     }
 
-    /// Starts the tasks that connect and track, once there is a runtime for them.
+    /// Starts the task that watches the servers, once there is a runtime for it; and again, when that one is gone.
     fn start(&self) {
-        self.0.link.start();
-        if self.0.tracking.load(Ordering::Relaxed) {
+        let Shared { watched, link, .. } = &*self.0;
+        if watched.load(Ordering::Relaxed) {
             return;
         }
-        let (Some(held), Ok(runtime)) = (&self.0.held, Handle::try_current()) else { return };
-        // A cluster is tracked by the watch over its masters.
-        if !self.0.tracking.swap(true, Ordering::AcqRel) && !self.0.link.address.is_cluster() {
-            runtime.spawn(tracker::track(Arc::downgrade(held), Arc::downgrade(&self.0.link), self.0.heartbeat));
+        let Ok(runtime) = Handle::try_current() else { return };
+        if !watched.swap(true, Ordering::AcqRel) {
+            let watch = watch(Arc::downgrade(link));
+            let ended = Ended { watched: watched.clone(), link: Arc::downgrade(link) };
+            runtime.spawn(async move {
+                let _ended = ended;
+                watch.await;
+            });
         }
     }
+}
 
-    /// What is held in process, if it may be used now.
-    fn held(&self) -> Option<&Arc<Held>> {
-        self.0.held.as_ref().filter(|held| held.is_alive())
+/// The end of the task that watches: with its runtime went all connections.
+struct Ended {
+    watched: Arc<AtomicBool>,
+    link: Weak<Link>,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if let Some(link) = self.link.upgrade() {
+            link.forget_all();
+        }
+        self.watched.store(false, Ordering::Release);
     }
 }
 
 impl RedisBuilder {
-    /// What all keys begin with; by default `cas`. Services that share a Redis need different ones, unless they are to
-    /// share entries.
+    /// What all keys begin with; by default `cas`. The name of the service follows, so services that share a Redis share
+    /// nothing else.
     pub fn prefix(mut self, prefix: impl Into<String>) -> Self {
         self.prefix = Some(prefix.into());
         self
@@ -161,8 +169,8 @@ impl RedisBuilder {
         self
     }
 
-    /// How often the tracking connection is checked; by default 250 ms. What is held in process is trusted for two
-    /// heartbeats.
+    /// How often each server is asked whether it still is the master it was, and takes writes; by default 250 ms. Each
+    /// answer is good for two heartbeats.
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
         self.heartbeat = Some(heartbeat);
         self
@@ -186,10 +194,18 @@ impl RedisBuilder {
         self
     }
 
-    /// Whether what a restarted or failed-over server holds is believed; by default not, since it may have forgotten
-    /// invalidations.
-    pub fn trust_restarted(mut self, trust: bool) -> Self {
-        self.trust_restarted = trust;
+    /// Believes a server that does not answer `INFO`, and so cannot be told from another that took over from it, to be one
+    /// which never forgets an invalidation; by default such a server is not read.
+    pub fn assume_one_server(mut self, assume: bool) -> Self {
+        self.assume_one_server = assume;
+        self
+    }
+
+    /// How many replicas must have an invalidation before its write is acknowledged (`WAIT`); by default none, so that a
+    /// failover may lose the last drops. (What was filled before it is not read after it in any case; what is left is a
+    /// master that is cut off and does not know it yet, which its own side goes on reading for two heartbeats.)
+    pub fn replicas(mut self, count: u32) -> Self {
+        self.replicas = count;
         self
     }
 
@@ -205,17 +221,21 @@ impl RedisBuilder {
     /// An address that cannot be read, or needs a feature that is not turned on.
     pub fn build(self) -> Result<RedisStore, ConfigError> {
         let address = Address::parse(self.urls.iter().map(String::as_str))?;
-        let heartbeat = self.heartbeat.unwrap_or(HEARTBEAT);
-        let options = LinkOptions {
-            prefix: self.prefix.unwrap_or_else(|| PREFIX.to_owned()),
-            trust_restarted: self.trust_restarted,
-            settle: self.settle.unwrap_or(SETTLE),
-            #[cfg(feature = "redis-cluster")]
-            heartbeat,
+        let prefix = self.prefix.unwrap_or_else(|| PREFIX.to_owned());
+        if prefix.is_empty() || prefix.contains(['{', '}']) || prefix.chars().any(char::is_whitespace) {
+            return Err(ConfigError::new(format!(
+                "Redis prefix `{prefix}`: it is to be there, without braces and spaces; choose another, such as {PREFIX}"
+            )));
+        }
+        let terms = Terms {
+            prefix: format!("{prefix}:").into(),
+            heartbeat: self.heartbeat.unwrap_or(HEARTBEAT),
+            assume_one_server: self.assume_one_server,
+            replicas: self.replicas,
         };
         let in_process = self.in_process.unwrap_or(IN_PROCESS);
         let held = (in_process > 0).then(|| Arc::new(Held::new(MemoryStore::new(in_process))));
-        let link = Link::new(address, options, held.as_ref());
+        let link = Arc::new(Link::new(address, terms, self.settle.unwrap_or(SETTLE), held.clone()));
         let remote = Remote::new(link.clone(), self.generation_ttl.unwrap_or(GENERATION_TTL));
         let counters = remote.counters.clone();
         let mut remote = Guard::new(remote);
@@ -225,56 +245,77 @@ impl RedisBuilder {
         if let Some(budget) = self.invalidate_budget {
             remote = remote.invalidate_budget(budget);
         }
-        let tracking = AtomicBool::new(false);
-        let store = RedisStore(Arc::new(Shared { counters, remote, link, held, heartbeat, tracking }));
+        let store = RedisStore(Arc::new(Shared { remote, link, counters, held, watched: Arc::default() }));
         store.start();
         Ok(store)
     }
 }
 
-/// Whether an entry is valid under these generations of these tags.
-fn is_current(entry: &Entry, tags: &[Tag], generations: &[Option<Generation>]) -> bool {
-    entry.stamps.iter().all(|stamp| {
-        let at = tags.iter().position(|tag| *tag == stamp.tag);
-        at.is_some_and(|at| generations.get(at) == Some(&Some(stamp.generation)))
-    })
+/// Whether an entry is valid under these generations, with all the tags that it must have.
+fn is_current(entry: &Entry, inquiry: &Inquiry<'_>, generations: &[Option<Generation>]) -> bool {
+    let Inquiry { tags, required, .. } = inquiry;
+    let has = |tag: &Tag| entry.stamps.iter().any(|stamp| stamp.tag == *tag);
+    tags.iter().take(*required).all(has)
+        && entry.stamps.iter().all(|stamp| {
+            let at = tags.iter().position(|tag| *tag == stamp.tag);
+            at.is_some_and(|at| generations.get(at) == Some(&Some(stamp.generation)))
+        })
+}
+
+impl RedisStore {
+    /// The entry may be held, but each hit asks whether it is current.
+    async fn validated(&self, held: &Held, inquiry: Inquiry<'_>) -> Result<Lookup, StoreError> {
+        let remote = &self.0.remote;
+        if let Some(entry) = held.memory.raw(inquiry.key) {
+            let generations = remote.guarded(|remote| remote.generations(inquiry.tags)).await?;
+            if is_current(&entry, &inquiry, &generations) {
+                return Ok(Lookup::new(Some(entry), generations));
+            }
+        }
+        let found = remote.lookup(inquiry).await?;
+        if let Some(entry) = &found.entry
+            && is_current(entry, &inquiry, &found.generations)
+        {
+            held.memory.insert(inquiry.key, entry.clone(), vec![], 0);
+        }
+        Ok(found)
+    }
+
+    /// What is current is held, to be answered from without asking while it is said what others drop.
+    async fn tracked(&self, held: &Held, inquiry: Inquiry<'_>, cap: Option<Duration>) -> Result<Lookup, StoreError> {
+        // Captured before the command: a drop whose push overtakes the reply is then not missed.
+        let captured = held.memory.capture(inquiry.tags.iter().chain([&held.era]));
+        let is_alive = held.is_alive();
+        let found = self.0.remote.lookup(inquiry).await?;
+        if let Some(entry) = found.entry.as_ref().filter(|_| is_alive)
+            && is_current(entry, &inquiry, &found.generations)
+        {
+            let until = cap.map_or(Millis::MAX, |cap| inquiry.now.saturating_add(cap.as_millis() as Millis));
+            held.memory.insert(inquiry.key, entry.clone(), captured, entry.keep_until.min(until));
+        }
+        Ok(found)
+    }
 }
 
 impl Store for RedisStore {
     fn peek(&self, key: &[u8], now: Millis) -> Option<Arc<Entry>> {
-        self.held()?.memory.peek(key, now)
+        let held = self.0.held.as_ref().filter(|held| held.is_alive())?;
+        held.memory.peek(key, now)
     }
 
-    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], tier: Tier) -> StoreFuture<'a, Lookup> {
+    fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         self.start();
-        Box::pin(async move {
-            let remote = &self.0.remote;
-            let held = self.held().filter(|_| tier != Tier::Off);
-            // Captured before the command: a drop whose push overtakes the reply is then not missed.
-            let captured = held.map(|held| (held, held.memory.capture(tags.iter().chain([&held.era]))));
-            if tier == Tier::Validated
-                && let Some(entry) = held.and_then(|held| held.memory.raw(key))
-            {
-                let generations = remote.guarded(|remote| remote.generations(tags)).await?;
-                if is_current(&entry, tags, &generations) {
-                    return Ok(Lookup::new(Some(entry), generations));
-                }
-            }
-            let found = remote.lookup(key, tags, tier).await?;
-            if let (Some(entry), Some((held, captured))) = (&found.entry, captured)
-                && is_current(entry, tags, &found.generations)
-            {
-                let now = remote.inner().clock.now();
-                let until = match tier {
-                    Tier::On => entry.keep_until,
-                    Tier::Capped(cap) => entry.keep_until.min(now + cap.as_millis() as Millis),
-                    // Held, but never answered from without being asked for.
-                    Tier::Validated | Tier::Off => 0,
-                };
-                held.memory.insert(key, entry.clone(), captured, until);
-            }
-            Ok(found)
-        })
+        let Some(held) = &self.0.held else { return self.0.remote.lookup(inquiry) };
+        let cap = match inquiry.tier {
+            Tier::Off => return self.0.remote.lookup(inquiry),
+            Tier::Validated => return Box::pin(self.validated(held, inquiry)),
+            Tier::On => None,
+            Tier::Capped(cap) => Some(cap),
+        };
+        if held.want() {
+            self.0.link.slots().servers().iter().for_each(|server| server.look_again());
+        }
+        Box::pin(self.tracked(held, inquiry, cap))
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
@@ -285,8 +326,8 @@ impl Store for RedisStore {
         self.0.remote.extend(mark, tags)
     }
 
-    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier) -> StoreFuture<'a, ()> {
-        self.0.remote.fill(key, entry, tier)
+    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()> {
+        self.0.remote.fill(key, entry, tier, now)
     }
 
     fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>> {
@@ -318,9 +359,24 @@ impl Store for RedisStore {
         self.0.remote.release(key)
     }
 
-    fn is_reachable(&self) -> bool {
+    fn clear(&self) -> StoreFuture<'_, ()> {
         self.start();
-        self.0.remote.is_reachable()
+        Box::pin(async move {
+            let result = self.0.remote.clear().await;
+            if let Some(held) = &self.0.held {
+                held.memory.clear().await?;
+            }
+            result
+        })
+    }
+
+    fn health(&self) -> Health {
+        self.start();
+        self.0.remote.health()
+    }
+
+    fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {
+        self.0.remote.drain(within)
     }
 }
 
@@ -339,7 +395,7 @@ impl Drop for DropLocally<'_> {
 
 impl fmt::Debug for RedisStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisStore").field("remote", &self.0.remote).field("held", &self.0.held).finish_non_exhaustive()
+        f.debug_struct("RedisStore").field("remote", &self.0.remote).field("held", &self.0.held).finish()
     }
 }
 

@@ -3,14 +3,16 @@
 //!
 //! | key | holds |
 //! | --- | --- |
-//! | `space e:{tenant}:…` | an entry |
-//! | `space g:{tenant}:…` | the generation of a tag, 16 bytes; the only keys that are tracked |
-//! | `space m:{tenant}` | the mark: dropped by every invalidation of the tenant |
-//! | `space c:{tenant}:…` | about which entries were filled under a tag (a HyperLogLog), for the report |
-//! | `space f:{tenant}:…` | who fences a tag, and until when (a sorted set) |
-//! | `space l:{tenant}:…` | that some process is loading an entry |
+//! | `prefix:e:service{tenant}:…` | an entry |
+//! | `prefix:g:service{tenant}:…` | the generation of a tag, 16 bytes; the only keys that are tracked |
+//! | `prefix:m:service{tenant}` | the mark: dropped by every invalidation of the tenant |
+//! | `prefix:c:service{tenant}:…` | about which entries were filled under a tag (a HyperLogLog), for the report |
+//! | `prefix:f:service{tenant}:…` | who fences a tag, and until when (a sorted set) |
+//! | `prefix:l:service{tenant}:…` | that some process is loading an entry |
 //!
-//! The space is before the hash tag, so that one prefix covers the generations of all tenants.
+//! The prefix is before the hash tag, so that one prefix covers the generations of all tenants. A generation and a mark
+//! are made for as long as a load may take; only what is stored under a generation prolongs it. So an id that turns out
+//! not to exist leaves nothing for long, and a generation that ends early costs a miss.
 
 use std::{
     collections::BTreeMap,
@@ -24,27 +26,38 @@ use std::{
 };
 
 use bytes::Bytes;
-use redis::{Cmd, FromRedisValue, Pipeline, RedisWrite, ServerError, ToRedisArgs, Value};
+use redis::{Cmd, FromRedisValue, Pipeline, RedisWrite, ToRedisArgs, Value};
 
-use super::link::{Line, Link, Session};
+use super::{link::Link, server::Server};
 use crate::{
     catalog::Tier,
-    clock::{Clock, Millis},
+    clock::Millis,
     key::{Key, Tag},
     store::{
-        Entry, Fence, Generation, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup,
+        Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup,
         codec::{self, Encoded},
     },
 };
 
-/// `KEYS` are pairs of generation and fences; `ARGV` the writer, how long its fences stand from now (0: not at all), and
-/// a fenced generation per pair. A tag stays fenced for as long as any writer fences it, under a new generation each time.
+/// How long a generation lives that nothing is stored under: longer than a load may take.
+const OPENED: Duration = Duration::from_secs(120);
+
+/// The ends of generations are multiples of at least this, since whoever tracks them hears of each change.
+const GRID: Duration = Duration::from_secs(60);
+
+/// Keys looked through at once when everything is dropped.
+const SCANNED: usize = 1_000;
+
+/// `KEYS` are the mark and pairs of generation and fences; `ARGV` the writer, how long its fences stand from now (0: not at
+/// all), and a fenced generation per pair. A tag stays fenced for as long as any writer fences it, under a new generation
+/// each time. All of it is one step: whoever sees the mark of before sees the generations of before.
 const FENCE: &str = r"
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local writer, stands = ARGV[1], tonumber(ARGV[2])
-for i = 1, #KEYS / 2 do
-    local generation, fences = KEYS[2 * i - 1], KEYS[2 * i]
+redis.call('DEL', KEYS[1])
+for i = 1, (#KEYS - 1) / 2 do
+    local generation, fences = KEYS[2 * i], KEYS[2 * i + 1]
     local kind = redis.call('TYPE', fences).ok
     if kind ~= 'zset' and kind ~= 'none' then redis.call('DEL', fences) end
     redis.call('ZREMRANGEBYSCORE', fences, '-inf', now)
@@ -66,6 +79,8 @@ end
 pub struct RedisStats {
     /// Values that were no entries: corrupt, truncated, foreign, or of another version.
     pub unreadable: u64,
+    /// Entries with more headers or tags than the format has room for, or longer ones: they were not stored.
+    pub too_large: u64,
     /// Bytes of bodies before they were compressed.
     pub uncompressed: u64,
     /// Bytes of the same bodies after.
@@ -75,6 +90,7 @@ pub struct RedisStats {
 #[derive(Default)]
 pub(super) struct Counters {
     unreadable: AtomicU64,
+    too_large: AtomicU64,
     uncompressed: AtomicU64,
     compressed: AtomicU64,
 }
@@ -82,48 +98,35 @@ pub(super) struct Counters {
 /// Redis without a tier in front of it and without a guard.
 pub(super) struct Remote {
     pub(super) link: Arc<Link>,
-    pub(super) clock: Clock,
     generation_ttl: Duration,
     pub(super) counters: Arc<Counters>,
 }
 
 impl Remote {
     pub(super) fn new(link: Arc<Link>, generation_ttl: Duration) -> Self {
-        Self { link, clock: Clock::default(), generation_ttl, counters: Arc::default() }
+        Self { link, generation_ttl, counters: Arc::default() }
     }
 
-    async fn pipeline(
-        &self,
-        session: &Arc<Session>,
-        line: &Line,
-        pipeline: &Pipeline,
-    ) -> Result<Vec<Value>, StoreError> {
-        let mut connection = line.connection.clone();
-        self.link.call(session, pipeline.query_async(&mut connection)).await
+    async fn pipeline(&self, server: &Server, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
+        let mut connection = server.connection.clone();
+        self.link.call(server, pipeline.query_async(&mut connection)).await
     }
 
-    async fn command<T: FromRedisValue>(
-        &self,
-        session: &Arc<Session>,
-        line: Line,
-        command: &Cmd,
-    ) -> Result<T, StoreError> {
-        let mut connection = line.connection;
-        self.link.call(session, command.query_async(&mut connection)).await
+    async fn command<T: FromRedisValue>(&self, server: &Server, command: &Cmd) -> Result<T, StoreError> {
+        let mut connection = server.connection.clone();
+        self.link.call(server, command.query_async(&mut connection)).await
     }
 
-    /// `SET NX GET`: creates what is absent, and tells what there was.
-    fn push_add(&self, pipeline: &mut Pipeline, key: Vec<u8>, generation: Generation) {
-        let ttl = self.generation_ttl.as_millis() as u64;
-        pipeline.cmd("SET").arg(key).arg(&generation.0.to_be_bytes()).arg("NX").arg("GET").arg("PX").arg(ttl);
+    /// The name of a key in Redis.
+    fn name(&self, kind: &str, rest: &[u8]) -> Vec<u8> {
+        [self.link.terms.prefix.as_bytes(), kind.as_bytes(), rest].concat()
     }
 
     /// The current generations of these names, all of one tenant; those that are absent are created, and those that are
     /// none of ours replaced. Whatever else is asked is answered after them.
     async fn add(
         &self,
-        session: &Arc<Session>,
-        line: &Line,
+        server: &Server,
         names: &[Vec<u8>],
         also: impl Fn(&mut Pipeline),
     ) -> Result<(Vec<Generation>, Vec<Value>), StoreError> {
@@ -132,20 +135,22 @@ impl Remote {
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
             for (name, generation) in names.iter().zip(&fresh) {
-                self.push_add(&mut pipeline, name.clone(), *generation);
+                // Creates what is absent, and tells what there was.
+                let set = pipeline.cmd("SET").arg(name).arg(&generation.0.to_be_bytes());
+                set.arg("NX").arg("GET").arg("PX").arg(OPENED.as_millis() as u64);
             }
             also(&mut pipeline);
-            let mut replies = self.pipeline(session, line, &pipeline).await?;
+            let mut replies = self.pipeline(server, &pipeline).await?;
             let rest = replies.split_off(names.len().min(replies.len()));
             let mut generations = vec![];
             let mut foreign = redis::cmd("UNLINK");
             let mut clean = true;
             for ((reply, fresh), name) in replies.iter().zip(&fresh).zip(names) {
-                match (reply, parse_generation(reply, line.run)) {
-                    (Value::Nil, _) => generations.push(Generation(fresh.0 ^ line.run)),
+                match (reply, parse_generation(reply, server.reign)) {
+                    (Value::Nil, _) => generations.push(Generation(fresh.0 ^ server.reign)),
                     (_, Some(generation)) => generations.push(generation),
                     (Value::ServerError(error), _) if error.code() != "WRONGTYPE" => {
-                        return Err(refused(session, error));
+                        return Err(self.link.refused(server, error));
                     }
                     _ => {
                         foreign.arg(name);
@@ -156,14 +161,15 @@ impl Remote {
             if clean {
                 return Ok((generations, rest));
             }
-            self.command::<Value>(session, line.clone(), &foreign).await?;
+            self.command::<Value>(server, &foreign).await?;
         }
         Err(StoreError::new("somebody else writes to our keys"))
     }
 
-    fn read_entry(&self, value: Value) -> Option<Arc<Entry>> {
+    fn read_entry(&self, server: &Server, value: Value, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
         let Value::BulkString(bytes) = value else { return None };
-        match codec::decode(Bytes::from(bytes)) {
+        let shift = inquiry.now as i64 - server.time_at_most();
+        match codec::decode(Bytes::from(bytes), shift, inquiry.longest) {
             Ok(entry) => Some(Arc::new(entry)),
             Err(codec::Unreadable) => {
                 self.counters.unreadable.fetch_add(1, Ordering::Relaxed);
@@ -173,16 +179,26 @@ impl Remote {
     }
 
     pub(super) async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
-        let session = self.link.settled().await?;
-        let line = session.line(tenant(tags))?;
-        let get = mget(&session, None, tags);
-        let run = line.run;
-        let values: Vec<Value> = self.command(&session, line, &get).await?;
-        Ok(values.iter().map(|value| parse_generation(value, run)).collect())
+        let server = self.link.reading(tenant(tags)).await?;
+        let values: Vec<Value> = self.command(&server, &self.mget(None, tags)).await?;
+        Ok(values.iter().map(|value| parse_generation(value, server.reign)).collect())
+    }
+
+    /// Reads an entry and generations: the one command of a hit, written into place.
+    fn mget(&self, key: Option<&Key>, tags: &[Tag]) -> Cmd {
+        let prefix = &*self.link.terms.prefix;
+        let entry = key.map(|key| ("e:", key.as_bytes()));
+        let names = entry.into_iter().chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
+        let size = names.clone().map(|(kind, rest)| prefix.len() + kind.len() + rest.len()).sum::<usize>();
+        let mut get = Cmd::with_capacity(2 + tags.len(), 4 + size);
+        get.arg("MGET");
+        for (kind, rest) in names {
+            get.arg(Name(prefix, kind, rest));
+        }
+        get
     }
 
     async fn drop_tags(&self, groups: &[TagGroup], fence: Option<&Fence>) -> Result<Vec<u64>, StoreError> {
-        let session = self.link.connected().await?;
         let mut counts = vec![0; groups.len()];
         let mut tenants: BTreeMap<&[u8], Vec<(usize, &Tag)>> = BTreeMap::new();
         for (i, group) in groups.iter().enumerate() {
@@ -191,37 +207,27 @@ impl Remote {
             }
         }
         for (tenant, tags) in tenants {
-            let line = session.line(tenant)?;
+            let server = self.link.writing(tenant).await?;
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
-            let mut counted = vec![];
-            for i in 0..groups.len() {
-                let mut of_group = tags.iter().filter(|(group, _)| *group == i).peekable();
-                if of_group.peek().is_some() {
-                    let count = pipeline.cmd("PFCOUNT");
-                    for (_, tag) in of_group {
-                        count.arg(name(&session, b"c:", tag.as_bytes()));
+            let counted = self.push_counts(&mut pipeline, groups.len(), &tags);
+            match fence {
+                Some(fence) => {
+                    let of_tenant = tags.iter().map(|(_, tag)| *tag);
+                    self.push_fence(&mut pipeline, tenant, of_tenant, fence.writer, fence.hold);
+                    let counters = pipeline.cmd("UNLINK");
+                    for (_, tag) in &tags {
+                        counters.arg(self.name("c:", tag.as_bytes()));
                     }
-                    counted.push(i);
+                }
+                None => {
+                    let all = pipeline.cmd("UNLINK").arg(self.name("m:", tenant));
+                    for (_, tag) in &tags {
+                        all.arg(self.name("g:", tag.as_bytes())).arg(self.name("c:", tag.as_bytes()));
+                    }
                 }
             }
-            if let Some(fence) = fence {
-                push_fence(&mut pipeline, &session, tags.iter().map(|(_, tag)| *tag), fence.writer, fence.hold);
-            }
-            let drop = pipeline.cmd("UNLINK").arg(name(&session, b"m:", tenant));
-            for (_, tag) in &tags {
-                drop.arg(name(&session, b"c:", tag.as_bytes()));
-                if fence.is_none() {
-                    drop.arg(name(&session, b"g:", tag.as_bytes()));
-                }
-            }
-            let replies = self.pipeline(&session, &line, &pipeline).await?;
-            // All but the counts must have succeeded.
-            for reply in replies.iter().skip(counted.len()) {
-                if let Value::ServerError(error) = reply {
-                    return Err(refused(&session, error));
-                }
-            }
+            let replies = self.acknowledged(&server, pipeline, counted.len()).await?;
             for (i, reply) in counted.into_iter().zip(&replies) {
                 if let Value::Int(count) = reply {
                     counts[i] += u64::try_from(*count).unwrap_or(0);
@@ -229,6 +235,127 @@ impl Remote {
             }
         }
         Ok(counts)
+    }
+
+    /// Asks about how many entries each group has.
+    fn push_counts(&self, pipeline: &mut Pipeline, groups: usize, tags: &[(usize, &Tag)]) -> Vec<usize> {
+        let mut counted = vec![];
+        for i in 0..groups {
+            let mut of_group = tags.iter().filter(|(group, _)| *group == i).peekable();
+            if of_group.peek().is_some() {
+                let count = pipeline.cmd("PFCOUNT");
+                for (_, tag) in of_group {
+                    count.arg(self.name("c:", tag.as_bytes()));
+                }
+                counted.push(i);
+            }
+        }
+        counted
+    }
+
+    /// Makes an invalidation, all of which must succeed but the first few, and waits for as many replicas as are asked for.
+    async fn acknowledged(
+        &self,
+        server: &Server,
+        mut pipeline: Pipeline,
+        may_fail: usize,
+    ) -> Result<Vec<Value>, StoreError> {
+        let wanted = self.link.terms.replicas;
+        let replies = match &server.drops {
+            None => self.pipeline(server, &pipeline).await?,
+            Some(drops) => {
+                let patience = self.link.terms.heartbeat.as_millis() as u64;
+                pipeline.cmd("WAIT").arg(wanted).arg(patience);
+                let mut connection = drops.clone();
+                self.link.call(server, pipeline.query_async(&mut connection)).await?
+            }
+        };
+        for reply in replies.iter().skip(may_fail) {
+            if let Value::ServerError(error) = reply {
+                return Err(self.link.refused(server, error));
+            }
+        }
+        match replies.last() {
+            Some(Value::Int(got)) if wanted > 0 && *got < i64::from(wanted) => {
+                Err(StoreError::new(format!("{got} of {wanted} replicas have the invalidation so far")))
+            }
+            _ => Ok(replies),
+        }
+    }
+
+    fn push_fence<'t>(
+        &self,
+        pipeline: &mut Pipeline,
+        tenant: &[u8],
+        tags: impl Iterator<Item = &'t Tag>,
+        writer: u128,
+        stands: Duration,
+    ) {
+        let mut names = vec![self.name("m:", tenant)];
+        for tag in tags {
+            names.push(self.name("g:", tag.as_bytes()));
+            names.push(self.name("f:", tag.as_bytes()));
+        }
+        let eval = pipeline.cmd("EVAL").arg(FENCE).arg(names.len());
+        let count = names.len() / 2;
+        for name in names {
+            eval.arg(name);
+        }
+        eval.arg(&writer.to_be_bytes()).arg(stands.as_millis() as u64);
+        for _ in 0..count {
+            eval.arg(&Generation::unique().fenced().0.to_be_bytes());
+        }
+    }
+
+    fn push_fill(
+        &self,
+        pipeline: &mut Pipeline,
+        server: &Server,
+        key: &Key,
+        entry: &Entry,
+        bytes: Vec<u8>,
+        keep: Millis,
+    ) {
+        // Later than the entry's own end by less than the grid, and the same for all that is filled meanwhile: those who
+        // track hear of each change of a generation's end.
+        let grid = (GRID.as_millis() as Millis).max(keep / 4);
+        let end = ((server.time_at_least().max(0) as Millis + keep) / grid + 2) * grid;
+        for stamp in &entry.stamps {
+            pipeline.cmd("PEXPIREAT").arg(self.name("g:", stamp.tag.as_bytes())).arg(end).arg("GT");
+        }
+        pipeline.cmd("SET").arg(self.name("e:", key.as_bytes())).arg(bytes).arg("PX").arg(keep);
+        for stamp in &entry.stamps {
+            let counter = self.name("c:", stamp.tag.as_bytes());
+            pipeline.cmd("PFADD").arg(&counter).arg(key.as_bytes());
+            pipeline.cmd("PEXPIREAT").arg(counter).arg(end);
+        }
+    }
+
+    /// Drops every generation and mark of one server.
+    async fn clear_server(&self, server: &Server) -> Result<(), StoreError> {
+        for kind in ["g:", "m:"] {
+            let pattern = format!("{}{kind}*", self.link.terms.prefix);
+            let mut cursor = 0u64;
+            loop {
+                let mut scan = redis::cmd("SCAN");
+                scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(SCANNED);
+                let (next, names): (u64, Vec<Vec<u8>>) = self.command(server, &scan).await?;
+                if !names.is_empty() {
+                    // One by one: they may be in different slots.
+                    let mut pipeline = redis::pipe();
+                    pipeline.ignore_errors();
+                    for name in names {
+                        pipeline.cmd("UNLINK").arg(name);
+                    }
+                    self.acknowledged(server, pipeline, 0).await?;
+                }
+                cursor = next;
+                if cursor == 0 {
+                    break;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn remember(&self, encoded: &Encoded) {
@@ -243,19 +370,11 @@ impl Counters {
     pub(super) fn stats(&self) -> RedisStats {
         RedisStats {
             unreadable: self.unreadable.load(Ordering::Relaxed),
+            too_large: self.too_large.load(Ordering::Relaxed),
             uncompressed: self.uncompressed.load(Ordering::Relaxed),
             compressed: self.compressed.load(Ordering::Relaxed),
         }
     }
-}
-
-/// What a server's refusal means: that a slot is elsewhere, or will be in a moment, may be otherwise soon.
-fn refused(session: &Session, error: &ServerError) -> StoreError {
-    if matches!(error.code(), "MOVED" | "ASK" | "TRYAGAIN" | "CLUSTERDOWN" | "READONLY" | "LOADING" | "MASTERDOWN") {
-        session.look_again();
-        return StoreError::unreachable(error.to_string());
-    }
-    StoreError::new(error.to_string())
 }
 
 /// The tenant of these tags, which is that of all of them.
@@ -263,86 +382,45 @@ fn tenant(tags: &[Tag]) -> &[u8] {
     tags.first().map_or(b"{}", Tag::tenant)
 }
 
-/// The name of a key in Redis.
-fn name(session: &Session, kind: &[u8], rest: &[u8]) -> Vec<u8> {
-    [session.space.as_bytes(), kind, rest].concat()
-}
+/// A key in parts.
+struct Name<'a>(&'a str, &'a str, &'a [u8]);
 
-/// Reads an entry and generations: the one command of a hit, written into place.
-fn mget(session: &Session, key: Option<&Key>, tags: &[Tag]) -> Cmd {
-    struct Name<'a>(&'a str, &'a str, &'a [u8]);
-    impl ToRedisArgs for Name<'_> {
-        fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
-            let mut writer = out.writer_for_next_arg();
-            for part in [self.0.as_bytes(), self.1.as_bytes(), self.2] {
-                // It is written to memory.
-                let _ = writer.write_all(part);
-            }
+impl ToRedisArgs for Name<'_> {
+    fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
+        let mut writer = out.writer_for_next_arg();
+        for part in [self.0.as_bytes(), self.1.as_bytes(), self.2] {
+            // It is written to memory.
+            let _ = writer.write_all(part);
         }
     }
-    let entry = key.map(|key| ("e:", key.as_bytes()));
-    let names = entry.into_iter().chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
-    let size = names.clone().map(|(kind, rest)| session.space.len() + kind.len() + rest.len()).sum::<usize>();
-    let mut get = Cmd::with_capacity(2 + tags.len(), 4 + size);
-    get.arg("MGET");
-    for (kind, rest) in names {
-        get.arg(Name(&session.space, kind, rest));
-    }
-    get
 }
 
 /// A generation as it is stored: 16 bytes. Anything else was not written by us, and is no generation.
-fn parse_generation(value: &Value, run: u128) -> Option<Generation> {
+fn parse_generation(value: &Value, reign: u128) -> Option<Generation> {
     match value {
-        Value::BulkString(bytes) => Some(Generation(u128::from_be_bytes(bytes.as_slice().try_into().ok()?) ^ run)),
+        Value::BulkString(bytes) => Some(Generation(u128::from_be_bytes(bytes.as_slice().try_into().ok()?) ^ reign)),
         _ => None,
     }
 }
 
-fn push_fence<'t>(
-    pipeline: &mut Pipeline,
-    session: &Session,
-    tags: impl Iterator<Item = &'t Tag>,
-    writer: u128,
-    stands: Duration,
-) {
-    let mut names = vec![];
-    for tag in tags {
-        names.push(name(session, b"g:", tag.as_bytes()));
-        names.push(name(session, b"f:", tag.as_bytes()));
-    }
-    let eval = pipeline.cmd("EVAL").arg(FENCE).arg(names.len());
-    let count = names.len() / 2;
-    for name in names {
-        eval.arg(name);
-    }
-    eval.arg(&writer.to_be_bytes()).arg(stands.as_millis() as u64);
-    for _ in 0..count {
-        eval.arg(&Generation::unique().fenced().0.to_be_bytes());
-    }
-}
-
 impl Store for Remote {
-    fn lookup<'a>(&'a self, key: &'a Key, tags: &'a [Tag], _: Tier) -> StoreFuture<'a, Lookup> {
+    fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         Box::pin(async move {
-            let session = self.link.settled().await?;
-            let line = session.line(tenant(tags))?;
-            let get = mget(&session, Some(key), tags);
-            let run = line.run;
-            let values: Vec<Value> = self.command(&session, line, &get).await?;
+            let server = self.link.reading(inquiry.key.tenant()).await?;
+            let get = self.mget(Some(inquiry.key), inquiry.tags);
+            let values: Vec<Value> = self.command(&server, &get).await?;
             let mut values = values.into_iter();
-            let entry = values.next().and_then(|value| self.read_entry(value));
-            Ok(Lookup::new(entry, values.map(|value| parse_generation(&value, run)).collect()))
+            let entry = values.next().and_then(|value| self.read_entry(&server, value, &inquiry));
+            Ok(Lookup::new(entry, values.map(|value| parse_generation(&value, server.reign)).collect()))
         })
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
         Box::pin(async move {
-            let session = self.link.settled().await?;
-            let mut names: Vec<_> = tags.iter().map(|tag| name(&session, b"g:", tag.as_bytes())).collect();
-            names.push(name(&session, b"m:", tenant(tags)));
-            let line = session.line(tenant(tags))?;
-            let (mut generations, _) = self.add(&session, &line, &names, |_| {}).await?;
+            let server = self.link.reading(tenant(tags)).await?;
+            let mut names: Vec<_> = tags.iter().map(|tag| self.name("g:", tag.as_bytes())).collect();
+            names.push(self.name("m:", tenant(tags)));
+            let (mut generations, _) = self.add(&server, &names, |_| {}).await?;
             let mark = generations.pop().map_or(0, |g| g.0);
             Ok(Opened::new(generations, Mark(mark)))
         })
@@ -350,44 +428,40 @@ impl Store for Remote {
 
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {
         Box::pin(async move {
-            let session = self.link.settled().await?;
-            let names: Vec<_> = tags.iter().map(|tag| name(&session, b"g:", tag.as_bytes())).collect();
-            let marked = name(&session, b"m:", tenant(tags));
-            let line = session.line(tenant(tags))?;
+            let server = self.link.reading(tenant(tags)).await?;
+            let names: Vec<_> = tags.iter().map(|tag| self.name("g:", tag.as_bytes())).collect();
+            let marked = self.name("m:", tenant(tags));
             // The generations first: if the mark still stands after them, nothing was dropped before.
             let ask = |pipeline: &mut Pipeline| {
                 pipeline.cmd("GET").arg(&marked);
             };
-            let (generations, rest) = self.add(&session, &line, &names, ask).await?;
-            let stands =
-                rest.first().and_then(|mark| parse_generation(mark, line.run)).is_some_and(|now| now.0 == mark.0);
-            Ok(stands.then_some(generations))
+            let (generations, rest) = self.add(&server, &names, ask).await?;
+            let now = rest.first().and_then(|mark| parse_generation(mark, server.reign));
+            Ok(now.is_some_and(|now| now.0 == mark.0).then_some(generations))
         })
     }
 
-    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, _: Tier) -> StoreFuture<'a, ()> {
+    fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, _: Tier, now: Millis) -> StoreFuture<'a, ()> {
         Box::pin(async move {
-            let session = self.link.settled().await?;
-            let line = session.line(key.tenant())?;
-            let keep = entry.keep_until.saturating_sub(self.clock.now());
-            let keep = keep.min(self.generation_ttl.as_millis() as Millis);
+            let server = self.link.reading(key.tenant()).await?;
+            let keep = entry.keep_until.saturating_sub(now).min(self.generation_ttl.as_millis() as Millis);
             if keep == 0 {
                 return Ok(());
             }
-            let encoded = codec::encode(&entry);
+            let Ok(encoded) = codec::encode(&entry, server.time_at_least() - now as i64) else {
+                self.counters.too_large.fetch_add(1, Ordering::Relaxed);
+                return Err(StoreError::new("too many or too long headers or tags"));
+            };
             self.remember(&encoded);
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
-            pipeline.cmd("SET").arg(name(&session, b"e:", key.as_bytes())).arg(encoded.bytes).arg("PX").arg(keep);
-            for stamp in &entry.stamps {
-                let counter = name(&session, b"c:", stamp.tag.as_bytes());
-                pipeline.cmd("PFADD").arg(&counter).arg(key.as_bytes());
-                pipeline.cmd("PEXPIRE").arg(counter).arg(self.generation_ttl.as_millis() as u64);
-            }
-            match self.pipeline(&session, &line, &pipeline).await?.first() {
-                Some(Value::ServerError(error)) => Err(refused(&session, error)),
-                _ => Ok(()),
-            }
+            self.push_fill(&mut pipeline, &server, key, &entry, encoded.bytes, keep);
+            let replies = self.pipeline(&server, &pipeline).await?;
+            let refused = replies.iter().take(entry.stamps.len() + 1).find_map(|reply| match reply {
+                Value::ServerError(error) => Some(self.link.refused(&server, error)),
+                _ => None,
+            });
+            refused.map_or(Ok(()), Err)
         })
     }
 
@@ -395,18 +469,31 @@ impl Store for Remote {
         Box::pin(self.drop_tags(groups, fence))
     }
 
+    fn clear(&self) -> StoreFuture<'_, ()> {
+        Box::pin(async move {
+            let slots = self.link.slots();
+            if !slots.is_whole() || !slots.servers().iter().all(|server| server.is_proven()) {
+                return Err(StoreError::away("some of the servers cannot be told"));
+            }
+            for server in slots.servers() {
+                self.clear_server(&server).await?;
+            }
+            Ok(())
+        })
+    }
+
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
         Box::pin(async move {
-            let session = self.link.connected().await?;
             let mut tenants: BTreeMap<&[u8], Vec<&Tag>> = BTreeMap::new();
             for tag in groups.iter().flat_map(|g| &g.tags) {
                 tenants.entry(tag.tenant()).or_default().push(tag);
             }
             for (tenant, tags) in tenants {
-                let line = session.line(tenant)?;
+                let server = self.link.writing(tenant).await?;
                 let mut pipeline = redis::pipe();
-                push_fence(&mut pipeline, &session, tags.into_iter(), fence.writer, fence.lease);
-                self.pipeline(&session, &line, &pipeline).await?;
+                pipeline.ignore_errors();
+                self.push_fence(&mut pipeline, tenant, tags.into_iter(), fence.writer, fence.lease);
+                self.acknowledged(&server, pipeline, 0).await?;
             }
             Ok(())
         })
@@ -414,32 +501,30 @@ impl Store for Remote {
 
     fn claim<'a>(&'a self, key: &'a Key, lease: Duration) -> StoreFuture<'a, bool> {
         Box::pin(async move {
-            let session = self.link.settled().await?;
+            let server = self.link.reading(key.tenant()).await?;
             let mut set = redis::cmd("SET");
-            set.arg(name(&session, b"l:", key.as_bytes())).arg(1).arg("NX").arg("PX").arg(lease.as_millis() as u64);
-            let line = session.line(key.tenant())?;
-            let reply: Value = self.command(&session, line, &set).await?;
+            set.arg(self.name("l:", key.as_bytes())).arg(1).arg("NX").arg("PX").arg(lease.as_millis() as u64);
+            let reply: Value = self.command(&server, &set).await?;
             Ok(!matches!(reply, Value::Nil))
         })
     }
 
     fn release<'a>(&'a self, key: &'a Key) -> StoreFuture<'a, ()> {
         Box::pin(async move {
-            let session = self.link.connected().await?;
-            let line = session.line(key.tenant())?;
+            let server = self.link.writing(key.tenant()).await?;
             let mut unlink = redis::cmd("UNLINK");
-            unlink.arg(name(&session, b"l:", key.as_bytes()));
-            self.command::<Value>(&session, line, &unlink).await.map(drop)
+            unlink.arg(self.name("l:", key.as_bytes()));
+            self.command::<Value>(&server, &unlink).await.map(drop)
         })
     }
 
-    fn is_reachable(&self) -> bool {
-        self.link.session().is_some()
+    fn health(&self) -> Health {
+        self.link.health()
     }
 }
 
 impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Remote").field("address", &self.link.address).finish_non_exhaustive()
+        f.debug_struct("Remote").field("health", &self.link.health()).finish_non_exhaustive()
     }
 }

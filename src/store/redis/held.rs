@@ -1,0 +1,85 @@
+//! What is held in process of the entries in Redis, and whether it may be answered from.
+//!
+//! A tier that answers on its own ([`Tier::On`](crate::Tier::On)) learns which generations others drop by Redis'
+//! server-assisted client tracking, broadcast on the prefix of the generations, over the same connections that are read
+//! from. Pushes and replies share a connection and keep their order, so the answer to a heartbeat proves that every drop
+//! before it has been heard of. After every interruption the process begins with nothing.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use bytes::Bytes;
+use redis::{PushInfo, PushKind, Value};
+
+use crate::{
+    clock::{Millis, uptime},
+    key::Tag,
+    store::MemoryStore,
+};
+
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) memory: MemoryStore,
+    /// Carried by everything that is answered from: dropped when nothing held can be trusted any more.
+    pub(super) era: Tag,
+    /// Uptime until which drops are known to have been heard of; 0 while they are not.
+    proven_until: AtomicU64,
+    /// Whether any type wants to be answered from it at all.
+    wanted: AtomicBool,
+}
+
+impl Held {
+    pub(super) fn new(memory: MemoryStore) -> Self {
+        Self {
+            memory,
+            era: Tag(Bytes::from_static(b"{}:era")),
+            proven_until: AtomicU64::new(0),
+            wanted: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether it may be answered from now.
+    pub(super) fn is_alive(&self) -> bool {
+        uptime() < self.proven_until.load(Ordering::Acquire)
+    }
+
+    /// Some type wants it; whether that is new.
+    pub(super) fn want(&self) -> bool {
+        !self.wanted.load(Ordering::Relaxed) && !self.wanted.swap(true, Ordering::AcqRel)
+    }
+
+    pub(super) fn is_wanted(&self) -> bool {
+        self.wanted.load(Ordering::Acquire)
+    }
+
+    /// Trusts nothing that is held now.
+    pub(super) fn lose(&self) {
+        self.proven_until.store(0, Ordering::Release);
+        self.memory.drop_local(&self.era);
+    }
+
+    /// Every drop has been heard of that was made before this was proven, which is good until then.
+    pub(super) fn prove(&self, until: Millis) {
+        self.proven_until.store(until, Ordering::Release);
+    }
+
+    /// Takes one push. It runs on the connection's own task, before any reply that came after it is handed out.
+    pub(super) fn hear(&self, push: &PushInfo, prefix: &[u8]) {
+        match push.kind {
+            PushKind::Disconnection => self.lose(),
+            PushKind::Invalidate => match push.data.first() {
+                Some(Value::Array(keys)) => {
+                    for key in keys {
+                        let Value::BulkString(key) = key else { continue };
+                        match key.strip_prefix(prefix) {
+                            Some(tag) => self.memory.drop_local(&Tag(Bytes::copy_from_slice(tag))),
+                            None => self.lose(),
+                        }
+                    }
+                }
+                // Everything: the database was flushed.
+                _ => self.memory.drop_local(&self.era),
+            },
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,385 @@
+//! One server: the connection to it, and what proves, heartbeat by heartbeat, that it is the master it was.
+//!
+//! A server that was restarted, or taken over from, may have forgotten invalidations, and so may one that was demoted and
+//! promoted again without a restart. What tells them apart is their *reign*: the run id, which changes when the process
+//! restarts, and the replication id, which changes at each promotion. It is folded into how generations are read: what was
+//! filled under another reign is never valid, while all processes share the keys, and so the invalidations, whatever each
+//! of them knows.
+//!
+//! A heartbeat asks for the reign, the role and the time, and writes: a server that reads and does not write is as good as
+//! none, since it cannot be told of invalidations.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use redis::{Client, ConnectionInfo, FromRedisValue, Pipeline, ServerError, Value, aio::MultiplexedConnection};
+use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
+
+use super::{
+    address::{config, config_with},
+    held::Held,
+    trouble::{CHANGED, HIDDEN, REPLICA, Trouble},
+};
+use crate::{
+    clock::{Millis, uptime},
+    store::Generation,
+};
+
+/// How long the entry lives that a heartbeat writes.
+const PROBE: Duration = Duration::from_secs(60);
+
+/// In how many slots a heartbeat tries to write, one after the other, while slots move.
+const PROBES: usize = 64;
+
+/// The kinds of keys there are, each of which a heartbeat must be allowed to write.
+const KINDS: [&str; 6] = ["e:", "g:", "m:", "c:", "f:", "l:"];
+
+pub(super) struct Server {
+    pub(super) connection: MultiplexedConnection,
+    /// A connection for invalidations that wait for replicas: waiting holds up all that comes after.
+    pub(super) drops: Option<MultiplexedConnection>,
+    /// Folded into generations; never with the bit that says that a tag is fenced.
+    pub(super) reign: u128,
+    /// Uptime until which it is proven to be the master it was, and to take writes.
+    proven_until: AtomicU64,
+    /// Whether it may be read.
+    readable: AtomicBool,
+    /// Its clock less our uptime: at least and at most.
+    ahead: (AtomicI64, AtomicI64),
+    /// Uptime before which nothing is read: processes that could not deliver invalidations have until then to do so.
+    settled: AtomicU64,
+    /// What the keys of a heartbeat have in braces, so that they are in a slot of this server's.
+    probe: Mutex<Probe>,
+    tracks: AtomicBool,
+    /// Somebody has found it wrong.
+    wrong: Notify,
+    is_cluster: bool,
+}
+
+/// Where a heartbeat writes.
+struct Probe {
+    nth: usize,
+    name: String,
+}
+
+fn probe_in(claim: &Claim, nth: usize) -> String {
+    let _ = (claim, nth);
+    #[cfg(feature = "redis-cluster")]
+    if let Some(name) = super::slot::name_in(&claim.own, nth) {
+        return name;
+    }
+    "~".to_owned()
+}
+
+/// What is asked of every server.
+#[derive(Clone, Debug)]
+pub(super) struct Terms {
+    /// What all keys begin with: `prefix:`.
+    pub(super) prefix: Arc<str>,
+    pub(super) heartbeat: Duration,
+    /// Whether a server is believed that does not say which it is.
+    pub(super) assume_one_server: bool,
+    /// How many replicas must have an invalidation.
+    pub(super) replicas: u32,
+}
+
+/// What a heartbeat found.
+#[derive(Debug, Default)]
+pub(super) struct Beat {
+    /// Why it may not be read.
+    pub(super) unreadable: Option<Trouble>,
+    /// What else is missing.
+    pub(super) degraded: Option<Trouble>,
+    pub(super) claim: Claim,
+}
+
+/// What a master of a cluster says: the slots it serves itself, and the addresses of all masters.
+#[derive(Debug, Default)]
+pub(super) struct Claim {
+    pub(super) own: Vec<(u16, u16)>,
+    pub(super) masters: Vec<String>,
+}
+
+/// Which server it is, as far as it says.
+struct Identity {
+    is_master: Option<bool>,
+    reign: Option<u128>,
+    is_cluster: bool,
+}
+
+impl Server {
+    /// Connects, and finds out which server it is. It is not proven to be of use before the first heartbeat.
+    pub(super) async fn connect(
+        info: ConnectionInfo,
+        terms: &Terms,
+        is_cluster: bool,
+        held: Option<&Arc<Held>>,
+    ) -> Result<(Self, Claim), Trouble> {
+        let client = Client::open(info)?;
+        // Every call over it has a time budget already, and one timer is enough.
+        let config = match held {
+            Some(held) => {
+                let (ears, heard) = (Arc::downgrade(held), format!("{}g:", terms.prefix).into_bytes());
+                config_with(move |push: redis::PushInfo| {
+                    if let Some(held) = ears.upgrade() {
+                        held.hear(&push, &heard);
+                    }
+                    Ok::<_, std::convert::Infallible>(())
+                })
+            }
+            None => config(),
+        };
+        let config = config.set_response_timeout(None);
+        let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+        let mut ask = redis::pipe();
+        ask.ignore_errors().cmd("INFO").arg("server").cmd("INFO").arg("replication");
+        if is_cluster {
+            ask.cmd("CLUSTER").arg("SLOTS").cmd("CLUSTER").arg("MYID");
+        }
+        let replies: Vec<Value> = ask.query_async(&mut connection).await?;
+        let identity = Identity::of(&replies)?;
+        if identity.is_cluster && !is_cluster {
+            return Err(Trouble::new("CLUSTER", "a single address, and cluster mode is on there"));
+        }
+        let drops = match terms.replicas {
+            0 => None,
+            _ => Some(client.get_multiplexed_async_connection_with_config(&config).await?),
+        };
+        let claim = claim(replies.get(2), replies.get(3));
+        let this = Self {
+            connection,
+            drops,
+            reign: identity.reign.unwrap_or(0),
+            proven_until: AtomicU64::new(0),
+            readable: AtomicBool::new(false),
+            ahead: (AtomicI64::new(0), AtomicI64::new(0)),
+            settled: AtomicU64::new(0),
+            probe: Mutex::new(Probe { nth: 0, name: probe_in(&claim, 0) }),
+            tracks: AtomicBool::new(false),
+            wrong: Notify::new(),
+            is_cluster,
+        };
+        Ok((this, claim))
+    }
+
+    /// Nothing is read for so long.
+    pub(super) fn settle(&self, settle: Duration) {
+        self.settled.store(uptime() + settle.as_millis() as Millis, Ordering::Release);
+    }
+
+    /// Whether it is proven to be the master, and to take writes.
+    pub(super) fn is_proven(&self) -> bool {
+        uptime() < self.proven_until()
+    }
+
+    pub(super) fn proven_until(&self) -> Millis {
+        self.proven_until.load(Ordering::Acquire)
+    }
+
+    /// Whether what it answers may be believed as well.
+    pub(super) fn is_readable(&self) -> bool {
+        let now = uptime();
+        now < self.proven_until()
+            && now >= self.settled.load(Ordering::Acquire)
+            && self.readable.load(Ordering::Acquire)
+    }
+
+    pub(super) fn tracks(&self) -> bool {
+        self.tracks.load(Ordering::Acquire)
+    }
+
+    /// It is not known to be of use any more.
+    pub(super) fn doubt(&self) {
+        self.proven_until.store(0, Ordering::Release);
+    }
+
+    pub(super) fn look_again(&self) {
+        self.wrong.notify_one();
+    }
+
+    /// Until somebody has found it wrong.
+    pub(super) async fn wrong(&self) {
+        self.wrong.notified().await;
+    }
+
+    /// The server's time, as it is at least: for what is written.
+    pub(super) fn time_at_least(&self) -> i64 {
+        uptime() as i64 + self.ahead.0.load(Ordering::Acquire)
+    }
+
+    /// The server's time, as it is at most: for what is read.
+    pub(super) fn time_at_most(&self) -> i64 {
+        uptime() as i64 + self.ahead.1.load(Ordering::Acquire)
+    }
+
+    /// Asks everything that has to hold; good for two heartbeats.
+    pub(super) async fn beat(&self, terms: &Terms) -> Result<Beat, Trouble> {
+        let sent = uptime();
+        let mut connection = self.connection.clone();
+        let ask = questions(terms, &self.probe().name, self.is_cluster);
+        let replies: Vec<Value> = ask.query_async(&mut connection).await?;
+        let answered = uptime();
+        let identity = Identity::of(&replies)?;
+        if identity.is_master == Some(false) {
+            return Err(Trouble::new(REPLICA, "the server is a replica"));
+        }
+        if identity.reign.unwrap_or(0) != self.reign {
+            return Err(Trouble::new(CHANGED, "the server was restarted, or promoted anew"));
+        }
+        // The slot that is written to may be on its way elsewhere.
+        let moves = |trouble: &Trouble| self.is_cluster && ["MOVED", "ASK", "TRYAGAIN"].contains(&&*trouble.code);
+        let at = |i: usize| refusal(replies.get(i)).filter(|trouble| !moves(trouble));
+        // It must take invalidations.
+        if let Some(refused) = at(3) {
+            return Err(refused);
+        }
+        let time = time(replies.get(2));
+        let mut beat = Beat { unreadable: at(5).or(at(2)), degraded: at(4), claim: Claim::default() };
+        if identity.reign.is_none() && !terms.assume_one_server {
+            let hidden =
+                "the server does not say which it is: nothing is read from it, since it may forget invalidations";
+            beat.unreadable.get_or_insert_with(|| Trouble::new(HIDDEN, hidden));
+        }
+        if self.is_cluster {
+            if let Some(refused) = at(6) {
+                return Err(refused);
+            }
+            beat.claim = claim(replies.get(6), replies.get(7));
+            if (3..6).filter_map(|i| refusal(replies.get(i))).any(|trouble| moves(&trouble)) {
+                let mut probe = self.probe();
+                probe.nth = (probe.nth + 1) % PROBES;
+                probe.name = probe_in(&beat.claim, probe.nth);
+            }
+        }
+        if let Some(time) = time {
+            self.ahead.0.store(time - answered as i64, Ordering::Release);
+            self.ahead.1.store(time - sent as i64, Ordering::Release);
+        }
+        self.readable.store(beat.unreadable.is_none() && time.is_some(), Ordering::Release);
+        self.proven_until.store(sent + 2 * terms.heartbeat.as_millis() as Millis, Ordering::Release);
+        Ok(beat)
+    }
+
+    fn probe(&self) -> MutexGuard<'_, Probe> {
+        self.probe.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Begins to hear of dropped generations.
+    pub(super) async fn track(&self, terms: &Terms) -> Result<(), Trouble> {
+        let mut tracking = redis::cmd("CLIENT");
+        tracking.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(format!("{}g:", terms.prefix));
+        let mut connection = self.connection.clone();
+        tracking.query_async::<Value>(&mut connection).await?;
+        self.tracks.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// What a heartbeat asks. `probe` is what the keys it writes have in braces.
+fn questions(terms: &Terms, probe: &str, is_cluster: bool) -> Pipeline {
+    let name = |kind: &str| format!("{}{kind}{{{probe}}}", terms.prefix);
+    let mut ask = redis::pipe();
+    ask.ignore_errors().cmd("INFO").arg("server").cmd("INFO").arg("replication").cmd("TIME");
+    let unlink = ask.cmd("UNLINK");
+    for kind in KINDS {
+        unlink.arg(name(kind));
+    }
+    // It may be full, and take invalidations all the same.
+    ask.cmd("SET").arg(name("e:")).arg(1).arg("PX").arg(PROBE.as_millis() as u64);
+    ask.cmd("MGET").arg(name("e:")).arg(name("g:"));
+    if is_cluster {
+        ask.cmd("CLUSTER").arg("SLOTS").cmd("CLUSTER").arg("MYID");
+    }
+    ask
+}
+
+fn refusal(reply: Option<&Value>) -> Option<Trouble> {
+    match reply {
+        Some(Value::ServerError(error)) => Some(error.into()),
+        Some(_) => None,
+        None => Some(Trouble::silent("a heartbeat was answered in part")),
+    }
+}
+
+impl Identity {
+    /// From `INFO server` and `INFO replication`, either of which may be refused.
+    fn of(replies: &[Value]) -> Result<Self, Trouble> {
+        let text = |at: usize| match replies.get(at) {
+            Some(Value::ServerError(error)) if is_forbidden(error) => Ok(String::new()),
+            Some(Value::ServerError(error)) => Err(Trouble::from(error)),
+            Some(value) => Ok(String::from_redis_value_ref(value).unwrap_or_default()),
+            None => Ok(String::new()),
+        };
+        let (server, replication) = (text(0)?, text(1)?);
+        let field = |text: &str, name: &str| -> Option<String> {
+            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            Some(value.trim().to_owned()).filter(|value| !value.is_empty())
+        };
+        let reign = field(&replication, "master_replid").map(|replication_id| {
+            let run_id = field(&server, "run_id").unwrap_or_default();
+            let digest = Sha256::digest(format!("{run_id} {replication_id}"));
+            let bytes: [u8; 16] = std::array::from_fn(|i| digest[i]);
+            Generation(u128::from_be_bytes(bytes)).unfenced().0
+        });
+        Ok(Self {
+            is_master: field(&replication, "role").map(|role| role == "master"),
+            reign,
+            is_cluster: field(&server, "redis_mode").is_some_and(|mode| mode == "cluster"),
+        })
+    }
+}
+
+/// Whether the server does not let us ask, or does not know the command.
+fn is_forbidden(error: &ServerError) -> bool {
+    error.code() == "NOPERM" || error.to_string().to_ascii_lowercase().contains("unknown command")
+}
+
+/// `TIME` in milliseconds.
+fn time(reply: Option<&Value>) -> Option<i64> {
+    let (seconds, micros): (i64, i64) = <(i64, i64)>::from_redis_value_ref(reply?).ok()?;
+    Some(seconds * 1_000 + micros / 1_000)
+}
+
+/// Reads `CLUSTER SLOTS`: [first, last, [host, port, id, …], replicas …] for each range; and `CLUSTER MYID`.
+fn claim(slots: Option<&Value>, own: Option<&Value>) -> Claim {
+    let mut claim = Claim::default();
+    let id = own.and_then(|id| String::from_redis_value_ref(id).ok()).unwrap_or_default();
+    let Some(Value::Array(ranges)) = slots else { return claim };
+    for range in ranges {
+        let Value::Array(range) = range else { continue };
+        let [Value::Int(first), Value::Int(last), Value::Array(master), ..] = &range[..] else { continue };
+        let [Value::BulkString(host), Value::Int(port), Value::BulkString(node), ..] = &master[..] else { continue };
+        let address = format!("{}:{port}", String::from_utf8_lossy(host));
+        if !claim.masters.contains(&address) {
+            claim.masters.push(address);
+        }
+        if node == id.as_bytes()
+            && let (Ok(first), Ok(last)) = (u16::try_from(*first), u16::try_from(*last))
+        {
+            claim.own.push((first, last));
+        }
+    }
+    claim
+}
+
+/// The address of a cluster's node, to be reached like this one: with the same login and encryption.
+#[cfg(feature = "redis-cluster")]
+pub(super) fn node(address: &str, seed: &ConnectionInfo) -> Result<ConnectionInfo, redis::RedisError> {
+    let bad = || redis::RedisError::from((redis::ErrorKind::Client, "a cluster node without a port"));
+    let (host, port) = address.rsplit_once(':').ok_or_else(bad)?;
+    let port = port.parse().map_err(|_| bad())?;
+    let host = host.trim_start_matches('[').trim_end_matches(']').to_owned();
+    let addr = match seed.addr() {
+        redis::ConnectionAddr::TcpTls { insecure, tls_params, .. } => {
+            redis::ConnectionAddr::TcpTls { host, port, insecure: *insecure, tls_params: tls_params.clone() }
+        }
+        _ => redis::ConnectionAddr::Tcp(host, port),
+    };
+    Ok(seed.clone().set_addr(addr))
+}

@@ -1,0 +1,262 @@
+//! Which server one talks to, what its answers mean, and what outlives a process: real masters, replicas and sentinels of
+//! users with few rights, against the promises of the Redis store. Two caches on one Redis are two processes here.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "support/redis.rs"]
+mod redis;
+#[path = "support/web.rs"]
+mod web;
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use http::{Method, StatusCode};
+use redis::Redis;
+use tower_cache_aside::{
+    Cache, CacheBuilder, DataType, Mutation, OnUnreachable, Route, Tier,
+    store::{Health, RedisStore},
+};
+use web::{Web, ok};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+const TTL: Duration = Duration::from_secs(3_600);
+
+type Db = Arc<AtomicU64>;
+
+fn builder(url: &str, tier: Tier) -> CacheBuilder {
+    lasting(url, tier, TTL)
+}
+
+fn lasting(url: &str, tier: Tier, ttl: Duration) -> CacheBuilder {
+    let store = RedisStore::builder([url]).settle(Duration::ZERO).budget(Duration::from_secs(5));
+    Cache::builder("test")
+        .single_tenant("t")
+        .data_type(DataType::new("doc", ttl).tier(tier))
+        .route(Route::new("/docs/{doc_id}", "doc"))
+        .mutation(Mutation::put("/docs/{doc_id}", "doc"))
+        .store(store.build().unwrap())
+}
+
+/// A process over a row that all share: what is read is how often it was written.
+fn process(cache: &Cache, db: &Db) -> Web {
+    let db = db.clone();
+    Web::new(cache, move |request| {
+        if request.method() == Method::PUT {
+            db.fetch_add(1, Ordering::SeqCst);
+        }
+        std::future::ready(match request.uri().path() {
+            "/docs/none" => Err(std::io::Error::other("there is none")),
+            _ => Ok(ok(db.load(Ordering::SeqCst).to_string())),
+        })
+    })
+}
+
+async fn until(what: &str, mut done: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !done().await {
+        assert!(start.elapsed() < PATIENCE, "{what} does not come about");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn until_hit(web: &Web, text: &str) {
+    until("a hit", async || {
+        let reply = web.get("/docs/1").await;
+        assert_eq!(reply.text(), text, "{}", reply.cache_status());
+        reply.is_hit()
+    })
+    .await;
+}
+
+async fn until_health(cache: &Cache, says: &str) {
+    until(says, async || cache.health().to_string().contains(says)).await;
+}
+
+fn follow(replica: &Redis, master: &Redis) {
+    replica.command(&["REPLICAOF", "127.0.0.1", &master.port.to_string()]);
+}
+
+async fn until_synced(replica: &Redis) {
+    until("the replica", async || {
+        let info = replica.command(&["INFO", "replication"]);
+        info.contains("role:slave") && info.contains("master_link_status:up")
+    })
+    .await;
+}
+
+/// Promoted, written to, and the old master promoted again without a restart: what it held from before is not read.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failover_and_back_brings_nothing_back() {
+    for tier in [Tier::Off, Tier::Validated, Tier::On] {
+        let (a, b, db) = (Redis::start(&[]), Redis::start(&[]), Db::default());
+        let cache = builder(&a.url(), tier).build().unwrap();
+        let reader = process(&cache, &db);
+        until_hit(&reader, "0").await;
+        follow(&b, &a);
+        until_synced(&b).await;
+        b.command(&["REPLICAOF", "NO", "ONE"]);
+        let writer = process(&builder(&b.url(), tier).build().unwrap(), &db);
+        until_hit(&writer, "0").await;
+        assert_eq!(writer.put("/docs/1").await.text(), "1");
+        // B is gone before A hears of it.
+        drop(b);
+        a.command(&["REPLICAOF", "127.0.0.1", "1"]);
+        until_health(&cache, "replica").await;
+        assert_eq!(reader.get("/docs/1").await.text(), "1", "{tier:?}");
+        a.command(&["REPLICAOF", "NO", "ONE"]);
+        until("ok", async || cache.health() == Health::Ok).await;
+        until_hit(&reader, "1").await;
+    }
+}
+
+/// A server that answers and takes no writes is as good as none, says so, and why; with `Reject` no write runs.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_refuses_writes_is_not_believed() {
+    for (begin, end, says) in [
+        (&["REPLICAOF", "127.0.0.1", "1"][..], &["REPLICAOF", "NO", "ONE"][..], "replica"),
+        (
+            &["CONFIG", "SET", "min-replicas-to-write", "1"],
+            &["CONFIG", "SET", "min-replicas-to-write", "0"],
+            "NOREPLICAS",
+        ),
+        (&["ACL", "SETUSER", "default", "-@write"], &["ACL", "SETUSER", "default", "+@all"], "ACL"),
+    ] {
+        let (redis, db) = (Redis::start(&[]), Db::default());
+        let url = redis.url();
+        let cache = builder(&url, Tier::Validated).build().unwrap();
+        let strict = builder(&url, Tier::Validated).on_unreachable(OnUnreachable::Reject).build().unwrap();
+        let (web, rejecting) = (process(&cache, &db), process(&strict, &db));
+        until_hit(&web, "0").await;
+        until_hit(&rejecting, "0").await;
+        redis.command(begin);
+        until_health(&cache, says).await;
+        until_health(&strict, says).await;
+        assert!(!strict.health().takes_invalidations(), "{says}");
+        assert_eq!(rejecting.put("/docs/1").await.status, StatusCode::SERVICE_UNAVAILABLE, "{says}");
+        let written = web.put("/docs/1").await;
+        assert_eq!((written.status, written.report.unwrap().undelivered()), (StatusCode::OK, 1), "{says}");
+        for web in [&web, &rejecting] {
+            assert_eq!(web.get("/docs/1").await.text(), "1", "{says}");
+        }
+        redis.command(end);
+        until("ok", async || cache.health() == Health::Ok && strict.health() == Health::Ok).await;
+        until_hit(&web, "1").await;
+        until_hit(&rejecting, "1").await;
+    }
+}
+
+/// It takes no entries, but invalidations: that is not well either, and is said.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_keeps_entries_out_is_said() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let cache = builder(&redis.url(), Tier::On).build().unwrap();
+    let web = process(&cache, &db);
+    until_hit(&web, "0").await;
+    redis.command(&["CONFIG", "SET", "maxmemory", "1"]);
+    until_health(&cache, "maxmemory-policy").await;
+    assert!(cache.health().takes_invalidations());
+    redis.command(&["CONFIG", "SET", "maxmemory", "0"]);
+    until("ok", async || cache.health() == Health::Ok).await;
+    // Without the right to CLIENT nothing is answered without asking; without INFO nothing at all.
+    redis.command(&["ACL", "SETUSER", "default", "-client|tracking"]);
+    let untracked = builder(&redis.url(), Tier::On).build().unwrap();
+    until_hit(&process(&untracked, &db), "0").await;
+    until_health(&untracked, "permission").await;
+    redis.command(&["ACL", "SETUSER", "default", "+@all", "-info"]);
+    until_health(&cache, "INFO").await;
+    assert!(!web.get("/docs/1").await.is_hit());
+    // Its writes are everybody's all the same.
+    assert_eq!(web.put("/docs/1").await.report.unwrap().undelivered(), 0);
+}
+
+/// Clients that hang up are no evidence about the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_go_away_cost_no_connection() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let cache = builder(&redis.url(), Tier::Off).build().unwrap();
+    let web = process(&cache, &db);
+    until_hit(&web, "0").await;
+    let connections =
+        || redis.command(&["INFO", "stats"]).lines().find(|l| l.starts_with("total_conn")).unwrap().to_owned();
+    let before: u64 = connections().split(':').nth(1).unwrap().parse().unwrap();
+    for _ in 0..50 {
+        let request = web.start(web::request(Method::GET, "/docs/1"));
+        tokio::select! { biased; _ = request => {}, () = tokio::task::yield_now() => {} }
+    }
+    assert!(web.get("/docs/1").await.is_hit());
+    let after: u64 = connections().split(':').nth(1).unwrap().parse().unwrap();
+    assert_eq!(after - before, 1, "none but the one that asks");
+}
+
+/// No clock of one machine prolongs an entry on another.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_wrong_prolongs_nothing() {
+    for tier in [Tier::Off, Tier::Validated, Tier::On] {
+        let (redis, db) = (Redis::start(&[]), Db::default());
+        let ahead = || SystemTime::now() + Duration::from_secs(60);
+        let ttl = Duration::from_secs(2);
+        let wrong = process(&lasting(&redis.url(), tier, ttl).clock(ahead).build().unwrap(), &db);
+        let right = process(&lasting(&redis.url(), tier, ttl).build().unwrap(), &db);
+        until_hit(&wrong, "0").await;
+        until_hit(&right, "0").await;
+        // Nobody tells.
+        db.store(7, Ordering::SeqCst);
+        let start = Instant::now();
+        until("the end of the entry", async || right.get("/docs/1").await.text() == "7").await;
+        assert!(start.elapsed() < ttl + Duration::from_secs(1), "{tier:?}");
+    }
+}
+
+/// An id that is asked for, and is not there, leaves nothing for long.
+#[tokio::test(flavor = "multi_thread")]
+async fn ids_that_are_probed_leave_nothing_durable() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let web = process(&builder(&redis.url(), Tier::Validated).build().unwrap(), &db);
+    until_hit(&web, "0").await;
+    let _ = web.try_send(web::request(Method::GET, "/docs/none")).await;
+    let left = |key: &str| redis.command(&["PTTL", key])[1..].lines().next().unwrap().parse::<i64>().unwrap();
+    let probed = left("cas:g:test{t}:doc:doc=none");
+    assert!(probed > 0 && probed <= 120_000, "{probed} ms");
+    assert!(left("cas:g:test{t}:doc:doc=1") >= TTL.as_millis() as i64 - 60_000, "what is stored needs its generation");
+}
+
+/// What the store was not told is told before the process ends, or said to be lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shutdown_delivers_what_is_in_the_journal() {
+    let (mut redis, db) = (Redis::start(&[]), Db::default());
+    let cache = builder(&redis.url(), Tier::Validated).build().unwrap();
+    let web = process(&cache, &db);
+    until_hit(&web, "0").await;
+    redis.kill();
+    assert_eq!(web.put("/docs/1").await.report.unwrap().undelivered(), 1);
+    assert_eq!(cache.drain(Duration::from_millis(100)).await.undelivered, 1);
+    redis.restart();
+    assert_eq!(cache.drain(PATIENCE).await.undelivered, 0);
+}
+
+/// A cache that is a `static` outlives runtimes.
+#[test]
+fn a_store_lives_on_in_the_next_runtime() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let cache = builder(&redis.url(), Tier::On).build().unwrap();
+    let web = process(&cache, &db);
+    for _ in 0..3 {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(until_hit(&web, "0"));
+    }
+}
+
+/// One node of a cluster is not a server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_single_address_of_a_cluster_is_said_to_be_one() {
+    let redis = Redis::start(&["--cluster-enabled", "yes", "--cluster-port", &redis::free_port().to_string()]);
+    let cache = builder(&redis.url(), Tier::Off).build().unwrap();
+    let web = process(&cache, &Db::default());
+    assert!(!web.get("/docs/1").await.is_hit());
+    until_health(&cache, "redis+cluster://").await;
+}
