@@ -308,3 +308,33 @@ async fn the_connection_may_be_encrypted() {
     }
     assert_eq!(client.get("/healthz").await.json()["store"], "degraded");
 }
+
+/// Deploying during an outage is the ordinary case: what was acknowledged is delivered before the process ends, or said to
+/// be lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_service_that_is_told_to_stop_delivers_what_it_has() {
+    let mut redis = Redis::start(&[]);
+    let mut fleet = Fleet::start(2, &redis.url(), &[]);
+    let clients = fleet.clients();
+    for client in &clients {
+        until_hit(client, "/agents/agent-1").await;
+    }
+    redis.signal("-STOP");
+    let written = clients[0].put("/agents/agent-1", json!({"name": "during the outage"})).await;
+    assert!(written.header("cache-invalidated").contains("undelivered="), "{written:?}");
+    fleet.terminate(0);
+    redis.signal("-CONT");
+    fleet.wait(0);
+    let start = Instant::now();
+    // The other reads Redis again after a while, and finds what was dropped gone.
+    loop {
+        let reply = clients[1].get("/agents/agent-1").await;
+        assert_eq!(reply.json()["version"], 2, "{reply:?}");
+        if reply.is_hit() {
+            break;
+        }
+        assert!(start.elapsed() < Duration::from_secs(20));
+        seconds(0.05).await;
+    }
+    redis.kill();
+}

@@ -371,3 +371,38 @@ impl fmt::Debug for MemoryStore {
             .finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn group(ids: std::ops::Range<usize>) -> [TagGroup; 1] {
+        let tags = ids.map(|id| Tag::entity(b"s{t}", "doc", "doc", id.to_string().as_bytes())).collect();
+        [TagGroup::new("doc", tags)]
+    }
+
+    fn fenced(store: &MemoryStore) -> usize {
+        store.tags.iter().map(|shard| shard.lock().unwrap().fences.len()).sum()
+    }
+
+    /// Writes that are refused, or die, leave fences that nobody lifts, on tags that nobody asks for again.
+    #[tokio::test]
+    async fn fences_that_have_run_out_are_forgotten() {
+        let store = MemoryStore::new(8 << 20);
+        let fence = Fence::new(Duration::ZERO, Duration::ZERO);
+        for i in 0..200 {
+            store.fence(&group(i * 100..(i + 1) * 100), &fence).await.unwrap();
+        }
+        assert!(fenced(&store) < 64 * 200, "{} of 20,000", fenced(&store));
+    }
+
+    /// Those that stand are bounded as well; a fence that cannot be raised is said to be none.
+    #[tokio::test]
+    async fn fences_that_stand_are_bounded() {
+        let store = MemoryStore::new(8 << 20);
+        let fence = Fence::new(Duration::from_secs(600), Duration::ZERO);
+        let all = TAG_SHARDS * MAX_FENCES + 1;
+        assert!(store.fence(&group(0..all), &fence).await.is_err());
+        assert!(fenced(&store) <= TAG_SHARDS * MAX_FENCES);
+    }
+}

@@ -180,6 +180,16 @@ impl Fleet {
         self.services.iter().map(|s| s.url.clone()).collect()
     }
 
+    /// As whoever deploys does.
+    pub fn terminate(&self, at: usize) {
+        assert!(Command::new("kill").args(["-TERM", &self.services[at].pid().to_string()]).status().unwrap().success());
+    }
+
+    /// Until it has ended, in good order.
+    pub fn wait(&mut self, at: usize) {
+        assert!(self.services[at].child.wait().unwrap().success());
+    }
+
     pub fn clients(&self) -> Vec<Http> {
         self.services.iter().map(|s| Http::new(&s.url, "demo")).collect()
     }
