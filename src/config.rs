@@ -29,6 +29,8 @@ use without_redis::RedisTable;
 pub struct Config {
     /// The request header that names the tenant.
     pub tenant_header: Option<String>,
+    /// The version of what entries hold.
+    pub version: Option<String>,
     /// How many bytes the in-process store may take.
     #[serde(deserialize_with = "bytes")]
     pub memory: Option<u64>,
@@ -90,6 +92,7 @@ impl Config {
             *own = other.or_else(|| own.take());
         }
         replace(&mut self.tenant_header, other.tenant_header);
+        replace(&mut self.version, other.version);
         replace(&mut self.memory, other.memory);
         replace(&mut self.body_limit, other.body_limit);
         replace(&mut self.report_header, other.report_header);

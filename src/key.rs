@@ -53,32 +53,56 @@ pub(crate) fn push_escaped(buf: &mut KeyBuf, part: &[u8]) {
 }
 
 /// What the keys and tags of one service begin with: services that share a store share nothing else.
+///
+/// Entries have a version besides, so that two shapes of them do not meet; tags have none, so that a write through either
+/// version drops both.
 #[derive(Clone, Debug)]
-pub(crate) struct Space(Arc<str>);
+pub(crate) struct Space {
+    service: Arc<str>,
+    version: Arc<str>,
+}
 
 impl Space {
     /// The space of a service. Its name is part of every key, and no name may forge another's.
-    pub(crate) fn new(service: &str) -> Result<Self, ConfigError> {
-        let is_plain = |c: u8| CLEAN[usize::from(c)];
-        if service.is_empty() || service.len() > MAX_PART || !service.bytes().all(is_plain) {
+    pub(crate) fn new(service: &str, version: &str) -> Result<Self, ConfigError> {
+        let is_plain = |name: &str| name.len() <= MAX_PART && name.bytes().all(|c| CLEAN[usize::from(c)]);
+        if service.is_empty() || !is_plain(service) {
             return Err(ConfigError::new(format!(
                 "service name `{service}`: name it with letters, digits, `.`, `_` and `-`; it tells this service's \
                  entries from those of others in a shared store"
             )));
         }
-        Ok(Self(service.into()))
+        if !is_plain(version) {
+            return Err(ConfigError::new(format!(
+                "version `{version}`: write it with letters, digits, `.`, `_` and `-`, such as 2"
+            )));
+        }
+        Ok(Self { service: service.into(), version: version.into() })
     }
 
-    pub(crate) fn push_tenant(&self, buf: &mut KeyBuf, name: &[u8]) {
-        buf.extend_from_slice(self.0.as_bytes());
+    fn push_tenant(&self, buf: &mut KeyBuf, name: &[u8]) {
+        buf.extend_from_slice(self.service.as_bytes());
         buf.push(b'{');
         push_escaped(buf, name);
         buf.push(b'}');
     }
 
+    fn push_version(&self, buf: &mut KeyBuf) {
+        if !self.version.is_empty() {
+            buf.push(b'@');
+            buf.extend_from_slice(self.version.as_bytes());
+        }
+    }
+
+    /// Begins the key of an entry.
+    pub(crate) fn push_entry(&self, buf: &mut KeyBuf, tenant: &[u8]) {
+        self.push_tenant(buf, tenant);
+        self.push_version(buf);
+    }
+
     pub(crate) fn tenant(&self, name: impl Into<Vec<u8>>) -> Tenant {
         let name = name.into();
-        let mut head = KeyBuf::with_capacity(self.0.len() + name.len() + 2);
+        let mut head = KeyBuf::with_capacity(self.service.len() + name.len() + 2);
         self.push_tenant(&mut head, &name);
         Tenant { name, head }
     }
@@ -207,7 +231,7 @@ mod tests {
     use super::*;
 
     fn space() -> Space {
-        Space::new("s").unwrap()
+        Space::new("s", "").unwrap()
     }
 
     type Parts = (Vec<u8>, String, Option<Vec<u8>>, Vec<(String, Vec<u8>)>);

@@ -12,6 +12,7 @@ use web::{Web, ok, with};
 const GOOD: &str = r#"
     tenant_header = "x-tenant-id"
     fence = "5s"
+    version = "2"
     memory = "32 MiB"
     body_limit = 1000000
     report_header = true
@@ -149,10 +150,10 @@ fn every_mistake_is_refused_with_its_place_and_mend() {
         (replace("agent = \"standard\"", "agent = \"standard\"\nagent = \"short\""), "agent", "duplicate"),
         (replace("tier = \"off\"", "tier = \"of\""), "agents_list", "off"),
         (replace("fence = \"5s\"", "fence = \"0s\""), "fence", "zero"),
-        (replace("memory = \"32 MiB\"", "memory = \"32 MoB\""), "line 4", "64 MiB"),
-        (replace("body_limit = 1000000", "body_limit = -1"), "line 5", "number of bytes"),
-        (replace("\"reject\"", "\"refuse\""), "line 7", "reject"),
-        (replace("conversation = \"permanent\"", "conversation = \"for ever\""), "line 14", "for ever"),
+        (replace("memory = \"32 MiB\"", "memory = \"32 MoB\""), "line 5", "64 MiB"),
+        (replace("body_limit = 1000000", "body_limit = -1"), "line 6", "number of bytes"),
+        (replace("\"reject\"", "\"refuse\""), "line 8", "reject"),
+        (replace("conversation = \"permanent\"", "conversation = \"for ever\""), "line 15", "for ever"),
         (replace("fenced = \"10s\"\n", ""), "agent", "fenced"),
         (replace("tenant_header = \"x-tenant-id\"", "tenant_header = \"x tenant\""), "x tenant", "header"),
         (replace("tenant_header = \"x-tenant-id\"", ""), "tenant", "tenant_header"),
@@ -200,7 +201,8 @@ fn the_name_of_a_service_is_part_of_its_keys_and_cannot_forge_anothers() {
         let error = Cache::builder(name).build().unwrap_err().to_string();
         assert!(error.contains(name) && error.contains("letters"), "{error}");
     }
-    Cache::builder("agents-v1.eu_2").build().unwrap();
+    Cache::builder("agents-v1.eu_2").version("2").build().unwrap();
+    assert!(Cache::builder("agents").version("2:x").build().unwrap_err().to_string().contains("2:x"));
 }
 
 /// Neither in what is shown, nor in what is refused.

@@ -260,3 +260,25 @@ async fn a_single_address_of_a_cluster_is_said_to_be_one() {
     assert!(!web.get("/docs/1").await.is_hit());
     until_health(&cache, "redis+cluster://").await;
 }
+
+/// Old and new code side by side: neither reads what the other stored, and a write through either drops both.
+#[tokio::test(flavor = "multi_thread")]
+async fn versions_share_invalidations_and_no_entries() {
+    for tier in [Tier::Off, Tier::Validated, Tier::On] {
+        let (redis, db) = (Redis::start(&[]), Db::default());
+        let version = |v: &str| process(&builder(&redis.url(), tier).version(v).build().unwrap(), &db);
+        let (old, new, same) = (version("1"), version("2"), version("2"));
+        until_hit(&old, "0").await;
+        assert!(!new.get("/docs/1").await.is_hit(), "{tier:?}");
+        until_hit(&new, "0").await;
+        assert!(same.get("/docs/1").await.is_hit(), "{tier:?}");
+        for (writer, text) in [(&old, "1"), (&new, "2")] {
+            assert_eq!(writer.put("/docs/1").await.text(), text);
+            // Where it is answered without asking, a push may take a moment.
+            until("the new row", async || old.get("/docs/1").await.text() == text).await;
+            until("the new row", async || new.get("/docs/1").await.text() == text).await;
+            until_hit(&old, text).await;
+            until_hit(&new, text).await;
+        }
+    }
+}

@@ -91,6 +91,14 @@ impl CacheBuilder {
         self
     }
 
+    /// The version of what entries hold, for a fleet whose old and new processes share a store: each reads only entries of
+    /// its own, while a write through either drops both. Change it with the shape of a response or a value, and once a
+    /// changed cascade is deployed everywhere; by default there is none.
+    pub fn version(mut self, version: impl Into<String>) -> Self {
+        self.config.version = Some(version.into());
+        self
+    }
+
     /// Declares a data type.
     pub fn data_type(mut self, data_type: DataType) -> Self {
         self.config.types.push(data_type);
@@ -225,7 +233,7 @@ impl CacheBuilder {
     /// The first mistake found, with the route or data type it is about and the mend.
     pub fn build(self) -> Result<Cache, ConfigError> {
         let Config { types, tier, routes, mutations, cascades, .. } = &self.config;
-        let space = Space::new(&self.service)?;
+        let space = Space::new(&self.service, self.config.version.as_deref().unwrap_or_default())?;
         let options = self.options()?;
         let catalogue = Catalogue::new(types, tier.unwrap_or_default())?;
         let cascades = Cascades::new(&catalogue, cascades, &self.resolvers, entities(routes))?;

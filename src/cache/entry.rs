@@ -109,7 +109,8 @@ impl<T> EntryBuilder<T> {
         scope.dedup();
         let (tenant, resource) = (self.core.space.tenant(self.tenant.as_str()), self.resource.as_bytes());
         let head = tenant.head();
-        let mut key = KeyBuf::from(head);
+        let mut key = KeyBuf::new();
+        self.core.space.push_entry(&mut key, &tenant.name);
         push_type(&mut key, &self.data_type);
         push_ids(&mut key, Some(resource), scope.iter().copied());
         key.push(b'v');

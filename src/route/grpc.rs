@@ -13,7 +13,7 @@ use super::tenant::header_values;
 use crate::{
     catalog::{Cascades, Catalogue, Policy},
     error::ConfigError,
-    key::{KeyBuf, Tag, Tenant, push_escaped, push_ids, push_type},
+    key::{KeyBuf, Space, Tag, Tenant, push_escaped, push_ids, push_type},
 };
 
 /// What a message is about.
@@ -179,6 +179,7 @@ impl GrpcRoute {
     /// same without its frame, unless it is compressed.
     pub(crate) fn wanted(
         &self,
+        space: &Space,
         tenant: &Tenant,
         headers: &HeaderMap,
         framed: &[u8],
@@ -186,7 +187,8 @@ impl GrpcRoute {
         entity: &str,
     ) -> Option<GrpcWanted> {
         let head = tenant.head();
-        let mut key = KeyBuf::from(head);
+        let mut key = KeyBuf::new();
+        space.push_entry(&mut key, &tenant.name);
         push_type(&mut key, &self.data_type);
         let mut tags = vec![];
         let target = match &self.describe {

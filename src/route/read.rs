@@ -294,7 +294,7 @@ impl ReadRoute {
         let names = self.pattern.params();
         let values: SmallVec<[_; 4]> = names.iter().map(|(param, _)| value(params, param)).collect();
         let scope = self.scope.iter().map(|&i| (&*names[i].1, &*values[i]));
-        space.push_tenant(&mut key, &tenant);
+        space.push_entry(&mut key, &tenant);
         key.extend_from_slice(&self.type_part);
         push_ids(&mut key, self.resource.map(|i| &*values[i]), scope);
         key.push(b'h');

@@ -121,7 +121,7 @@ impl Read {
         let framed = body?;
         let message = message(framed)?;
         let entity = self.core.cascades.entity_of(&self.route.data_type);
-        self.route.wanted(&self.tenant, headers, framed, message.as_deref(), entity)
+        self.route.wanted(&self.core.space, &self.tenant, headers, framed, message.as_deref(), entity)
     }
 
     async fn load<S, B, R>(
