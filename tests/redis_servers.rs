@@ -10,15 +10,20 @@ mod web;
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
 
 use http::{Method, StatusCode};
 use redis::Redis;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
 use tower_cache_aside::{
-    Cache, CacheBuilder, DataType, Mutation, OnUnreachable, Route, Tier,
+    Cache, CacheBuilder, Cascade, DataType, Mutation, OnUnreachable, Route, Tier,
     store::{Health, RedisStore},
 };
 use web::{Web, ok};
@@ -281,4 +286,121 @@ async fn versions_share_invalidations_and_no_entries() {
             until_hit(&new, text).await;
         }
     }
+}
+
+/// A list that declares what is on it, and a write that drops the lists of what it changes.
+fn lists(url: &str, lease: Duration) -> Cache {
+    let store = RedisStore::builder([url]).settle(Duration::ZERO).budget(Duration::from_secs(5)).build().unwrap();
+    let types = ["doc", "list"].map(|name| DataType::new(name, TTL).tier(Tier::Off));
+    let builder = types.into_iter().fold(Cache::builder("test").single_tenant("t"), CacheBuilder::data_type);
+    let lists = Route::new("/lists/{list_id}", "list").declares_tags();
+    let builder = builder.route(Route::new("/docs/{doc_id}", "doc")).route(lists).fenced(lease);
+    let cascade = Cascade::new("doc").drops(["list"]);
+    builder.mutation(Mutation::put("/docs/{doc_id}", "doc")).cascade(cascade).store(store).build().unwrap()
+}
+
+/// Reads the row, and answers when it may.
+fn slow_lists(cache: &Cache, db: &Db, entered: &Arc<Semaphore>, gate: &Arc<Semaphore>) -> Web {
+    let (db, entered, gate) = (db.clone(), entered.clone(), gate.clone());
+    Web::new(cache, move |_| {
+        let (db, entered, gate) = (db.clone(), entered.clone(), gate.clone());
+        async move {
+            let row = db.load(Ordering::SeqCst).to_string();
+            entered.add_permits(1);
+            gate.acquire().await.unwrap().forget();
+            let mut response = ok(row);
+            response.headers_mut().insert("cache-tag", "doc=1".parse().unwrap());
+            Ok(response)
+        }
+    })
+}
+
+/// A read that began before a write which died behind its fence stores its old row nowhere, though only its response says
+/// what it belongs to, and the lease is over when it does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fence_outlives_reads_from_before_it() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let (entered, gate) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+    let cache = lists(&redis.url(), Duration::from_millis(300));
+    let reader = slow_lists(&cache, &db, &entered, &gate);
+    until("ok", async || cache.health() == Health::Ok).await;
+    let (slow, written) = (reader.clone(), db.clone());
+    let read = tokio::spawn(async move { slow.get("/lists/1").await });
+    entered.acquire().await.unwrap().forget();
+    let writer = Web::new(&lists(&redis.url(), Duration::from_millis(300)), move |_| {
+        written.store(1, Ordering::SeqCst);
+        std::future::pending()
+    });
+    let dying = tokio::spawn(async move { writer.put("/docs/1").await });
+    until("the commit", async || db.load(Ordering::SeqCst) == 1).await;
+    until("the end of the lease", async || redis.keys("cas:f:test*").is_empty()).await;
+    gate.add_permits(1000);
+    assert_eq!(read.await.unwrap().text(), "0", "it began before");
+    for _ in 0..3 {
+        assert_eq!(reader.get("/lists/1").await.text(), "1");
+    }
+    dying.abort();
+}
+
+/// The drop of generations and of the mark is one step: a connection that breaks after the script has left none half done.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fenced_invalidation_is_one_step() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("redis://{}", listener.local_addr().unwrap());
+    let (port, armed) = (redis.port, Arc::new(AtomicBool::new(false)));
+    let cuts = armed.clone();
+    tokio::spawn(async move {
+        while let Ok((near, _)) = listener.accept().await {
+            let armed = cuts.clone();
+            tokio::spawn(async move {
+                let far = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                let ((mut near_in, mut near_out), (mut far_in, mut far_out)) = (near.into_split(), far.into_split());
+                let back = async { drop(tokio::io::copy(&mut far_in, &mut near_out).await) };
+                let forth = async {
+                    let mut buffer = vec![0; 1 << 16];
+                    while let Ok(size @ 1..) = near_in.read(&mut buffer).await {
+                        let bytes = &buffer[..size];
+                        let find = |from: usize, what: &[u8]| {
+                            bytes[from..].windows(what.len()).position(|w| w == what).map(|at| from + at)
+                        };
+                        // Up to the command that follows the script, and nothing more, ever.
+                        let after = find(0, b"EVAL")
+                            .and_then(|at| find(at, b"$6\r\nUNLINK"))
+                            .filter(|_| armed.load(Ordering::SeqCst));
+                        let end = after.and_then(|at| bytes[..at].iter().rposition(|b| *b == b'*')).unwrap_or(size);
+                        if far_out.write_all(&bytes[..end]).await.is_err() || end < size {
+                            break;
+                        }
+                    }
+                };
+                tokio::select! { () = back => {}, () = forth => {} }
+            });
+        }
+    });
+    let (entered, gate) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(1000)));
+    let direct = lists(&redis.url(), PATIENCE);
+    until("ok", async || direct.health() == Health::Ok).await;
+    let reader = slow_lists(&direct, &db, &entered, &gate);
+    let cut = lists(&url, PATIENCE);
+    until("ok", async || cut.health() == Health::Ok).await;
+    let mark = "cas:m:test{t}";
+    let armed_in = armed.clone();
+    let (redis, probe) = (Arc::new(redis), reader.clone());
+    let seen = redis.clone();
+    let writer = Web::new(&cut, move |_| {
+        let (armed, probe, redis) = (armed_in.clone(), probe.clone(), seen.clone());
+        async move {
+            // While the write is under way a read takes the mark; the fence is up, and what follows is cut.
+            probe.get("/lists/1").await;
+            assert!(redis.command(&["EXISTS", mark]).starts_with(":1"));
+            armed.store(true, Ordering::SeqCst);
+            Ok(ok("written"))
+        }
+    });
+    let write = tokio::spawn(async move { writer.put("/docs/1").await });
+    until("the script", async || armed.load(Ordering::SeqCst) && redis.keys("cas:f:test*").is_empty()).await;
+    assert!(redis.command(&["EXISTS", mark]).starts_with(":0"), "the mark fell with the generations");
+    armed.store(false, Ordering::SeqCst);
+    assert_eq!(write.await.unwrap().status, StatusCode::OK);
 }
