@@ -322,7 +322,7 @@ async fn a_service_that_is_told_to_stop_delivers_what_it_has() {
     redis.signal("-STOP");
     let written = clients[0].put("/agents/agent-1", json!({"name": "during the outage"})).await;
     assert!(written.header("cache-invalidated").contains("undelivered="), "{written:?}");
-    fleet.terminate(0);
+    fleet.signal(0, "-TERM");
     redis.signal("-CONT");
     fleet.wait(0);
     let start = Instant::now();
@@ -337,4 +337,50 @@ async fn a_service_that_is_told_to_stop_delivers_what_it_has() {
         seconds(0.05).await;
     }
     redis.kill();
+}
+
+/// What a process learned before it was frozen is not believed when it goes on, in any tier.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_was_frozen_serves_nothing_from_before() {
+    let redis = Redis::start(&[]);
+    for l1 in ["validated", "on", "off"] {
+        let fleet = Fleet::start(2, &redis.url(), &["--l1", l1, "--prefix", l1]);
+        let clients = fleet.clients();
+        for version in 2..5 {
+            until_hit(&clients[0], "/agents/agent-1").await;
+            fleet.signal(0, "-STOP");
+            clients[1].put("/agents/agent-1", json!({"name": "new"})).await;
+            seconds(BOUND.as_secs_f64()).await;
+            fleet.signal(0, "-CONT");
+            assert_eq!(clients[0].get("/agents/agent-1").await.json()["version"], version, "{l1}");
+        }
+    }
+}
+
+/// One line when it begins and one when it is over, whatever goes on meanwhile; and none with the password.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_outage_is_logged_when_it_begins_and_when_it_is_over() {
+    let mut redis = Redis::start(&["--requirepass", "hunter2"]);
+    let (dir, url) = (tempfile::tempdir().unwrap(), format!("redis://:hunter2@127.0.0.1:{}", redis.port));
+    let path = dir.path().join("log");
+    let service = support::Service::start_logging(&["--redis", &url], &path);
+    let client = support::Http::new(&service.url, "demo");
+    let log = || std::fs::read_to_string(&path).unwrap();
+    let lines = |what: &str| log().lines().filter(|line| line.contains(what)).count();
+    until_hit(&client, "/agents/agent-1").await;
+    redis.kill();
+    for i in 0..200 {
+        let reply = client.put("/agents/agent-1", json!({"name": i.to_string()})).await;
+        assert_eq!(reply.status, 200);
+        client.get("/agents/agent-1").await;
+    }
+    seconds(1.0).await;
+    assert_eq!(lines("ERROR"), 1, "{}", log());
+    assert_eq!(lines("Redis cannot be used"), 1, "{}", log());
+    redis.restart();
+    until_hit(&client, "/agents/agent-1").await;
+    assert_eq!((lines("ERROR"), lines("has been told of all")), (1, 1), "{}", log());
+    assert!(log().contains("writes=200"), "{}", log());
+    assert_eq!(lines("connected to Redis"), 2, "{}", log());
+    assert_eq!(lines("hunter2"), 0);
 }

@@ -404,3 +404,25 @@ async fn a_fenced_invalidation_is_one_step() {
     armed.store(false, Ordering::SeqCst);
     assert_eq!(write.await.unwrap().status, StatusCode::OK);
 }
+
+/// An invalidation that too few replicas have is not acknowledged yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_invalidation_may_wait_for_replicas() {
+    let (master, db) = (Redis::start(&[]), Db::default());
+    let store = RedisStore::builder([master.url()]).replicas(1).settle(Duration::ZERO).budget(Duration::from_secs(5));
+    let builder = Cache::builder("test").single_tenant("t").data_type(DataType::new("doc", TTL));
+    let builder = builder.route(Route::new("/docs/{doc_id}", "doc")).mutation(Mutation::put("/docs/{doc_id}", "doc"));
+    let cache = builder.store(store.build().unwrap()).build().unwrap();
+    let web = process(&cache, &db);
+    until_hit(&web, "0").await;
+    let written = web.put("/docs/1").await;
+    assert_eq!((written.text(), written.report.as_ref().unwrap().undelivered()), ("1", 1));
+    assert!(cache.health().to_string().contains("0 of 1 replicas"), "{}", cache.health());
+    let replica = Redis::start(&[]);
+    follow(&replica, &master);
+    until_synced(&replica).await;
+    until("ok", async || cache.health() == Health::Ok).await;
+    until_hit(&web, "1").await;
+    assert_eq!(web.put("/docs/1").await.report.unwrap().undelivered(), 0);
+    assert!(replica.keys("cas:g:test{t}:doc:doc=1").is_empty(), "it has the drop as well");
+}

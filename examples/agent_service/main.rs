@@ -30,7 +30,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run() -> Result<(), String> {
-    // Quiet unless asked: RUST_LOG=tower_cache_aside=info shows every invalidation with its report.
+    // Quiet unless asked: RUST_LOG=tower_cache_aside=debug shows every invalidation with its report.
     let warn = tracing_subscriber::filter::LevelFilter::WARN.into();
     let filter = tracing_subscriber::EnvFilter::builder().with_default_directive(warn).from_env_lossy();
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();

@@ -59,7 +59,7 @@ impl Writing {
     /// Drops everything, and lifts the fence.
     pub(super) async fn end(self) -> Invalidated {
         let report = self.core.drop_all(self.drops, self.fence.as_ref()).await;
-        tracing::info!(%report, "invalidated");
+        tracing::debug!(%report, "invalidated");
         report
     }
 

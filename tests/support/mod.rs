@@ -2,8 +2,9 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
+    fs::File,
     io::{BufRead, BufReader},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::Once,
     time::{Duration, Instant},
@@ -43,13 +44,20 @@ impl Service {
     }
 
     pub fn start_with(args: &[&str], environment: &[(&str, &str)]) -> Self {
-        let mut child = Command::new(example("agent_service"))
-            .args(["--listen", "127.0.0.1:0"])
-            .args(args)
-            .envs(environment.iter().copied())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = Command::new(example("agent_service"));
+        command.args(args).envs(environment.iter().copied());
+        Self::run(command)
+    }
+
+    /// What it logs goes into this file.
+    pub fn start_logging(args: &[&str], log: &Path) -> Self {
+        let mut command = Command::new(example("agent_service"));
+        command.args(args).env("RUST_LOG", "info").env("NO_COLOR", "1").stderr(File::create(log).unwrap());
+        Self::run(command)
+    }
+
+    fn run(mut command: Command) -> Self {
+        let mut child = command.args(["--listen", "127.0.0.1:0"]).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let url = line.trim().strip_prefix("listening on ").expect("the first line names the address").to_owned();
@@ -180,9 +188,8 @@ impl Fleet {
         self.services.iter().map(|s| s.url.clone()).collect()
     }
 
-    /// As whoever deploys does.
-    pub fn terminate(&self, at: usize) {
-        assert!(Command::new("kill").args(["-TERM", &self.services[at].pid().to_string()]).status().unwrap().success());
+    pub fn signal(&self, at: usize, signal: &str) {
+        assert!(Command::new("kill").args([signal, &self.services[at].pid().to_string()]).status().unwrap().success());
     }
 
     /// Until it has ended, in good order.

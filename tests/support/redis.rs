@@ -45,7 +45,8 @@ impl Redis {
     fn answers(&mut self) -> bool {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(10) {
-            if self.try_command(&["PING"]).is_some_and(|pong| pong.starts_with("+PONG")) {
+            if self.try_command(&["PING"]).is_some_and(|pong| pong.starts_with("+PONG") || pong.starts_with("-NOAUTH"))
+            {
                 return true;
             }
             if self.child.try_wait().unwrap().is_some() {
