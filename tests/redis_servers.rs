@@ -8,6 +8,7 @@ mod redis;
 mod web;
 
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -15,15 +16,19 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use bytes::Bytes;
 use http::{Method, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody};
 use redis::Redis;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
 };
+use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, DataType, Mutation, OnUnreachable, Route, Tier,
+    Cache, CacheBuilder, Cascade, DataType, GrpcMethod, GrpcTarget, Mutation, OnUnreachable, Route, Tier,
     store::{Health, RedisStore},
 };
 use web::{Web, ok};
@@ -425,4 +430,62 @@ async fn an_invalidation_may_wait_for_replicas() {
     until_hit(&web, "1").await;
     assert_eq!(web.put("/docs/1").await.report.unwrap().undelivered(), 0);
     assert!(replica.keys("cas:g:test{t}:doc:doc=1").is_empty(), "it has the drop as well");
+}
+
+/// A process of the code that knows which team a document belongs to, or of the one before it.
+async fn ask(cache: &Cache, db: &Db) -> (String, bool) {
+    let row = db.load(Ordering::SeqCst).to_string();
+    let inner = service_fn(move |_: http::Request<_>| {
+        let mut trailers = http::HeaderMap::new();
+        trailers.insert("grpc-status", "0".parse().unwrap());
+        let message = [&[0, 0, 0, 0, row.len() as u8], row.as_bytes()].concat();
+        let frames = [Frame::data(Bytes::from(message)), Frame::trailers(trailers)].map(Ok::<_, Infallible>);
+        std::future::ready(Ok::<_, Infallible>(http::Response::new(StreamBody::new(futures_util::stream::iter(
+            frames,
+        )))))
+    });
+    let request = http::Request::post("/docs.v1.Docs/Get").header("content-type", "application/grpc");
+    let request = request.body(Full::new(Bytes::from_static(&[0, 0, 0, 0, 1, b'1']))).unwrap();
+    let response = cache.grpc_layer().layer(inner).oneshot(request).await.unwrap();
+    let is_hit = response.headers()["cache-status"].to_str().unwrap().contains("; hit");
+    let body = response.into_body().collect().await.unwrap().to_bytes();
+    (String::from_utf8(body[5..].to_vec()).unwrap(), is_hit)
+}
+
+/// An entry that lacks a tag which the new code counts on is a miss for it, in every tier: else a write of that code would
+/// not find it.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_entry_of_the_old_code_lacks_no_tag_of_the_new() {
+    let process = |url: &str, tier, knows_teams: bool| {
+        let store = RedisStore::builder([url]).settle(Duration::ZERO).budget(Duration::from_secs(5)).build().unwrap();
+        let get = GrpcMethod::read("/docs.v1.Docs/Get", "doc").message(move |bytes| {
+            let target = GrpcTarget::new(String::from_utf8_lossy(bytes));
+            Some(if knows_teams { target.tag("team", "7") } else { target })
+        });
+        let types = ["doc", "team"].map(|name| DataType::new(name, TTL).tier(tier));
+        let builder = types.into_iter().fold(Cache::builder("test").single_tenant("t"), CacheBuilder::data_type);
+        let cascade = if knows_teams { Cascade::new("team").drops(["doc"]) } else { Cascade::new("team") };
+        builder.grpc(get).cascade(cascade).store(store).build().unwrap()
+    };
+    for tier in [Tier::Off, Tier::Validated, Tier::On] {
+        let (redis, db) = (Redis::start(&[]), Db::default());
+        let (old, new) = (process(&redis.url(), tier, false), process(&redis.url(), tier, true));
+        until("ok", async || old.health() == Health::Ok && new.health() == Health::Ok).await;
+        for round in 0..20u64 {
+            until("a hit of the old", async || ask(&old, &db).await.1).await;
+            // Where it was stored by the new code it is good for both.
+            let expected = db.load(Ordering::SeqCst).to_string();
+            for _ in 0..3 {
+                assert_eq!(ask(&new, &db).await.0, expected, "{tier:?} {round}");
+            }
+            db.fetch_add(1, Ordering::SeqCst);
+            new.invalidate("t").mutated("team", "7").run().await;
+            for _ in 0..3 {
+                assert_eq!(ask(&new, &db).await.0, (round + 1).to_string(), "{tier:?} {round}");
+            }
+            // What the old code has stored, it drops as well, by the tag it has.
+            new.invalidate("t").mutated("doc", "1").run().await;
+            until("the drop", async || ask(&old, &db).await.0 == (round + 1).to_string()).await;
+        }
+    }
 }
