@@ -492,3 +492,35 @@ async fn an_entry_of_the_old_code_lacks_no_tag_of_the_new() {
         }
     }
 }
+
+/// The page says which rights are needed: with these alone, and nothing more, everything works.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_rights_that_are_documented_are_enough() {
+    let page = include_str!("../docs/redis.md");
+    let rights = page.split_once("**The rights that are needed**").unwrap().1.split("\n\n").next().unwrap();
+    let rights: Vec<_> = rights.split('`').skip(1).step_by(2).flat_map(str::split_whitespace).collect();
+    let needed = |fenced: bool| {
+        let of_fences = ["+eval", "+del", "+type", "+zadd", "+zrem", "+zremrangebyscore", "+zrevrange", "+pexpire"];
+        let all = rights.iter().filter(move |right| right.starts_with('~') || fenced || !of_fences.contains(right));
+        all.filter(|right| right.starts_with(['~', '+'])).copied().collect::<Vec<_>>()
+    };
+    for fenced in [false, true] {
+        let (redis, db) = (Redis::start(&[]), Db::default());
+        let user = [&["ACL", "SETUSER", "agents", "on", ">secret", "resetkeys", "-@all"][..], &needed(fenced)].concat();
+        assert!(redis.command(&user).starts_with("+OK"), "{user:?}");
+        let url = redis.url().replace("://", "://agents:secret@");
+        let mut builder = builder(&url, Tier::On);
+        if fenced {
+            builder = builder.fenced(PATIENCE);
+        }
+        let cache = builder.build().unwrap();
+        let web = process(&cache, &db);
+        until_hit(&web, "0").await;
+        let written = web.put("/docs/1").await;
+        assert_eq!((written.text(), written.report.as_ref().unwrap().total()), ("1", 1));
+        until_hit(&web, "1").await;
+        until("ok", async || cache.health() == Health::Ok).await;
+        let log = redis.command(&["ACL", "LOG"]);
+        assert!(log.starts_with("*0"), "{log}");
+    }
+}
