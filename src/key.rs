@@ -83,6 +83,10 @@ impl Space {
     fn push_tenant(&self, buf: &mut KeyBuf, name: &[u8]) {
         buf.extend_from_slice(self.service.as_bytes());
         buf.push(b'{');
+        if name.is_empty() {
+            // With nothing in braces a cluster would look at the whole key. No name is spelled like this.
+            buf.push(b'~');
+        }
         push_escaped(buf, name);
         buf.push(b'}');
     }
@@ -281,6 +285,13 @@ mod tests {
             prop_assert!(key.len() < 3_000);
             prop_assert_eq!(key.iter().filter(|&&c| c == b'{' || c == b'}').count(), 2);
         }
+    }
+
+    /// On a cluster nothing in braces would mean the whole key, and each key another slot.
+    #[test]
+    fn there_is_something_in_braces_even_without_a_name() {
+        assert_eq!(space().tenant("").head(), b"s{~}");
+        assert_ne!(space().tenant("~").head(), b"s{~}");
     }
 
     #[test]

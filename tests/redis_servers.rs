@@ -524,3 +524,52 @@ async fn the_rights_that_are_documented_are_enough() {
         assert!(log.starts_with("*0"), "{log}");
     }
 }
+
+/// What has expired, or is not wanted, is replaced in every tier, and what replaces it is hit.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_replaced_is_hit_again() {
+    for tier in [Tier::Off, Tier::Validated, Tier::On] {
+        let (redis, db) = (Redis::start(&[]), Db::default());
+        let ttl = Duration::from_millis(1_500);
+        let cache = lasting(&redis.url(), tier, ttl).request_directives(true).build().unwrap();
+        let web = process(&cache, &db);
+        for row in 0..3u64 {
+            db.store(row, Ordering::SeqCst);
+            until("the new row", async || web.get("/docs/1").await.text() == row.to_string()).await;
+            until_hit(&web, &row.to_string()).await;
+            for _ in 0..5 {
+                assert!(web.get("/docs/1").await.is_hit(), "{tier:?} {row}");
+            }
+        }
+        db.store(7, Ordering::SeqCst);
+        let reload = web::with(Method::GET, "/docs/1", &[("cache-control", "no-cache")]);
+        assert_eq!(web.send(reload).await.text(), "7");
+        until("the reloaded row", async || web.get("/docs/1").await.text() == "7").await;
+        until_hit(&web, "7").await;
+    }
+}
+
+/// The connection that waits for replicas is made anew when it is lost, though the other one is well.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_connection_for_invalidations_is_replaced() {
+    let (master, db) = (Redis::start(&[]), Db::default());
+    let replica = Redis::start(&[]);
+    follow(&replica, &master);
+    until_synced(&replica).await;
+    let store = RedisStore::builder([master.url()]).replicas(1).settle(Duration::ZERO).budget(Duration::from_secs(5));
+    let builder = Cache::builder("test").single_tenant("t").data_type(DataType::new("doc", TTL));
+    let builder = builder.route(Route::new("/docs/{doc_id}", "doc")).mutation(Mutation::put("/docs/{doc_id}", "doc"));
+    let cache = builder.store(store.build().unwrap()).build().unwrap();
+    let web = process(&cache, &db);
+    until_hit(&web, "0").await;
+    web.put("/docs/1").await;
+    let clients = master.command(&["CLIENT", "LIST"]);
+    let waits = clients.lines().find(|line| line.contains("cmd=wait")).unwrap();
+    let id = waits.split(' ').find_map(|field| field.strip_prefix("id=")).unwrap();
+    assert!(master.command(&["CLIENT", "KILL", "ID", id]).starts_with(":1"));
+    for row in 2..5 {
+        assert_eq!(web.put("/docs/1").await.text(), row.to_string());
+        until_hit(&web, &row.to_string()).await;
+    }
+    assert_eq!(cache.health(), Health::Ok);
+}

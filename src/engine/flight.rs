@@ -54,6 +54,11 @@ impl Flight {
         self.tags.iter().zip(&self.generations).map(|(tag, g)| Stamp { tag: tag.clone(), generation: *g })
     }
 
+    /// Whether a write of any of its tags is under way.
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.generations.iter().any(|generation| generation.is_fenced())
+    }
+
     /// Whether a request that has read the generations of `own` may share this flight.
     fn is_equal(&self, own: &Self) -> bool {
         self.tags == own.tags && self.generations == own.generations
@@ -114,7 +119,7 @@ impl Follower {
     }
 
     pub(super) fn is_fenced(&self) -> bool {
-        self.1.generations.iter().any(|generation| generation.is_fenced())
+        self.1.is_fenced()
     }
 
     pub(super) fn landed(&self) -> Option<Landed> {

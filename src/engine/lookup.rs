@@ -57,6 +57,8 @@ impl Engine {
         let flight = Arc::new(Flight::new(asked, opened.generations, began));
         let leader = self.leader(key, tags, policy, flight, opened.mark, stale);
         let unshared = memo.is_some_and(|m| m.unshared_until > self.now());
+        // Under a fence nobody can tell whether the write has been acknowledged since the other's call began.
+        let unshared = unshared || leader.flight.is_fenced();
         if unshared || attempt.alone || attempt.reload || attempt.failures >= MAX_ATTEMPTS {
             return Begin::Lead(leader);
         }

@@ -37,6 +37,9 @@ pub(crate) use stale::Stale;
 /// How long a key whose response could not be shared is loaded by each request on its own, without waiting.
 const UNSHARED_FOR: Duration = Duration::from_secs(10);
 
+/// Nobody waits longer for a drain.
+const MAX_DRAIN: Duration = Duration::from_secs(86_400);
+
 /// How many keys the engine remembers something about.
 const MEMOS: usize = 65_536;
 
@@ -102,6 +105,7 @@ impl Engine {
 
     /// Waits for what is under way, and delivers what the store has not been told; how many tags are left.
     pub(crate) async fn drain(&self, within: Duration) -> usize {
+        let within = within.min(MAX_DRAIN);
         let deadline = Instant::now() + within;
         self.tasks.close();
         let _ = timeout(within, self.tasks.wait()).await;

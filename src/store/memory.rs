@@ -246,6 +246,12 @@ impl MemoryStore {
         self.entries.get(&key.0).map(|resident| resident.entry.clone())
     }
 
+    /// Whatever is in place under this key is there no more.
+    #[cfg(feature = "redis")]
+    pub(super) fn forget(&self, key: &Key) {
+        self.entries.remove(&key.0);
+    }
+
     /// Drops a tag that nobody but this process' entries and captures know.
     #[cfg(feature = "redis")]
     pub(super) fn drop_local(&self, tag: &Tag) {

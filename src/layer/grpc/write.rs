@@ -65,11 +65,12 @@ impl Write {
         B: Body<Data = Bytes>,
         R: Body<Data = Bytes>,
     {
+        let (parts, body) = request.into_parts();
+        let body = GrpcBody::read(body, self.core.options.body_limit).await;
+        // When all of it is there: its client sets the pace.
         if let Err(refused) = Writing::check(&self.core) {
             return Ok(unavailable(refused));
         }
-        let (parts, body) = request.into_parts();
-        let body = GrpcBody::read(body, self.core.options.body_limit).await;
         let message = body.whole().and_then(|body| message(&body)).flatten();
         let id = self.route.resource(message.as_deref());
         let mut writing = match self.begin(id.as_deref()).await {

@@ -155,9 +155,10 @@ impl<S: Store> Shared<S> {
 
     /// Takes what was not delivered. It is said when that begins, and when it is over.
     fn postpone(&self, what: &What, why: &Arc<str>) {
+        let mut journal = self.journal();
         match what {
-            What::Groups(groups) => self.journal().add(groups),
-            What::Everything => self.journal().add_everything(),
+            What::Groups(groups) => journal.add(groups),
+            What::Everything => journal.add_everything(),
         }
         let mut outage = self.outage();
         if outage.is_none() {
@@ -174,15 +175,16 @@ impl<S: Store> Shared<S> {
 
     /// Strikes out what was delivered.
     fn strike(&self, batch: &Batch) {
-        let is_empty = {
+        let over = {
             let mut journal = self.journal();
             journal.delivered(batch);
-            journal.is_empty()
+            if !journal.is_empty() {
+                return;
+            }
+            // Before anything is added: what is, begins another.
+            self.outage().take()
         };
-        if !is_empty {
-            return;
-        }
-        if let Some(Outage { since, writes, .. }) = self.outage().take() {
+        if let Some(Outage { since, writes, .. }) = over {
             let after = since.elapsed();
             tracing::warn!(writes, ?after, "the store has been told of all invalidations that did not reach it");
         }
@@ -316,7 +318,9 @@ impl<S: Store> Store for Guard<S> {
                 }
             }
             let no_answer = || StoreError::unreachable(format!("not acknowledged within {budget:?}"));
-            Err(last.unwrap_or_else(no_answer))
+            let error = last.unwrap_or_else(no_answer);
+            pending.why = Some(error.to_string().into());
+            Err(error)
         })
     }
 

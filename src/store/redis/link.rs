@@ -118,8 +118,7 @@ impl Link {
             Ok(value) => Ok(value),
             Err(error) if error.is_timeout() => Err(StoreError::unreachable(error)),
             Err(error) if error.is_io_error() || error.is_unrecoverable_error() || error.is_connection_dropped() => {
-                server.doubt();
-                server.look_again();
+                server.lose();
                 Err(StoreError::unreachable(error))
             }
             Err(error) => {
@@ -224,7 +223,15 @@ impl Link {
     pub(super) fn masters(&self) -> std::collections::BTreeSet<String> {
         let known: std::collections::BTreeSet<_> =
             self.nodes().values().flat_map(|node| node.claim.masters.iter().cloned()).collect();
-        if known.is_empty() { self.discovered().iter().cloned().collect() } else { known }
+        if !known.is_empty() {
+            return known;
+        }
+        // Nobody is up: they may be where they were said to be, or where they were looked for first.
+        let mut wanted: std::collections::BTreeSet<_> = self.discovered().iter().cloned().collect();
+        if let Address::Cluster(seeds) = &self.address {
+            wanted.extend(seeds.iter().map(|seed| seed.addr().to_string()));
+        }
+        wanted
     }
 
     #[cfg(feature = "redis-cluster")]

@@ -222,9 +222,12 @@ impl RedisBuilder {
     pub fn build(self) -> Result<RedisStore, ConfigError> {
         let address = Address::parse(self.urls.iter().map(String::as_str))?;
         let prefix = self.prefix.unwrap_or_else(|| PREFIX.to_owned());
-        if prefix.is_empty() || prefix.contains(['{', '}']) || prefix.chars().any(char::is_whitespace) {
+        if prefix.is_empty()
+            || prefix.contains(['{', '}', '*', '?', '[', ']', '\\', '^'])
+            || prefix.chars().any(char::is_whitespace)
+        {
             return Err(ConfigError::new(format!(
-                "Redis prefix `{prefix}`: it is to be there, without braces and spaces; choose another, such as {PREFIX}"
+                "Redis prefix `{prefix}`: it is to be there, without braces, spaces and `*?[]^\\`; choose another, such as {PREFIX}"
             )));
         }
         let terms = Terms {
@@ -266,7 +269,8 @@ impl RedisStore {
     /// The entry may be held, but each hit asks whether it is current.
     async fn validated(&self, held: &Held, inquiry: Inquiry<'_>) -> Result<Lookup, StoreError> {
         let remote = &self.0.remote;
-        if let Some(entry) = held.memory.raw(inquiry.key) {
+        // What has expired is not asked about: the store may have another by now.
+        if let Some(entry) = held.memory.raw(inquiry.key).filter(|entry| entry.is_fresh(inquiry.now)) {
             let generations = remote.guarded(|remote| remote.generations(inquiry.tags)).await?;
             if is_current(&entry, &inquiry, &generations) {
                 return Ok(Lookup::new(Some(entry), generations));
@@ -315,6 +319,9 @@ impl Store for RedisStore {
         if held.want() {
             self.0.link.slots().servers().iter().for_each(|server| server.look_again());
         }
+        if !held.is_alive() {
+            return Box::pin(self.validated(held, inquiry));
+        }
         Box::pin(self.tracked(held, inquiry, cap))
     }
 
@@ -327,7 +334,14 @@ impl Store for RedisStore {
     }
 
     fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()> {
-        self.0.remote.fill(key, entry, tier, now)
+        Box::pin(async move {
+            self.0.remote.fill(key, entry, tier, now).await?;
+            // What is held is what was there before.
+            if let Some(held) = &self.0.held {
+                held.memory.forget(key);
+            }
+            Ok(())
+        })
     }
 
     fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>> {
@@ -376,6 +390,7 @@ impl Store for RedisStore {
     }
 
     fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {
+        self.start();
         self.0.remote.drain(within)
     }
 }

@@ -26,7 +26,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use redis::{Cmd, FromRedisValue, Pipeline, RedisWrite, ToRedisArgs, Value};
+use redis::{Cmd, FromRedisValue, Pipeline, RedisError, RedisWrite, ToRedisArgs, Value};
 
 use super::{link::Link, server::Server};
 use crate::{
@@ -267,7 +267,11 @@ impl Remote {
                 let patience = self.link.terms.heartbeat.as_millis() as u64;
                 pipeline.cmd("WAIT").arg(wanted).arg(patience);
                 let mut connection = drops.clone();
-                self.link.call(server, pipeline.query_async(&mut connection)).await?
+                let answered = pipeline.query_async(&mut connection).await;
+                if answered.as_ref().is_err_and(RedisError::is_timeout) {
+                    server.lose();
+                }
+                self.link.call(server, std::future::ready(answered)).await?
             }
         };
         for reply in replies.iter().skip(may_fail) {
@@ -341,13 +345,7 @@ impl Remote {
                 scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(SCANNED);
                 let (next, names): (u64, Vec<Vec<u8>>) = self.command(server, &scan).await?;
                 if !names.is_empty() {
-                    // One by one: they may be in different slots.
-                    let mut pipeline = redis::pipe();
-                    pipeline.ignore_errors();
-                    for name in names {
-                        pipeline.cmd("UNLINK").arg(name);
-                    }
-                    self.acknowledged(server, pipeline, 0).await?;
+                    self.clear_names(server, &names).await?;
                 }
                 cursor = next;
                 if cursor == 0 {
@@ -356,6 +354,31 @@ impl Remote {
             }
         }
         Ok(())
+    }
+
+    /// One by one: they may be in different slots. Those that are fenced stay so: their writers have not come back.
+    async fn clear_names(&self, server: &Server, names: &[Vec<u8>]) -> Result<(), StoreError> {
+        let mut read = redis::pipe();
+        read.ignore_errors();
+        for name in names {
+            read.cmd("GET").arg(name);
+        }
+        let values = self.pipeline(server, &read).await?;
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        let prefix = self.link.terms.prefix.len() + 2;
+        for (name, value) in names.iter().zip(&values) {
+            match parse_generation(value, 0).filter(|generation| generation.is_fenced()) {
+                Some(_) => {
+                    let tag = Tag(Bytes::copy_from_slice(name.get(prefix..).unwrap_or_default()));
+                    self.push_fence(&mut pipeline, tag.tenant(), std::iter::once(&tag), 0, Duration::ZERO);
+                }
+                None => {
+                    pipeline.cmd("UNLINK").arg(name);
+                }
+            }
+        }
+        self.acknowledged(server, pipeline, 0).await.map(drop)
     }
 
     fn remember(&self, encoded: &Encoded) {

@@ -34,6 +34,9 @@ use crate::{
 /// How long the entry lives that a heartbeat writes.
 const PROBE: Duration = Duration::from_secs(60);
 
+/// Less than an invalidation is waited for.
+const DROPPED: Duration = Duration::from_millis(900);
+
 /// In how many slots a heartbeat tries to write, one after the other, while slots move.
 const PROBES: usize = 64;
 
@@ -59,6 +62,10 @@ pub(super) struct Server {
     tracks: AtomicBool,
     /// Somebody has found it wrong.
     wrong: Notify,
+    /// One of its connections is gone: both are made anew.
+    lost: AtomicBool,
+    /// Where it is, for the nodes of a cluster that do not say it of themselves.
+    host: String,
     is_cluster: bool,
 }
 
@@ -121,6 +128,10 @@ impl Server {
         is_cluster: bool,
         held: Option<&Arc<Held>>,
     ) -> Result<(Self, Claim), Trouble> {
+        let host = match info.addr() {
+            redis::ConnectionAddr::Tcp(host, _) | redis::ConnectionAddr::TcpTls { host, .. } => host.clone(),
+            _ => String::new(),
+        };
         let client = Client::open(info)?;
         // Every call over it has a time budget already, and one timer is enough.
         let config = match held {
@@ -149,9 +160,13 @@ impl Server {
         }
         let drops = match terms.replicas {
             0 => None,
-            _ => Some(client.get_multiplexed_async_connection_with_config(&config).await?),
+            // Nothing is heard over it between two writes: what is not answered in time is gone.
+            _ => {
+                let config = config.set_response_timeout(Some((terms.heartbeat * 3).min(DROPPED)));
+                Some(client.get_multiplexed_async_connection_with_config(&config).await?)
+            }
         };
-        let claim = claim(replies.get(2), replies.get(3));
+        let claim = claim(replies.get(2), replies.get(3), &host);
         let this = Self {
             connection,
             drops,
@@ -163,6 +178,8 @@ impl Server {
             probe: Mutex::new(Probe { nth: 0, name: probe_in(&claim, 0) }),
             tracks: AtomicBool::new(false),
             wrong: Notify::new(),
+            lost: AtomicBool::new(false),
+            host,
             is_cluster,
         };
         Ok((this, claim))
@@ -199,6 +216,13 @@ impl Server {
         self.proven_until.store(0, Ordering::Release);
     }
 
+    /// One of its connections is gone.
+    pub(super) fn lose(&self) {
+        self.lost.store(true, Ordering::Release);
+        self.doubt();
+        self.look_again();
+    }
+
     pub(super) fn look_again(&self) {
         self.wrong.notify_one();
     }
@@ -220,6 +244,9 @@ impl Server {
 
     /// Asks everything that has to hold; good for two heartbeats.
     pub(super) async fn beat(&self, terms: &Terms) -> Result<Beat, Trouble> {
+        if self.lost.load(Ordering::Acquire) {
+            return Err(Trouble::silent("a connection was lost"));
+        }
         let sent = uptime();
         let mut connection = self.connection.clone();
         let ask = questions(terms, &self.probe().name, self.is_cluster);
@@ -250,7 +277,7 @@ impl Server {
             if let Some(refused) = at(6) {
                 return Err(refused);
             }
-            beat.claim = claim(replies.get(6), replies.get(7));
+            beat.claim = claim(replies.get(6), replies.get(7), &self.host);
             if (3..6).filter_map(|i| refusal(replies.get(i))).any(|trouble| moves(&trouble)) {
                 let mut probe = self.probe();
                 probe.nth = (probe.nth + 1) % PROBES;
@@ -347,15 +374,17 @@ fn time(reply: Option<&Value>) -> Option<i64> {
 }
 
 /// Reads `CLUSTER SLOTS`: [first, last, [host, port, id, …], replicas …] for each range; and `CLUSTER MYID`.
-fn claim(slots: Option<&Value>, own: Option<&Value>) -> Claim {
+fn claim(slots: Option<&Value>, own: Option<&Value>, asked: &str) -> Claim {
     let mut claim = Claim::default();
     let id = own.and_then(|id| String::from_redis_value_ref(id).ok()).unwrap_or_default();
     let Some(Value::Array(ranges)) = slots else { return claim };
     for range in ranges {
         let Value::Array(range) = range else { continue };
         let [Value::Int(first), Value::Int(last), Value::Array(master), ..] = &range[..] else { continue };
-        let [Value::BulkString(host), Value::Int(port), Value::BulkString(node), ..] = &master[..] else { continue };
-        let address = format!("{}:{port}", String::from_utf8_lossy(host));
+        let [host, Value::Int(port), Value::BulkString(node), ..] = &master[..] else { continue };
+        // A node that does not know its own name leaves it out: it is where it was asked.
+        let host = String::from_redis_value_ref(host).ok().filter(|host| !host.is_empty() && host != "?");
+        let address = format!("{}:{port}", host.as_deref().unwrap_or(asked));
         if !claim.masters.contains(&address) {
             claim.masters.push(address);
         }

@@ -72,15 +72,12 @@ pub(super) async fn watch(link: Weak<Link>) {
 /// A task for each master of a cluster, as the masters themselves say which there are.
 #[cfg(feature = "redis-cluster")]
 async fn cluster(link: Weak<Link>, seeds: Vec<ConnectionInfo>) {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeMap;
 
     let mut tasks: BTreeMap<String, tokio::task::AbortHandle> = BTreeMap::new();
     let mut all = tokio::task::JoinSet::new();
     while let Some(strong) = link.upgrade() {
-        let mut wanted = strong.masters();
-        if wanted.is_empty() {
-            wanted = seeds.iter().map(|seed| seed.addr().to_string()).collect::<BTreeSet<_>>();
-        }
+        let wanted = strong.masters();
         for address in &wanted {
             if !tasks.contains_key(address) {
                 let node = Whom::Node(address.clone(), Box::new(seeds[0].clone()));
