@@ -62,7 +62,7 @@ use miss::Miss;
 ///     Ok::<_, Box<dyn std::error::Error>>(status)
 /// };
 /// assert_eq!(ask(Method::GET).await?, "tower-cache-aside; fwd=uri-miss; stored; fwd-status=200");
-/// assert_eq!(ask(Method::GET).await?, "tower-cache-aside; hit; ttl=3599");
+/// assert!(ask(Method::GET).await?.starts_with("tower-cache-aside; hit; ttl="));
 /// ask(Method::PUT).await?;
 /// assert_eq!(ask(Method::GET).await?, "tower-cache-aside; fwd=uri-miss; stored; fwd-status=200");
 /// # Ok(()) }
