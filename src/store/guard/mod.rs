@@ -35,7 +35,7 @@ use breaker::Breaker;
 use journal::{Batch, Journal, What};
 
 /// Pauses between two attempts to deliver: at first, and at most.
-const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(250));
+const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(100));
 
 /// How long one delivery from the journal may take.
 const DELIVERY: Duration = Duration::from_secs(1);

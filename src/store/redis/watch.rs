@@ -22,8 +22,9 @@ use super::{
     trouble::Trouble,
 };
 
-/// Pauses between attempts to connect: at first, and at most.
-const RECONNECT: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+/// Pauses between attempts to connect: at first, and at most. Together with a retry of the journal they are well within the
+/// second in which others do not read yet what this process may still have to invalidate.
+const RECONNECT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(200));
 
 /// Between two looks at a server that was found wrong: it may be wrong for a while.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
