@@ -86,7 +86,7 @@ impl Redis {
         self.try_command(args).expect("redis answers")
     }
 
-    fn try_command(&self, args: &[&str]) -> Option<String> {
+    pub fn try_command(&self, args: &[&str]) -> Option<String> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
         let mut request = format!("*{}\r\n", args.len());
