@@ -105,7 +105,7 @@ fn hit(c: &mut Criterion) {
     let path = "/agents/4711";
     let bare = Bare::new();
     bare.fill(&get(path));
-    let cache = builder().build().unwrap();
+    let cache = builder().memory(512 << 20).build().unwrap();
     let mut service = cache.layer().layer(origin());
     runtime.block_on(async {
         for _ in 0..2 {
@@ -128,7 +128,7 @@ fn hit(c: &mut Criterion) {
 
 fn pass_through(c: &mut Criterion) {
     let mut group = c.benchmark_group("pass through");
-    let cache = builder().build().unwrap();
+    let cache = builder().memory(512 << 20).build().unwrap();
     let mut alone = origin();
     let mut layered = cache.layer().layer(origin());
     let mut both = cache.invalidate_layer().layer(cache.layer().layer(origin()));
@@ -164,7 +164,7 @@ fn one_thread() -> Runtime {
 
 fn miss(c: &mut Criterion) {
     let runtime = one_thread();
-    let cache = builder().build().unwrap();
+    let cache = builder().memory(512 << 20).build().unwrap();
     let (mut alone, mut layered) = (origin(), cache.layer().layer(origin()));
     let mut group = c.benchmark_group("miss");
     let mut n = 0u64;
@@ -214,7 +214,7 @@ fn invalidate(c: &mut Criterion) {
                 for _ in 0..rounds {
                     fill();
                     let start = Instant::now();
-                    let report = runtime.block_on(cache.invalidate("t").mutated("book", "1").run());
+                    let report = runtime.block_on(cache.invalidate("t").mutated("book", "1").run()).unwrap();
                     took += start.elapsed();
                     assert_eq!(report.total(), u64::from(entries));
                 }
@@ -242,7 +242,7 @@ fn stampede(c: &mut Criterion) {
                         Ok::<_, support::Never>(response())
                     }
                 });
-                let service = builder().build().unwrap().layer().layer(origin);
+                let service = builder().memory(512 << 20).build().unwrap().layer().layer(origin);
                 let start = Instant::now();
                 runtime.block_on(async {
                     let call = || tokio::spawn(service.clone().oneshot(get("/agents/1")));
@@ -263,7 +263,7 @@ fn stampede(c: &mut Criterion) {
 /// Two threads, 100,000 keys, a few of them hot.
 fn zipf(c: &mut Criterion) {
     let runtime = Runtime::new().unwrap();
-    let cache = builder().build().unwrap();
+    let cache = builder().memory(512 << 20).build().unwrap();
     let service = cache.layer().layer(origin());
     // The popularity of rank r is 1 / r: ranks drawn log-uniformly.
     let pick = |u: f64| (100_000f64.powf(u)) as u64;

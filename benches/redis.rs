@@ -310,7 +310,7 @@ fn l1(c: &mut Criterion) {
     let bench = Bench::start();
     let _entered = bench.runtime.enter();
     let memory = support::builder().store(MemoryStore::new(64 << 20)).build().unwrap();
-    let tracked = support::builder().store(bench.store()).build().unwrap();
+    let tracked = support::tiered(Tier::On).store(bench.store()).build().unwrap();
     let mut group = c.benchmark_group("redis/in process");
     for (round, (name, cache)) in
         (1..=3).flat_map(|round| [("memory alone", &memory), ("tracked", &tracked)].map(|it| (round, it)))
@@ -373,7 +373,7 @@ fn drop_pages(bench: &Bench, cache: &Cache, book: &str, pages: u64) -> (f64, Vec
     }
     bench.server.command(&["CONFIG", "RESETSTAT"]);
     let start = Instant::now();
-    let report = bench.runtime.block_on(cache.invalidate("t").mutated("book", book).run());
+    let report = bench.runtime.block_on(cache.invalidate("t").mutated("book", book).run()).unwrap();
     let took = start.elapsed();
     assert!(report.total().abs_diff(pages) * 20 <= pages, "{report}, not {pages}");
     let spent = ["unlink", "pfcount"].map(|command| {

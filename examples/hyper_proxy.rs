@@ -72,18 +72,19 @@ fn parse() -> Result<Option<Args>, String> {
     Ok(Some(Args { upstream, listen, uncached }))
 }
 
-/// One type of page, one tenant, and nothing fresh that does not say so.
+/// One tenant, pages and the one that has no name, and nothing fresh that does not say so.
 fn cache() -> Result<Cache, tower_cache_aside::ConfigError> {
-    let page = DataType::new("page", Duration::ZERO).freshness(Freshness::Response).stores_cookies();
-    let route = |path| Route::new(path, "page").credentials(Credentials::Declared);
+    let page = |name| DataType::new(name, Duration::ZERO).freshness(Freshness::Response).stores_cookies();
+    let route = |path, data_type| Route::new(path, data_type).credentials(Credentials::Declared);
     let mutation = |path| Mutation::any(path).follows_locations();
     Cache::builder("hyper_proxy")
         .single_tenant("proxy")
-        .data_type(page)
-        .route(route("/{*path}"))
-        .route(route("/"))
+        .data_type(page("page"))
+        .data_type(page("home"))
+        .route(route("/{*path}", "page"))
+        .route(route("/", "home"))
         .mutation(mutation("/{*path}").mutates("page").entity("path", "path"))
-        .mutation(mutation("/").all("page"))
+        .mutation(mutation("/").all("home"))
         .targeted_header("cdn-cache-control")
         .request_directives(true)
         .entity_tags(false)

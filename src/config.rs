@@ -3,7 +3,7 @@
 //! The builder fills it from code; with the feature `toml` it can be read from a file, with the same names and the same
 //! checks.
 
-use std::{fmt, time::Duration};
+use std::{collections::BTreeMap, fmt, time::Duration};
 
 use serde::{
     Deserialize, Deserializer,
@@ -11,7 +11,7 @@ use serde::{
 };
 
 use crate::{
-    catalog::{Cascade, DataType, Policy, Tier, Ttl},
+    catalog::{Canonical, Cascade, DataType, Policy, Tier, Ttl},
     route::{Mutation, Route},
     units::{bytes, duration},
 };
@@ -48,6 +48,8 @@ pub struct Config {
     /// The data types and their TTLs.
     #[serde(deserialize_with = "data_types")]
     pub types: Vec<DataType>,
+    /// How the ids of entities are spelled.
+    pub entities: BTreeMap<String, Canonical>,
     /// How long writes may take whose cascade says nothing else; see [`Cascade::fenced`]. By default they are not
     /// fenced.
     #[serde(deserialize_with = "duration")]
@@ -80,7 +82,7 @@ impl Config {
     ///
     /// # Errors
     /// Syntax errors, unknown fields and bad values, each with its line. What is wrong between parts (an unknown data
-    /// type, a duplicate route, a cycle) is found by [`CacheBuilder::build`](crate::CacheBuilder::build).
+    /// type, a duplicate route, a write that would miss a route) is found by [`CacheBuilder::build`](crate::CacheBuilder::build).
     #[cfg(feature = "toml")]
     pub fn from_toml(text: &str) -> Result<Self, crate::ConfigError> {
         toml::from_str(text).map_err(|e| crate::ConfigError::new(e.to_string()))
@@ -101,6 +103,7 @@ impl Config {
         replace(&mut self.redis, other.redis);
         replace(&mut self.fence, other.fence);
         self.types.extend(other.types);
+        self.entities.extend(other.entities);
         self.routes.extend(other.routes);
         self.mutations.extend(other.mutations);
         self.cascades.extend(other.cascades);

@@ -1,8 +1,9 @@
-//! Mistakes of configuration.
+//! Mistakes of those who use the crate.
 
 use std::{error::Error as StdError, fmt};
 
-/// A mistake in the configuration: names the route or type, and the mend. The wording is not stable.
+/// A mistake in the configuration, or in what is asked for by hand: names the route or type, and the mend. The wording is
+/// not stable.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError(String);
 

@@ -80,6 +80,10 @@ impl Space {
         Ok(Self { service: service.into(), version: version.into() })
     }
 
+    pub(crate) fn service(&self) -> &str {
+        &self.service
+    }
+
     fn push_tenant(&self, buf: &mut KeyBuf, name: &[u8]) {
         buf.extend_from_slice(self.service.as_bytes());
         buf.push(b'{');

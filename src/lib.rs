@@ -49,7 +49,8 @@
 //! - [`Cache`] and its [builder](CacheBuilder): one handle for any number of layers, handlers and jobs.
 //! - [`CacheAsideLayer`] and [`InvalidateLayer`]: the HTTP side.
 //! - [`Route`], [`Mutation`]: from a request to what it reads or changes.
-//! - [`DataType`], [`Ttl`], [`Cascade`], [`Config`]: the catalogue; [`docs::configuration`] has it as a file.
+//! - [`DataType`], [`Ttl`], [`Cascade`], [`Config`]: the catalogue; [`docs::configuration`] has it as a file, and
+//!   [`docs::mapping`] says how to map a real API. What cannot work is refused when the cache is built.
 //! - [`Cache::entry`]: the same for code that is not behind HTTP.
 //! - [`store`]: where entries live, and the trait to implement for another place.
 //!
@@ -85,8 +86,11 @@ mod route;
 pub mod store;
 mod units;
 
-pub use cache::{Cache, CacheBuilder, Drained, EntryBuilder, Fetch, Generate, Invalidation, Report, Source};
-pub use catalog::{Cascade, Coalesce, DataType, Freshness, Tier, Ttl};
+pub use cache::{
+    Cache, CacheBuilder, DescribedRead, DescribedWrite, Description, Drained, Dropped, EntryBuilder, Fetch, Generate,
+    Invalidation, Report, Source,
+};
+pub use catalog::{Canonical, Cascade, Coalesce, DataType, Freshness, Tier, Ttl};
 pub use config::{Config, OnUnreachable};
 pub use engine::Invalidated;
 pub use error::ConfigError;
@@ -115,6 +119,9 @@ pub mod docs {
 
     #[doc = include_str!("../docs/layers.md")]
     pub mod layers {}
+
+    #[doc = include_str!("../docs/mapping.md")]
+    pub mod mapping {}
 
     #[doc = include_str!("../docs/redis.md")]
     pub mod redis {}

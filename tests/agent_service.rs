@@ -492,6 +492,42 @@ fn every_mistake_on_the_command_line_is_one_clear_line() {
     }
 }
 
+/// What falls when, on one page; a mapping that cannot work ends with the route and the mend.
+#[test]
+fn a_mapping_can_be_checked() {
+    let check = |config: &[&str]| Command::new(example("agent_service")).arg("--check").args(config).output().unwrap();
+    let output = check(&[]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}", output = output.status);
+    for line in ["PUT /agents/{agent_id}", "GET /conversations/{conversation_id}/memory  conversation_memory, 1day"] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("bad.toml");
+    let text = r#"
+        [types]
+        agent = "short"
+        [[routes]]
+        path = "/agents/{agent_id}"
+        type = "agent"
+        [[routes]]
+        path = "/agents"
+        type = "agent"
+        [[mutations]]
+        method = "PUT"
+        path = "/agents/{agent_id}"
+        mutates = ["agent"]
+    "#;
+    std::fs::write(&config, text).unwrap();
+    let output = check(&["--config", config.to_str().unwrap()]);
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{error}");
+    assert!(
+        error.contains("PUT /agents/{agent_id}") && error.contains("GET /agents ") && error.contains("`all`"),
+        "{error}"
+    );
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_config_file_replaces_the_catalogue() {
     let dir = tempfile::tempdir().unwrap();

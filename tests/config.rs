@@ -6,7 +6,9 @@ mod web;
 
 use std::time::Duration;
 
-use tower_cache_aside::{Cache, Cascade, Coalesce, Config, DataType, Mutation, OnUnreachable, Query, Route, Tier, Ttl};
+use tower_cache_aside::{
+    Cache, Canonical, Cascade, Coalesce, Config, DataType, Mutation, OnUnreachable, Query, Route, Tier, Ttl,
+};
 use web::{Web, ok, with};
 
 const GOOD: &str = r#"
@@ -17,12 +19,14 @@ const GOOD: &str = r#"
     body_limit = 1000000
     report_header = true
     on_unreachable = "reject"
-    tier = "validated"
+
+    [entities]
+    agent = "lowercase"
 
     [types]
     agent = "standard"
     agent_config = "1h 30m"
-    agents_list = { ttl = "250ms", tier = "off", coalesce = "fleet" }
+    agents_list = { ttl = "250ms" }
     conversation = "permanent"
 
     [[routes]]
@@ -77,13 +81,17 @@ async fn a_file_says_the_same_as_code() {
     assert_eq!(config.fence, Some(Duration::from_secs(5)));
     assert_eq!((config.memory, config.body_limit), (Some(32 << 20), Some(1_000_000)));
     assert_eq!((config.report_header, config.on_unreachable), (Some(true), Some(OnUnreachable::Reject)));
-    assert_eq!(config.tier, Some(Tier::Validated));
+    assert!(matches!(config.entities["agent"], Canonical::Lowercase));
+    let shared = "tier = \"validated\"\n[types]\na = { ttl = \"1s\", tier = \"off\", coalesce = \"fleet\" }";
+    let shared = Config::from_toml(shared).unwrap();
+    assert_eq!(shared.tier, Some(Tier::Validated));
+    assert_eq!(shared.types, [DataType::new("a", Duration::from_secs(1)).tier(Tier::Off).coalesce(Coalesce::Fleet)]);
     assert_eq!(
         config.types,
         [
             DataType::new("agent", Ttl::Standard),
             DataType::new("agent_config", Duration::from_secs(5_400)),
-            DataType::new("agents_list", Duration::from_millis(250)).tier(Tier::Off).coalesce(Coalesce::Fleet),
+            DataType::new("agents_list", Duration::from_millis(250)),
             DataType::new("conversation", Ttl::Permanent),
         ]
     );
@@ -141,19 +149,20 @@ fn every_mistake_is_refused_with_its_place_and_mend() {
         (add("[[mutations]]\nmethod = \"PUT\"\npath = \"/x/{agent_id}\""), "PUT /x/{agent_id}", "mutates nothing"),
         (add("[[mutations]]\nmethod = \"PUT\"\npath = \"/x/{y}\"\nmutates = [\"agent\"]"), "PUT /x/{y}", "agent_id"),
         (replace("include = [\"conversations\"]", "include = [\"convs\"]"), "PUT /agents/{agent_id}", "conversations"),
-        (add("[[cascades]]\ntype = \"conversation\"\nrelations = { agents = \"agent\" }"), "agent", "cycle"),
+        (add("[[cascades]]\ntype = \"conversation\"\nrelations = { agents = \"agent\" }"), "agents", "resolver"),
         (add("[[cascades]]\ntype = \"agent\""), "agent", ""),
         (replace("agent = \"standard\"", "agent = \"0s\""), "agent", "zero"),
         (replace("agent = \"standard\"", "agent = \"soon\""), "agent", "soon"),
         (replace("agent = \"standard\"", "agent = 5"), "agent", ""),
         (replace("agent = \"standard\"", "agent = { ttl = \"5m\", ttll = 1 }"), "agent", "ttll"),
         (replace("agent = \"standard\"", "agent = \"standard\"\nagent = \"short\""), "agent", "duplicate"),
-        (replace("tier = \"off\"", "tier = \"of\""), "agents_list", "off"),
+        (replace("ttl = \"250ms\"", "ttl = \"250ms\", tier = \"of\""), "agents_list", "off"),
+        (replace("agent = \"lowercase\"", "agent = \"uid\""), "line 11", "uuid"),
         (replace("fence = \"5s\"", "fence = \"0s\""), "fence", "zero"),
         (replace("memory = \"32 MiB\"", "memory = \"32 MoB\""), "line 5", "64 MiB"),
         (replace("body_limit = 1000000", "body_limit = -1"), "line 6", "number of bytes"),
         (replace("\"reject\"", "\"refuse\""), "line 8", "reject"),
-        (replace("conversation = \"permanent\"", "conversation = \"for ever\""), "line 15", "for ever"),
+        (replace("conversation = \"permanent\"", "conversation = \"for ever\""), "line 17", "for ever"),
         (replace("fenced = \"10s\"\n", ""), "agent", "fenced"),
         (replace("tenant_header = \"x-tenant-id\"", "tenant_header = \"x tenant\""), "x tenant", "header"),
         (replace("tenant_header = \"x-tenant-id\"", ""), "tenant", "tenant_header"),

@@ -194,7 +194,7 @@ fn web(cache: &Cache, db: &Arc<Database>) -> Web {
             };
             let mut response = Response::new(Full::new(Bytes::from(version.to_string())));
             if ids[0] == "children" {
-                response.extensions_mut().insert(CacheTags::new("parent", ids[1].clone()));
+                CacheTags::of(response.extensions_mut()).add("parent", ids[1].clone());
             }
             // A write whose outcome its client cannot know.
             if request.method() == "POST" {
@@ -238,7 +238,7 @@ async fn value(cache: &Cache, db: &Arc<Database>, parent: usize) -> u64 {
     let db = db.clone();
     let fetch = move || async move { Ok::<_, Infallible>(Some(db.read(parent).await)) };
     let value = cache.entry::<u64>("value", "v").tenant("t").scope("parent", parent.to_string()).fetch(fetch);
-    value.await.unwrap().0.unwrap()
+    value.unwrap().await.unwrap().0.unwrap()
 }
 
 /// One schedule; what was read too old.
@@ -272,7 +272,7 @@ async fn schedule(seed: u64, sabotage: Sabotage) -> Vec<String> {
                     _ if writes => {
                         let version = db.write(parent).await;
                         let mutated = cache.invalidate("t").mutated("parent", parent.to_string());
-                        mutated.include("children").run().await;
+                        mutated.include("children").run().await.unwrap();
                         db.acknowledged[parent].fetch_max(version, Ordering::SeqCst);
                         continue;
                     }
@@ -366,13 +366,13 @@ async fn a_slow_read_cannot_undo_a_write() {
             }
             Ok::<_, Infallible>(Some(row))
         };
-        let entry = cache.entry::<u64>("value", "v").tenant("t").scope("parent", "1").fetch(fetch);
+        let entry = cache.entry::<u64>("value", "v").tenant("t").scope("parent", "1").fetch(fetch).unwrap();
         async { entry.await.unwrap().0.unwrap() }
     };
     let slow = tokio::spawn(read(Some(gate.clone())));
     gate.reached.notified().await;
     version.store(2, Ordering::SeqCst);
-    cache.invalidate("t").mutated("parent", "1").run().await;
+    cache.invalidate("t").mutated("parent", "1").run().await.unwrap();
     assert_eq!(read(None).await, 2, "a read that begins after the write does not join the flight from before it");
     gate.open.notify_one();
     assert_eq!(slow.await.unwrap(), 1, "the slow read itself began before the write");
@@ -399,7 +399,7 @@ async fn a_slow_read_cannot_undo_a_write_over_http() {
                     gate.pass().await;
                 }
                 let mut response = Response::new(Full::new(Bytes::from(row.to_string())));
-                response.extensions_mut().insert(CacheTags::new("parent", "1"));
+                CacheTags::of(response.extensions_mut()).add("parent", "1");
                 Ok::<_, Infallible>(response)
             }
         });

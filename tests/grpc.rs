@@ -29,7 +29,7 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 use tower::{Layer, ServiceExt, service_fn};
-use tower_cache_aside::{Cache, Cascade, DataType, GrpcMethod, GrpcTarget, Ttl};
+use tower_cache_aside::{Cache, Canonical, Cascade, DataType, GrpcMethod, GrpcTarget, Ttl};
 
 fn cache() -> Cache {
     cache_with(|read| read)
@@ -425,7 +425,7 @@ async fn cascades_reach_what_a_message_is_about() {
             service.clone().oneshot(call(GET, framed(&id))).await.unwrap().into_body().collect().await.unwrap();
         }
         let before = calls.load(Ordering::SeqCst);
-        cache.invalidate("t").mutated(data_type, id_of).run().await;
+        cache.invalidate("t").mutated(data_type, id_of).run().await.unwrap();
         service.clone().oneshot(call(GET, framed(&id))).await.unwrap().into_body().collect().await.unwrap();
         assert_eq!(calls.load(Ordering::SeqCst) > before, falls, "{data_type} {id_of}");
     }
@@ -439,8 +439,62 @@ fn mistakes_are_refused_with_their_place() {
         (builder().grpc(GrpcMethod::read("GetAgent", "agent")), "GetAgent", "/package.Service/Method"),
         (builder().grpc(GrpcMethod::read(GET, "agent")).grpc(GrpcMethod::read(GET, "agent")), "GetAgent", "twice"),
         (builder().grpc(GrpcMethod::mutation(UPDATE, "agent").include("friends")), "UpdateAgent", "friends"),
+        // A list under the type of its rows: no update of one would find it.
+        (
+            builder().grpc(GrpcMethod::read(GET, "agent")).grpc(GrpcMethod::mutation(UPDATE, "agent")),
+            "GetAgent",
+            "a type of its own",
+        ),
     ] {
         let message = builder.build().map_or_else(|e| e.to_string(), |_| panic!("accepted: {says}"));
         assert!(message.contains(names) && message.contains(says), "{message}");
     }
+}
+
+/// Spellings of an id, and tags that responses declare, are for gRPC what they are for HTTP.
+#[tokio::test]
+async fn ids_are_canonical_and_tags_are_declared() {
+    let calls = Arc::new(AtomicU64::new(0));
+    let (counted, tags) = (calls.clone(), Arc::new(Mutex::new("user=8")));
+    let declared = tags.clone();
+    let inner = service_fn(move |request: Request<_>| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        let _: &Request<_> = &request;
+        let mut response = answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]);
+        response.headers_mut().insert("cache-tag", declared.lock().unwrap().parse().unwrap());
+        async { Ok::<_, Infallible>(response) }
+    });
+    let target = |bytes: &[u8]| Some(GrpcTarget::new(GetAgent::decode(bytes).ok()?.id));
+    let cache = Cache::builder("test")
+        .tenant_header("x-tenant-id")
+        .data_type(DataType::new("agent", Ttl::Standard))
+        .data_type(DataType::new("user", Ttl::Standard))
+        .entity("agent", Canonical::Integer)
+        .grpc(GrpcMethod::read(GET, "agent").message(target).declares_tags())
+        .grpc(GrpcMethod::mutation(UPDATE, "agent").message(target))
+        .cascade(Cascade::new("user").drops(["agent"]))
+        .build()
+        .unwrap();
+    let service = cache.grpc_layer().layer(inner);
+    let send = async |path: &str, id: &str| {
+        let message = prost::Message::encode_to_vec(&GetAgent { id: id.into() });
+        let response = service.clone().oneshot(call(path, framed(&message))).await.unwrap();
+        assert!(!response.headers().contains_key("cache-tag"), "{path}");
+        let (parts, body) = response.into_parts();
+        body.collect().await.unwrap();
+        status(&MetadataMap::from_headers(parts.headers))
+    };
+    send(GET, "42").await;
+    assert!(send(GET, "042").await.starts_with("hit"));
+    send(UPDATE, "+42").await;
+    assert_eq!(send(GET, "42").await, "fwd=uri-miss; stored");
+    send(UPDATE, "no id").await;
+    assert_eq!(send(GET, "42").await, "fwd=uri-miss; stored", "the whole type");
+    assert_eq!(send(GET, "no id").await, "fwd=bypass; detail=id");
+    cache.invalidate("t").mutated("user", "8").run().await.unwrap();
+    *tags.lock().unwrap() = "user = 8";
+    for _ in 0..2 {
+        assert_eq!(send(GET, "42").await, "fwd=uri-miss; detail=bad-tags");
+    }
+    assert!(!send("/other.Service/Method", "1").await.starts_with("hit"));
 }

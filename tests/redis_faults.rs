@@ -268,7 +268,7 @@ async fn a_writer_lifts_no_fence_but_its_own() {
         assert_fenced(&first.web, &row(&db)).await;
         second.end(overlapping).await;
         assert_fenced(&second.web, &row(&db)).await;
-        other.invalidate("t").mutated("doc", "1").run().await;
+        other.invalidate("t").mutated("doc", "1").run().await.unwrap();
         assert_fenced(&first.web, &row(&db)).await;
         first.end(write).await;
         assert_eq!(first.web.get(PATH).await.cache_status(), "fwd=uri-miss; stored");

@@ -474,7 +474,7 @@ async fn an_entry_of_the_old_code_lacks_no_tag_of_the_new() {
         for round in 0..20 {
             // The generation of the team is there already: that it is made would be heard.
             ask(&new, &db).await;
-            new.invalidate("t").mutated("doc", "1").run().await;
+            new.invalidate("t").mutated("doc", "1").run().await.unwrap();
             until("a hit of the old", async || ask(&old, &db).await.1).await;
             // Behind everybody's back, so that it shows whose entry answers.
             let row = (db.fetch_add(1, Ordering::SeqCst) + 1).to_string();
@@ -482,12 +482,12 @@ async fn an_entry_of_the_old_code_lacks_no_tag_of_the_new() {
                 assert_eq!(ask(&new, &db).await.0, row, "{tier:?} {round}");
             }
             let row = (db.fetch_add(1, Ordering::SeqCst) + 1).to_string();
-            new.invalidate("t").mutated("team", "7").run().await;
+            new.invalidate("t").mutated("team", "7").run().await.unwrap();
             for _ in 0..3 {
                 assert_eq!(ask(&new, &db).await.0, row, "{tier:?} {round}");
             }
             // What the old code has stored, it drops as well, by the tag it has.
-            new.invalidate("t").mutated("doc", "1").run().await;
+            new.invalidate("t").mutated("doc", "1").run().await.unwrap();
             until("the drop", async || ask(&old, &db).await.0 == row).await;
         }
     }

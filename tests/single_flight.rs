@@ -22,6 +22,8 @@ fn cache() -> Cache {
     let cache = Cache::builder("test")
         .single_tenant("t")
         .data_type(DataType::new("user", Ttl::Standard))
+        .data_type(DataType::new("agent", Ttl::Standard))
+        .data_type(DataType::new("conversation_memory", Ttl::Standard))
         .route(Route::new("/users/{user_id}", "user"))
         .mutation(Mutation::put("/users/{user_id}", "user"));
     cache.build().unwrap()
@@ -240,7 +242,7 @@ async fn values_are_loaded_once() {
                 if fail { Err("database down") } else { Ok(None::<String>) }
             };
             let entry = cache.entry::<String>("conversation_memory", "7").tenant("t").scope("agent", "42");
-            entry.fetch(fetch).generate(|| async { Ok("generated".to_owned()) }).await
+            entry.fetch(fetch).unwrap().generate(|| async { Ok("generated".to_owned()) }).await
         })
     };
     assert_eq!(load(true).await.unwrap().unwrap_err(), "database down");
@@ -259,10 +261,10 @@ async fn values_are_loaded_once() {
     let (_, report) = load(true).await.unwrap().unwrap();
     assert_eq!((report.source, report.fetch), (Source::Cache, Duration::ZERO));
     assert_eq!(
-        cache.invalidate("t").mutated("agent", "42").run().await.total(),
+        cache.invalidate("t").mutated("agent", "42").run().await.unwrap().total(),
         0,
         "no cascade says that it falls with it"
     );
-    assert_eq!(cache.invalidate("t").mutated("conversation_memory", "7").run().await.total(), 1);
+    assert_eq!(cache.invalidate("t").mutated("conversation_memory", "7").run().await.unwrap().total(), 1);
     assert_eq!(load(true).await.unwrap().unwrap_err(), "database down");
 }

@@ -36,15 +36,20 @@ pub const PATHS: [&str; 20] = [
     "/reports/{report_id}/pages/{page_id}",
 ];
 
+/// In this process alone.
 pub fn builder() -> CacheBuilder {
-    tiered(Tier::On)
+    mapping(|data_type| data_type)
 }
 
+/// Over a shared store.
 pub fn tiered(tier: Tier) -> CacheBuilder {
-    let builder = Cache::builder("bench").tenant_header(TENANT).memory(512 << 20);
-    let builder = PATHS.iter().enumerate().fold(builder, |b, (i, path)| {
+    mapping(|data_type| data_type.tier(tier))
+}
+
+fn mapping(more: impl Fn(DataType) -> DataType) -> CacheBuilder {
+    let builder = PATHS.iter().enumerate().fold(Cache::builder("bench").tenant_header(TENANT), |b, (i, path)| {
         let data_type = format!("type-{i}");
-        b.data_type(DataType::new(data_type.clone(), Ttl::Standard).tier(tier)).route(Route::new(*path, data_type))
+        b.data_type(more(DataType::new(data_type.clone(), Ttl::Standard))).route(Route::new(*path, data_type))
     });
     builder.mutation(Mutation::put("/agents/{agent_id}", "type-0"))
 }

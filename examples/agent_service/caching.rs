@@ -12,7 +12,7 @@ use crate::{
 
 const AGENTS: &str = include_str!("agents.toml");
 
-/// In-process bytes, alone or over Redis.
+/// In-process bytes over Redis.
 const MEMORY: u64 = 64 << 20;
 
 /// The cache; an error is a mistake in the configuration.
@@ -37,13 +37,15 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
     if !args.redis.is_empty() {
         let in_process = if args.l1 == Tier::Off { 0 } else { MEMORY };
         config.redis = Some(RedisStore::builder(&args.redis).prefix(&args.prefix).in_process(in_process));
+        config.tier = Some(args.l1);
+        config.memory = None;
     }
-    let builder = Cache::builder("agent_service").config(config).memory(MEMORY).report_header(true);
-    let mut builder = builder.tier(args.l1).on_unreachable(args.on_unreachable);
+    let builder = Cache::builder("agent_service").config(config).report_header(true);
+    let mut builder = builder.on_unreachable(args.on_unreachable);
     if resolves {
-        builder = builder.resolver("conversations", move |tenant, agent| {
+        builder = builder.resolver("conversations", move |tenant, agents| {
             let db = db.clone();
-            async move { db.conversations_of(&tenant, &agent).await }
+            async move { db.conversations_of(&tenant, &agents).await }
         });
     }
     if let Some(lease) = args.fence {
@@ -68,7 +70,7 @@ pub fn apply(router: Router, cache: &Cache) -> Router {
 /// A conversation falls with its agent, whatever the path it was read by.
 async fn declare_agent(mut response: Response) -> Response {
     if let Some(AgentOf(agent)) = response.extensions_mut().remove() {
-        response.extensions_mut().insert(CacheTags::new("agent", agent));
+        CacheTags::of(response.extensions_mut()).add("agent", agent);
     }
     response
 }

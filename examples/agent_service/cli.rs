@@ -23,6 +23,7 @@ Usage: agent_service [FLAGS]
     [--admin-token TOKEN]          # turns the /_cache endpoints on; without it they answer 404
     [--seed-agents N]              # inserts N sample agents for tenant \"demo\", default 10
     [--warm on|off]                # pre-warm popular entries at start and periodically, default off
+    [--check]                      # prints what each write drops and what drops each route, and ends; mistakes end it with 2
     [--help]                       # prints this
 ";
 
@@ -48,6 +49,7 @@ pub struct Args {
     pub admin_token: Option<String>,
     pub seed_agents: usize,
     pub warm: bool,
+    pub check: bool,
     pub help: bool,
 }
 
@@ -67,6 +69,7 @@ impl Default for Args {
             admin_token: None,
             seed_agents: 10,
             warm: false,
+            check: false,
             help: false,
         }
     }
@@ -115,6 +118,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
                 parsed.on_unreachable = value("journal or reject")?.one_of(&choices)?;
             }
             "admin-token" => parsed.admin_token = Some(value("a token that is not empty")?.text()?),
+            "check" => parsed.check = true,
             "seed-agents" => parsed.seed_agents = value("a whole number")?.parsed()?,
             "warm" => parsed.warm = value("on or off")?.one_of(&[("on", true), ("off", false)])?,
             _ => {

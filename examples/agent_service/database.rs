@@ -463,10 +463,13 @@ impl Database {
     }
 
     /// The ids of an agent's conversations. A look-up for the program itself: neither counted nor delayed.
-    pub async fn conversations_of(&self, tenant: &str, agent: &str) -> Result<Vec<String>> {
-        let key = owned([tenant, agent]);
+    pub async fn conversations_of(&self, tenant: &str, agents: &[String]) -> Result<Vec<String>> {
+        // One question, however many agents: SQLite takes a list as JSON.
+        let agents = serde_json::Value::from(agents).to_string();
+        let key = owned([tenant, &agents]);
         self.with_reader(move |db| {
-            let sql = "SELECT id FROM conversations WHERE tenant = ?1 AND agent_id = ?2";
+            let sql =
+                "SELECT id FROM conversations WHERE tenant = ?1 AND agent_id IN (SELECT value FROM json_each(?2))";
             let mut statement = db.prepare_cached(sql)?;
             let ids = statement.query_map(key, |row| row.get(0))?;
             ids.collect()

@@ -48,6 +48,10 @@ async fn run() -> Result<(), String> {
             }
         })?;
     let cache = caching::cache(&args, db.clone())?;
+    if args.check {
+        let _ = write!(std::io::stdout(), "{}", cache.describe());
+        return Ok(());
+    }
     let health = cache.clone();
     let store_state: routes::StoreState =
         Arc::new(move || if health.health() == Health::Ok { "ok" } else { "degraded" });

@@ -10,14 +10,17 @@ use http::{HeaderName, request};
 
 use super::Cache;
 use crate::{
-    catalog::{Cascade, Cascades, Catalogue, DataType, FenceTimes, Resolver, ResolverError, Resolvers, Tier},
+    catalog::{
+        Canonical, Cascade, Cascades, Catalogue, DataType, Entities, FenceTimes, PATIENCE, Resolver, ResolverError,
+        Resolvers, Tier,
+    },
     clock::Clock,
     config::{Config, OnUnreachable},
     engine::Engine,
     error::ConfigError,
     key::Space,
-    layer::{Core, Options},
-    route::{Mutation, Route, Routes, TenantSource, entities},
+    layer::{Core, Options, Warnings},
+    route::{Mutation, Route, Routes, Table, TenantSource, entities},
     store::{MemoryStore, Store},
 };
 
@@ -34,6 +37,7 @@ pub struct CacheBuilder {
     config: Config,
     tenant: Option<TenantSource>,
     resolvers: Resolvers,
+    patience: Duration,
     store: Option<Arc<dyn Store>>,
     tag_header: String,
     targeted_header: String,
@@ -52,6 +56,7 @@ impl CacheBuilder {
             config: Config::default(),
             tenant: None,
             resolvers: Resolvers::new(),
+            patience: PATIENCE,
             store: None,
             tag_header: "cache-tag".to_owned(),
             targeted_header: "tower-cache-control".to_owned(),
@@ -85,7 +90,7 @@ impl CacheBuilder {
         self
     }
 
-    /// The service has no tenants: everything is stored under this name.
+    /// The service has no tenants: everything is stored under this name, by requests and by hand.
     pub fn single_tenant(mut self, name: impl Into<Arc<str>>) -> Self {
         self.tenant = Some(TenantSource::Single(name.into()));
         self
@@ -148,17 +153,30 @@ impl CacheBuilder {
         self
     }
 
-    /// Finds the children of a relation: (tenant, parent id) → ids of the children, usually from the database.
+    /// How the ids of an entity are spelled, so that a write by one spelling finds what was read by another. Needed for
+    /// every entity whose ids handlers parse (`Path<u64>`, `Path<Uuid>`) or a database compares without case.
+    pub fn entity(mut self, name: impl Into<String>, ids: Canonical) -> Self {
+        self.config.entities.insert(name.into(), ids);
+        self
+    }
+
+    /// Finds the children of a relation: (tenant, ids of parents) → ids of all their children, usually from the database.
     ///
-    /// It is asked before the mutating handler runs *and* after it succeeded. Should it fail, or find more than 1,000,
-    /// all children of the tenant are dropped.
+    /// It is asked before the mutating handler runs *and* after it succeeded, once for all parents of a level. Should it
+    /// fail, panic, take too long, or find more than 1,000, all children of the tenant are dropped.
     pub fn resolver<F, Fut, E>(mut self, relation: impl Into<String>, resolve: F) -> Self
     where
-        F: Fn(String, String) -> Fut + Send + Sync + 'static,
+        F: Fn(String, Vec<String>) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = Result<Vec<String>, E>> + Send + 'static,
         E: Into<ResolverError>,
     {
         self.resolvers.insert(relation.into(), Resolver::new(resolve));
+        self
+    }
+
+    /// How long the resolvers of one write may take together, before and again after it; by default 5 s.
+    pub fn resolver_timeout(mut self, patience: Duration) -> Self {
+        self.patience = patience;
         self
     }
 
@@ -236,15 +254,24 @@ impl CacheBuilder {
         let space = Space::new(&self.service, self.config.version.as_deref().unwrap_or_default())?;
         let options = self.options()?;
         let catalogue = Catalogue::new(types, tier.unwrap_or_default())?;
-        let cascades = Cascades::new(&catalogue, cascades, &self.resolvers, entities(routes))?;
-        let compiled = Routes::new(&catalogue, &cascades, routes, mutations)?;
-        #[cfg(feature = "grpc")]
-        let compiled = compiled.with_grpc(&self.grpc, &catalogue, &cascades)?;
-        let tenants = self.tenants()?;
-        let clock = self.clock.clone();
+        let known = Entities::new(self.config.entities.clone(), entities(routes));
+        let cascades = Cascades::new(&catalogue, cascades, &self.resolvers, known, self.patience)?;
+        let table = Table {
+            routes,
+            mutations,
+            #[cfg(feature = "grpc")]
+            grpc: &self.grpc,
+        };
+        let routes = Routes::new(&catalogue, &cascades, table)?;
+        let (tenants, clock) = (self.tenants()?, self.clock.clone());
+        let says_tier = tier.is_some();
         let store = self.make_store(options.body_limit as u64)?;
+        if !store.is_shared() {
+            catalogue.check_alone(says_tier)?;
+        }
         let engine = Arc::new(Engine::new(store, clock));
-        Ok(Cache(Arc::new(Core { catalogue, cascades, routes: compiled, tenants, space, engine, options })))
+        let warnings = Warnings::default();
+        Ok(Cache(Arc::new(Core { catalogue, cascades, routes, tenants, space, engine, options, warnings })))
     }
 
     fn options(&self) -> Result<Options, ConfigError> {
@@ -252,14 +279,15 @@ impl CacheBuilder {
         if *fence == Some(Duration::ZERO) {
             return Err(ConfigError::new("a fence of zero fences nothing; make it longer than handlers take"));
         }
-        let header = |what: &str, name: &str| {
-            let not_one = |_| ConfigError::new(format!("{what} `{name}` is not a header name; choose another"));
-            HeaderName::try_from(name).map_err(not_one)
-        };
+        let tag_header = own_header("tag header", &self.tag_header)?;
+        let targeted_header = own_header("targeted header", &self.targeted_header)?;
+        if tag_header == targeted_header {
+            return Err(ConfigError::new(format!("`{tag_header}` is both tag header and targeted header; rename one")));
+        }
         Ok(Options {
             body_limit: usize::try_from(body_limit.unwrap_or(BODY_LIMIT)).unwrap_or(usize::MAX),
-            tag_header: header("tag header", &self.tag_header)?,
-            targeted_header: header("targeted header", &self.targeted_header)?,
+            tag_header,
+            targeted_header,
             report_header: report_header.unwrap_or(false),
             entity_tags: self.entity_tags,
             request_directives: self.request_directives,
@@ -278,9 +306,7 @@ impl CacheBuilder {
         match (&self.tenant, tenant_header) {
             (Some(tenant), None) => Ok(tenant.clone()),
             (None, Some(name)) => TenantSource::header(name),
-            (None, None) if routes.is_empty() && mutations.is_empty() && !has_grpc => {
-                Ok(TenantSource::Single("".into()))
-            }
+            (None, None) if routes.is_empty() && mutations.is_empty() && !has_grpc => Ok(TenantSource::ByHand),
             (None, None) => Err(ConfigError::new(
                 "no tenant: call tenant_header or tenant_from, or single_tenant if there is only one",
             )),
@@ -291,19 +317,80 @@ impl CacheBuilder {
     }
 
     fn make_store(self, body_limit: u64) -> Result<Arc<dyn Store>, ConfigError> {
-        let memory = self.config.memory.unwrap_or(MEMORY);
         let shared = self.config.redis.map(|redis| redis.build()).transpose()?;
         let shared = shared.map(|store| Arc::new(store) as Arc<dyn Store>);
-        match (self.store, shared) {
-            (Some(_), Some(_)) => Err(ConfigError::new("two stores: take out `[redis]` or the call of `store`")),
-            (Some(store), None) | (None, Some(store)) => Ok(store),
-            (None, None) if body_limit.saturating_mul(4) > memory => Err(ConfigError::new(format!(
+        let given = match (self.store, shared) {
+            (Some(_), Some(_)) => {
+                return Err(ConfigError::new("two stores: take out `[redis]` or the call of `store`"));
+            }
+            (store, shared) => store.or(shared),
+        };
+        let memory = self.config.memory;
+        if let Some(store) = given {
+            return match memory {
+                None => Ok(store),
+                Some(_) => Err(ConfigError::new(
+                    "`memory` is for the store in this process, which is not used beside another one; take it out, or \
+                     say how much the tier over Redis may take with its `in_process`",
+                )),
+            };
+        }
+        let memory = memory.unwrap_or(MEMORY);
+        if body_limit.saturating_mul(4) > memory {
+            return Err(ConfigError::new(format!(
                 "the body limit ({body_limit} bytes) is over a quarter of the in-process store ({memory} bytes), which \
                  would refuse such entries; lower it with body_limit or enlarge the store with memory"
-            ))),
-            (None, None) => Ok(Arc::new(MemoryStore::with_largest(memory, body_limit))),
+            )));
         }
+        Ok(Arc::new(MemoryStore::with_largest(memory, body_limit)))
     }
+}
+
+/// Fields that mean something to clients, proxies or this cache: the cache may not take them away.
+const TAKEN: [&str; 29] = [
+    "accept-ranges",
+    "age",
+    "allow",
+    "alt-svc",
+    "authorization",
+    "cache-control",
+    "cache-invalidated",
+    "cache-status",
+    "connection",
+    "cookie",
+    "date",
+    "etag",
+    "expires",
+    "host",
+    "keep-alive",
+    "last-modified",
+    "link",
+    "location",
+    "retry-after",
+    "server",
+    "set-cookie",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "vary",
+    "via",
+    "www-authenticate",
+    "grpc-status",
+];
+
+/// A header that is for this cache alone.
+fn own_header(what: &str, name: &str) -> Result<HeaderName, ConfigError> {
+    let not_one = |_| ConfigError::new(format!("{what} `{name}` is not a header name; choose another"));
+    let header = HeaderName::try_from(name).map_err(not_one)?;
+    if TAKEN.contains(&header.as_str()) || header.as_str().starts_with("content-") {
+        return Err(ConfigError::new(format!(
+            "{what} `{name}` means something to others already; choose one of its own"
+        )));
+    }
+    // Its first clone allocates what all clones share; requests are to find that done.
+    drop(header.clone());
+    Ok(header)
 }
 
 impl fmt::Debug for CacheBuilder {

@@ -16,6 +16,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::{
     catalog::Lifetime,
     engine::{self, Asker, Engine, Leader, Obtained, Use},
+    error::ConfigError,
     key::{Key, KeyBuf, Tag, push_ids, push_type},
     layer::{Core, joined},
     store::{Entry, Payload},
@@ -69,19 +70,19 @@ pub struct EntryBuilder<T> {
     core: Arc<Core>,
     data_type: String,
     resource: String,
-    tenant: String,
+    tenant: Option<String>,
     scope: Vec<(String, String)>,
     value: PhantomData<fn() -> T>,
 }
 
 impl<T> EntryBuilder<T> {
     pub(super) fn new(core: Arc<Core>, data_type: String, resource: String) -> Self {
-        Self { core, data_type, resource, tenant: String::new(), scope: vec![], value: PhantomData }
+        Self { core, data_type, resource, tenant: None, scope: vec![], value: PhantomData }
     }
 
-    /// Whose value it is. A service without tenants may leave it out.
+    /// Whose value it is. A cache with a [single tenant](crate::CacheBuilder::single_tenant) may leave it out.
     pub fn tenant(mut self, tenant: impl Into<String>) -> Self {
-        self.tenant = tenant.into();
+        self.tenant = Some(tenant.into());
         self
     }
 
@@ -95,30 +96,52 @@ impl<T> EntryBuilder<T> {
     ///
     /// The closure runs in a task of its own, which goes on when the caller is dropped. Its error goes to the caller
     /// and is not cached; callers that waited for it try themselves.
-    pub fn fetch<F, Fut, E>(self, fetch: F) -> Fetch<T, F>
+    ///
+    /// # Errors
+    /// What no write would ever drop: an unknown data type, no tenant where there are several, a scope that lacks an entity
+    /// by which cascades drop this type.
+    pub fn fetch<F, Fut, E>(self, fetch: F) -> Result<Fetch<T, F>, ConfigError>
     where
         F: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = Result<Option<T>, E>> + Send + 'static,
     {
-        Fetch { entry: self, fetch }
+        let core = &self.core;
+        let what = format!("entry of `{}`", self.data_type);
+        core.catalogue.check(&what, &self.data_type)?;
+        let own = core.cascades.entities.of_type(&self.data_type);
+        let names = |entity: &str| entity == own || self.scope.iter().any(|(scope, _)| scope == entity);
+        if let Some(missing) = core.routes.expected.missing(&self.data_type, names) {
+            return Err(ConfigError::new(format!(
+                "{what}: cascades drop this type by {missing}, which neither its id nor its scope names; add it with `scope`"
+            )));
+        }
+        let place = self.place()?;
+        Ok(Fetch { entry: self, place, fetch })
     }
 
-    fn key(&self) -> (Key, Vec<Tag>) {
-        let mut scope: Vec<_> = self.scope.iter().map(|(e, id)| (e.as_str(), id.as_bytes())).collect();
+    /// Under which key it is stored, and its tags; `None` if one of its ids has no form in which a write would find it.
+    fn place(&self) -> Result<Option<(Key, Vec<Tag>)>, ConfigError> {
+        let (space, entities) = (&self.core.space, &self.core.cascades.entities);
+        let tenant = space.tenant(self.core.tenants.by_hand(self.tenant.as_deref())?);
+        let head = tenant.head();
+        let id =
+            |(entity, id): &(String, String)| Some((entity.clone(), entities.id(entity, id.as_bytes())?.into_owned()));
+        let own = entities.of_type(&self.data_type).to_owned();
+        let own = id(&(own, self.resource.clone()));
+        let Some((own, mut scope)) = own.zip(self.scope.iter().map(id).collect::<Option<Vec<_>>>()) else {
+            return Ok(None);
+        };
         scope.sort_unstable();
         scope.dedup();
-        let (tenant, resource) = (self.core.space.tenant(self.tenant.as_str()), self.resource.as_bytes());
-        let head = tenant.head();
         let mut key = KeyBuf::new();
-        self.core.space.push_entry(&mut key, &tenant.name);
+        space.push_entry(&mut key, &tenant.name);
         push_type(&mut key, &self.data_type);
-        push_ids(&mut key, Some(resource), scope.iter().copied());
+        push_ids(&mut key, Some(&own.1), scope.iter().map(|(e, id)| (e.as_str(), &id[..])));
         key.push(b'v');
-        let own = (self.core.cascades.entity_of(&self.data_type), resource);
-        let entities = scope.iter().copied().filter(|s| *s != own).chain([own]);
+        let entities = scope.iter().filter(|s| **s != own).chain([&own]);
         let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(head, &self.data_type, e, id)).collect();
         tags.push(Tag::all(head, &self.data_type));
-        (Key::new(key), tags)
+        Ok(Some((Key::new(key), tags)))
     }
 }
 
@@ -126,6 +149,7 @@ impl<T> EntryBuilder<T> {
 #[must_use = "nothing is looked up before it is awaited"]
 pub struct Fetch<T, F> {
     entry: EntryBuilder<T>,
+    place: Option<(Key, Vec<Tag>)>,
     fetch: F,
 }
 
@@ -161,7 +185,7 @@ where
 
     fn into_future(self) -> Self::IntoFuture {
         let fetch = self.fetch;
-        Box::pin(obtain(self.entry, move || async move {
+        Box::pin(obtain(self.entry, self.place, move || async move {
             let start = Instant::now();
             let value = fetch().await?;
             let keep = value.is_some();
@@ -184,7 +208,7 @@ where
 
     fn into_future(self) -> Self::IntoFuture {
         let (fetch, generate) = (self.fetch.fetch, self.generate);
-        Box::pin(obtain(self.fetch.entry, move || async move {
+        Box::pin(obtain(self.fetch.entry, self.fetch.place, move || async move {
             let start = Instant::now();
             let found = fetch().await?;
             let fetch = start.elapsed();
@@ -207,7 +231,11 @@ struct Loaded<V> {
     generate: Duration,
 }
 
-async fn obtain<T, V, E, L, Fut>(entry: EntryBuilder<T>, load: L) -> Result<(V, Report), E>
+async fn obtain<T, V, E, L, Fut>(
+    entry: EntryBuilder<T>,
+    place: Option<(Key, Vec<Tag>)>,
+    load: L,
+) -> Result<(V, Report), E>
 where
     V: Serialize + DeserializeOwned + Send + 'static,
     E: Send + 'static,
@@ -215,7 +243,6 @@ where
     Fut: Future<Output = Result<Loaded<V>, E>> + Send + 'static,
 {
     let start = Instant::now();
-    let (key, tags) = entry.key();
     let EntryBuilder { core, data_type, resource, .. } = entry;
     let policy = core.policy(&data_type);
     let report = |loaded: Option<&Loaded<V>>, lookup| Report {
@@ -228,10 +255,14 @@ where
         total: start.elapsed(),
     };
     let engine = &core.engine;
-    if let Some(value) = engine.peek(key.as_bytes(), engine.now()).and_then(|e| decode(&e)) {
-        return Ok((value, report(None, start.elapsed())));
-    }
-    let leader = match engine.obtain(key, &tags, &policy, &mut Ask(PhantomData::<fn() -> V>)).await {
+    let found = match place {
+        None => Obtained::Load(None),
+        Some((key, tags)) => match engine.peek(key.as_bytes(), engine.now()).and_then(|e| decode(&e)) {
+            Some(value) => Obtained::Answer(value),
+            None => engine.obtain(key, &tags, &policy, &mut Ask(PhantomData::<fn() -> V>)).await,
+        },
+    };
+    let leader = match found {
         Obtained::Answer(value) | Obtained::AnswerAndReload(value, _) => {
             return Ok((value, report(None, start.elapsed())));
         }

@@ -2,38 +2,50 @@
 
 use std::{fmt, sync::Arc};
 
-use crate::{catalog::Drops, engine::Invalidated, layer::Core};
+use crate::{
+    catalog::{Change, Drops},
+    engine::Invalidated,
+    error::ConfigError,
+    layer::Core,
+};
 
 /// An invalidation by hand; made by [`Cache::invalidate`](crate::Cache::invalidate).
 #[must_use = "nothing is dropped before `run`"]
 pub struct Invalidation {
     core: Arc<Core>,
     tenant: String,
-    entities: Vec<(String, String)>,
-    all: Vec<String>,
-    include: Vec<Arc<str>>,
+    change: Change,
+    everything: bool,
 }
 
 impl Invalidation {
     pub(super) fn new(core: Arc<Core>, tenant: String) -> Self {
-        Self { core, tenant, entities: vec![], all: vec![], include: vec![] }
+        Self { core, tenant, change: Change::default(), everything: false }
     }
 
-    /// The entity of this data type was changed: its cascade is dropped.
-    pub fn mutated(mut self, data_type: impl Into<String>, id: impl Into<String>) -> Self {
-        self.entities.push((data_type.into(), id.into()));
+    /// The entity of this data type was changed: its cascade is dropped. (An id that has no
+    /// [canonical form](crate::Canonical) drops the whole type and what hangs on it.)
+    pub fn mutated(mut self, data_type: impl Into<Arc<str>>, id: impl Into<String>) -> Self {
+        self.change.entities.push((data_type.into(), id.into().into_bytes()));
         self
     }
 
-    /// Any entry of this data type may be stale: all that the tenant has are dropped.
-    pub fn all(mut self, data_type: impl Into<String>) -> Self {
-        self.all.push(data_type.into());
+    /// Any entity of this data type may have changed: all entries that the tenant has of it, and of what its cascade drops,
+    /// are dropped.
+    pub fn all(mut self, data_type: impl Into<Arc<str>>) -> Self {
+        self.change.all.push(data_type.into());
         self
     }
 
     /// Follows this relation of the mutated types' cascades.
     pub fn include(mut self, relation: impl AsRef<str>) -> Self {
-        self.include.push(relation.as_ref().into());
+        self.change.include.push(relation.as_ref().into());
+        self
+    }
+
+    /// Everything of the tenant: after a restore, a migration, the deletion of the tenant.
+    pub fn everything(mut self) -> Self {
+        self.everything = true;
         self
     }
 
@@ -41,24 +53,26 @@ impl Invalidation {
     ///
     /// Relations are resolved as they are now: call it *after* the write, and after a delete whose children only the
     /// database knew, name those as well.
-    pub async fn run(self) -> Invalidated {
+    ///
+    /// # Errors
+    /// What would drop nothing: an unknown data type or relation, a type whose entities have no ids in its routes, a tenant
+    /// that is empty or not the single one. Then nothing was dropped.
+    pub async fn run(mut self) -> Result<Invalidated, ConfigError> {
+        let tenant = self.core.space.tenant(self.core.tenants.by_hand(Some(&self.tenant))?);
+        self.core.check_change("invalidation", &self.change)?;
+        if self.everything {
+            self.change.all.extend(self.core.catalogue.known().map(Arc::from));
+        }
         let mut drops = Drops::default();
-        let tenant = self.core.space.tenant(self.tenant);
-        for (data_type, id) in &self.entities {
-            self.core.drop_entity(&mut drops, &tenant, data_type, id.as_bytes(), &self.include).await;
-        }
-        for data_type in &self.all {
-            drops.all(&tenant, data_type);
-        }
-        self.core.drop_all(drops, None).await
+        self.core.add_change(&mut drops, std::slice::from_ref(&tenant), &self.change).await;
+        Ok(self.core.drop_all(drops, None).await)
     }
 }
 
 impl fmt::Debug for Invalidation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { tenant, entities, all, include, .. } = self;
+        let Self { tenant, change, everything, .. } = self;
         let mut debug = f.debug_struct("Invalidation");
-        debug.field("tenant", tenant).field("entities", entities).field("all", all).field("include", include);
-        debug.finish_non_exhaustive()
+        debug.field("tenant", tenant).field("change", change).field("everything", everything).finish_non_exhaustive()
     }
 }

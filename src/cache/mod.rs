@@ -1,18 +1,20 @@
 //! The [`Cache`]: one handle on configuration, engine and store, which layers, handlers and jobs share.
 
 mod builder;
+mod describe;
 mod entry;
 mod invalidation;
 
 use std::{fmt, sync::Arc, time::Duration};
 
 pub use builder::CacheBuilder;
+pub use describe::{DescribedRead, DescribedWrite, Description, Dropped};
 pub use entry::{EntryBuilder, Fetch, Generate, Report, Source};
 pub use invalidation::Invalidation;
 
 use crate::{
     layer::{CacheAsideLayer, Core, InvalidateLayer},
-    store::Health,
+    store::{Health, StoreError},
 };
 
 /// A cache: cheap to clone, and shared by any number of routers, handlers and jobs.
@@ -55,11 +57,11 @@ impl Cache {
     ///         .tenant("acme")
     ///         .scope("agent", "42")
     ///         .fetch(|| async { Ok::<_, std::io::Error>(None) }) // the database has none
-    ///         .generate(|| async { Ok(vec!["hello".to_owned()]) })
+    ///         .map(|memory| memory.generate(|| async { Ok(vec!["hello".to_owned()]) }))
     /// };
-    /// let (value, report) = memory().await?;
+    /// let (value, report) = memory()?.await?;
     /// assert_eq!((value.len(), report.source), (1, Source::Generated));
-    /// let (_, report) = memory().await?;
+    /// let (_, report) = memory()?.await?;
     /// assert_eq!(report.source, Source::Cache);
     /// # Ok(()) }
     /// ```
@@ -70,6 +72,34 @@ impl Cache {
     /// Invalidates from a handler or a job: say what was mutated, then [`run`](Invalidation::run) it.
     pub fn invalidate(&self, tenant: impl Into<String>) -> Invalidation {
         Invalidation::new(self.0.clone(), tenant.into())
+    }
+
+    /// The mapping on one page, for review: what each write drops, and what drops each route's entries.
+    ///
+    /// ```
+    /// # use tower_cache_aside::{Cache, DataType, Mutation, Route, Ttl};
+    /// # fn main() -> Result<(), tower_cache_aside::ConfigError> {
+    /// let cache = Cache::builder("docs")
+    ///     .single_tenant("all")
+    ///     .data_type(DataType::new("agent", Ttl::Standard))
+    ///     .route(Route::new("/agents/{agent_id}", "agent"))
+    ///     .mutation(Mutation::put("/agents/{agent_id}", "agent"))
+    ///     .build()?;
+    /// assert_eq!(cache.describe().reads[0].dropped_by, ["PUT /agents/{agent_id}"]);
+    /// println!("{}", cache.describe());
+    /// # Ok(()) }
+    /// ```
+    pub fn describe(&self) -> Description {
+        Description::new(&self.0)
+    }
+
+    /// Drops everything of all tenants: after a restore, a migration, between tests. When it returns, nobody is served any
+    /// of it again.
+    ///
+    /// # Errors
+    /// The store could not be told about it: this process serves none of it, others may until the TTL.
+    pub async fn clear(&self) -> Result<(), StoreError> {
+        self.0.engine.clear().await
     }
 
     /// Whether the store does what it is there for, and why not. While it is down, requests go to the origin.

@@ -1,28 +1,30 @@
-//! Cascades, checked and ready: from what was mutated to the tags that fall.
+//! Cascades, checked and ready, and what each reaches.
 //!
 //! The children of an entity are found by three ways at once: entries whose *scope* or *declared tags* name the parent, and
-//! ids that a *resolver* returns.
+//! ids that a *resolver* returns. [`Cascades::reach`] says by which of them each type is found, so that the routes can be
+//! held against it when the cache is built.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use super::{
     cascade::Cascade,
-    drops::{Drops, Target},
+    entities::Entities,
     resolver::{Resolver, Resolvers},
     types::Catalogue,
 };
-use crate::{error::ConfigError, key::Tag};
-
-/// More children than this are not named one by one: their types are dropped whole for the tenant.
-const MAX_CHILDREN: usize = 1_000;
+use crate::error::ConfigError;
 
 #[derive(Debug)]
-struct Compiled {
+pub(super) struct Compiled {
     /// The mutated type and those that hang on the same entity.
-    types: Vec<Arc<str>>,
+    pub(super) types: Vec<Arc<str>>,
     /// Those that fall whole.
-    all: Vec<Arc<str>>,
-    relations: Vec<Relation>,
+    pub(super) all: Vec<Arc<str>>,
+    pub(super) relations: Vec<Relation>,
     fence: Option<FenceTimes>,
 }
 
@@ -34,33 +36,62 @@ pub(crate) struct FenceTimes {
 }
 
 #[derive(Debug)]
-struct Relation {
-    name: Arc<str>,
-    child: String,
-    resolver: Option<Resolver>,
+pub(super) struct Relation {
+    pub(super) name: Arc<str>,
+    pub(super) child: Arc<str>,
+    pub(super) resolver: Option<Resolver>,
 }
 
-/// All cascades, checked and ready.
+/// All cascades, checked and ready. Types without one drop only themselves.
 #[derive(Debug, Default)]
 pub(crate) struct Cascades {
-    cascades: BTreeMap<String, Compiled>,
-    /// The entity that the resource of a data type is, where it is not named like the type.
-    entities: BTreeMap<String, String>,
+    cascades: BTreeMap<Arc<str>, Arc<Compiled>>,
+    pub(crate) entities: Entities,
+    /// How long resolvers may take, all that one write asks for together.
+    pub(super) patience: Duration,
+}
+
+/// What a mutation finds of one data type.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Reached {
+    /// The relation that leads there; `None` for the mutated entity itself.
+    pub(crate) relation: Option<Arc<str>>,
+    pub(crate) data_type: Arc<str>,
+    pub(crate) by: By,
+}
+
+/// How it finds its entries.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    /// Those that name one of these. Only the last is certain to find all of them: the ones before it find what is *below*
+    /// those entities, but which way is down, relations do not say.
+    Entity(Vec<Named>),
+    /// All of the tenant.
+    Whole,
+}
+
+/// An entity whose id is known: which it is, and of which type it is the resource.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Named {
+    pub(crate) entity: Arc<str>,
+    pub(crate) of: Arc<str>,
+    /// The relation whose resolver finds its ids; `None` for the mutated entity.
+    pub(crate) resolved: Option<Arc<str>>,
 }
 
 impl Cascades {
-    /// `entities` says which entity the resource of a data type is, as its routes name it.
     pub(crate) fn new(
         catalogue: &Catalogue,
         declared: &[Cascade],
         resolvers: &Resolvers,
-        entities: BTreeMap<String, String>,
+        entities: Entities,
+        patience: Duration,
     ) -> Result<Self, ConfigError> {
         let mut cascades = BTreeMap::new();
         for cascade in declared {
             let compiled = Compiled::new(catalogue, cascade, resolvers)?;
             let name = &cascade.data_type;
-            if cascades.insert(name.clone(), compiled).is_some() {
+            if cascades.insert(name.as_str().into(), compiled.into()).is_some() {
                 return Err(ConfigError::new(format!("cascade `{name}` is declared twice; make it one")));
             }
         }
@@ -70,33 +101,13 @@ impl Cascades {
                 "resolver `{name}`: no cascade declares a relation of that name; declare it, or remove the resolver"
             )));
         }
-        let this = Self { cascades, entities };
-        for name in this.cascades.keys() {
-            this.check_cycle(name, &mut vec![])?;
-        }
-        Ok(this)
+        Ok(Self { cascades, entities, patience })
     }
 
-    fn check_cycle<'a>(&'a self, name: &'a str, path: &mut Vec<&'a str>) -> Result<(), ConfigError> {
-        if let Some(at) = path.iter().position(|p| *p == name) {
-            let cycle: Vec<_> = path[at..].iter().chain([&name]).copied().collect();
-            return Err(ConfigError::new(format!(
-                "cascade `{name}`: its relations form a cycle ({}); remove one of them",
-                cycle.join(" → ")
-            )));
-        }
-        path.push(name);
-        for relation in self.cascades.get(name).into_iter().flat_map(|c| &c.relations) {
-            self.check_cycle(&relation.child, path)?;
-        }
-        path.pop();
-        Ok(())
-    }
-
-    /// What the resource of a data type is called: `agent` for `agent_config`, if its route is
-    /// `/agents/{agent_id}/config`.
-    pub(crate) fn entity_of<'a>(&'a self, data_type: &'a str) -> &'a str {
-        self.entities.get(data_type).map_or(data_type, String::as_str)
+    /// The cascade of a type, which is only itself where none is declared.
+    pub(super) fn of(&self, data_type: &str) -> Arc<Compiled> {
+        let alone = || Compiled { types: vec![data_type.into()], all: vec![], relations: vec![], fence: None };
+        self.cascades.get(data_type).cloned().unwrap_or_else(|| alone().into())
     }
 
     /// How mutations of this type are fenced.
@@ -110,101 +121,70 @@ impl Cascades {
     }
 
     /// The relations that mutations of this type may include.
-    pub(crate) fn relations(&self, data_type: &str) -> Vec<&str> {
-        self.cascades.get(data_type).map_or(vec![], |c| c.relations.iter().map(|r| &*r.name).collect())
+    pub(crate) fn relations(&self, data_type: &str) -> Vec<Arc<str>> {
+        self.cascades.get(data_type).map_or(vec![], |c| c.relations.iter().map(|r| r.name.clone()).collect())
     }
 
-    /// The types whose entries must carry a tag of the mutated entity, the mutated type itself excepted.
-    pub(crate) fn direct(&self, data_type: &str) -> &[Arc<str>] {
-        self.cascades.get(data_type).map_or(&[], |c| &c.types[1..])
+    /// The types that have a cascade.
+    pub(crate) fn declared(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.cascades.keys()
     }
 
-    pub(crate) fn declared(&self) -> impl Iterator<Item = &str> {
-        self.cascades.keys().map(String::as_str)
-    }
-
-    /// Adds what a mutation of one entity drops, as its relations are now.
-    pub(crate) async fn drop_entity(&self, drops: &mut Drops, target: &Target<'_>) {
-        self.add(drops, target);
-        self.resolve(drops, target).await;
-    }
-
-    /// Adds what needs no resolver.
-    fn add(&self, drops: &mut Drops, target: &Target<'_>) {
-        let Some(cascade) = self.cascades.get(target.data_type) else {
-            let data_type = Arc::from(target.data_type);
-            return drops.add(&data_type, &data_type, target.tag(&data_type));
-        };
-        for data_type in &cascade.types {
-            drops.add(data_type, data_type, target.tag(data_type));
+    /// Whether none of the types' cascades has this relation, and which they have.
+    pub(crate) fn check_relation<'t>(
+        &self,
+        what: &str,
+        types: impl Iterator<Item = &'t str>,
+        relation: &str,
+    ) -> Result<(), ConfigError> {
+        let known: Vec<_> = types.flat_map(|t| self.relations(t)).collect();
+        if known.iter().any(|known| **known == *relation) {
+            return Ok(());
         }
-        for data_type in &cascade.all {
-            drops.add(data_type, data_type, Tag::all(target.tenant.head(), data_type));
-        }
-        for relation in cascade.relations.iter().filter(|r| target.includes(&r.name)) {
-            self.add_children(drops, &relation.name, &relation.child, target, Children::OfParent);
-        }
+        let known =
+            if known.is_empty() { "declare it".to_owned() } else { format!("use one of: {}", known.join(", ")) };
+        Err(ConfigError::new(format!("{what}: no cascade of what it mutates has a relation `{relation}`; {known}")))
     }
 
-    /// Adds what resolvers know: one level of relations, whose children's own relations follow recursively.
-    async fn resolve(&self, drops: &mut Drops, target: &Target<'_>) {
-        // (relation whose line it counts under, type, id) of parents still to be asked for their children.
-        let mut parents = vec![(None::<Arc<str>>, target.data_type, target.id.to_vec())];
-        while let Some((line, data_type, id)) = parents.pop() {
-            let Some(cascade) = self.cascades.get(data_type) else { continue };
-            // Children's own relations always follow: they are part of what the mutation asked for.
-            for relation in cascade.relations.iter().filter(|r| line.is_some() || target.includes(&r.name)) {
-                let line = line.as_ref().unwrap_or(&relation.name);
-                let Some(resolver) = &relation.resolver else { continue };
-                match resolver.resolve(&target.tenant.name, &id).await {
-                    Ok(ids) if ids.len() <= MAX_CHILDREN => {
-                        let entity = self.entity_of(&relation.child);
-                        for child in ids {
-                            let of = Target { entity, id: child.as_bytes(), ..*target };
-                            self.add_children(drops, line, &relation.child, &of, Children::Named);
-                            parents.push((Some(line.clone()), &relation.child, child.into_bytes()));
-                        }
-                    }
-                    Ok(_) => self.add_children(drops, line, &relation.child, target, Children::All),
-                    Err(error) => {
-                        tracing::warn!(relation = %relation.name, %error, "resolver failed: dropping all children");
-                        self.add_children(drops, line, &relation.child, target, Children::All);
-                    }
-                }
+    /// What a mutation of one entity of this type finds, with these of its relations. Children's own relations follow.
+    pub(crate) fn reach(&self, data_type: &str, include: &[Arc<str>]) -> Vec<Reached> {
+        let own = Named { entity: self.entities.of_type(data_type).into(), of: data_type.into(), resolved: None };
+        let cascade = self.of(data_type);
+        let mut reached = vec![];
+        cascade.reach(&mut reached, None, &By::Entity(vec![own.clone()]));
+        let included = cascade.relations.iter().filter(|r| include.contains(&r.name));
+        let mut ways: Vec<_> = included.map(|r| self.follow(r, &r.name, std::slice::from_ref(&own), true)).collect();
+        let mut gone = BTreeSet::new();
+        while let Some((line, child, named, is_known)) = ways.pop() {
+            // In a circle of relations each way ends where it finds nothing by which it has not come already.
+            if !gone.insert((child.clone(), named.clone(), is_known)) {
+                continue;
             }
+            let cascade = self.of(&child);
+            cascade.reach(&mut reached, Some(&line), &By::Entity(named.clone()));
+            ways.extend(cascade.relations.iter().map(|r| self.follow(r, &line, &named, is_known)));
         }
+        reached
     }
 
-    /// Adds the tags of a child type and of all that its cascade drops, its own relations included.
-    fn add_children(&self, drops: &mut Drops, line: &Arc<str>, child: &str, of: &Target<'_>, how: Children) {
-        let own = [Arc::from(child)];
-        let cascade = self.cascades.get(child);
-        for data_type in cascade.map_or(&own[..], |c| &c.types) {
-            let tag = match how {
-                Children::OfParent | Children::Named => of.tag(data_type),
-                Children::All => Tag::all(of.tenant.head(), data_type),
-            };
-            drops.add(line, data_type, tag);
+    /// From entities by whose names children are found to those by whose names theirs are. `is_known`: whether the last
+    /// one's ids are, so that a resolver can be asked.
+    fn follow(&self, relation: &Relation, line: &Arc<str>, named: &[Named], is_known: bool) -> Way {
+        let child = relation.child.clone();
+        let is_known = is_known && relation.resolver.is_some();
+        let mut named = named.to_vec();
+        if is_known {
+            let entity = self.entities.of_type(&child).into();
+            let own = Named { entity, of: child.clone(), resolved: Some(relation.name.clone()) };
+            named.retain(|n| (&n.entity, &n.of) != (&own.entity, &own.of));
+            named.push(own);
         }
-        for data_type in cascade.map_or(&[][..], |c| &c.all) {
-            drops.add(line, data_type, Tag::all(of.tenant.head(), data_type));
-        }
-        for relation in cascade.map_or(&[][..], |c| &c.relations) {
-            self.add_children(drops, line, &relation.child, of, how);
-        }
+        (line.clone(), child, named, is_known)
     }
 }
 
-/// How the entries of children are named.
-#[derive(Clone, Copy)]
-enum Children {
-    /// By the parent's tag on them: from the scope, or declared by the response.
-    OfParent,
-    /// By their own id.
-    Named,
-    /// All of the tenant.
-    All,
-}
+/// Which line of the report, which type, by which names, and whether its ids are known.
+type Way = (Arc<str>, Arc<str>, Vec<Named>, bool);
 
 impl Compiled {
     fn new(catalogue: &Catalogue, cascade: &Cascade, resolvers: &Resolvers) -> Result<Self, ConfigError> {
@@ -223,10 +203,20 @@ impl Compiled {
         for (relation, child) in &cascade.relations {
             catalogue.check(&format!("{what}, relation `{relation}`"), child)?;
             let (name, resolver) = (relation.as_str().into(), resolvers.get(relation).cloned());
-            relations.push(Relation { name, child: child.clone(), resolver });
+            relations.push(Relation { name, child: child.as_str().into(), resolver });
         }
         let all = cascade.all.iter().map(|t| t.as_str().into()).collect();
         Ok(Self { types, all, relations, fence: fence_times(&what, cascade)? })
+    }
+
+    fn reach(&self, reached: &mut Vec<Reached>, relation: Option<&Arc<str>>, by: &By) {
+        let types = self.types.iter().map(|t| (t, by)).chain(self.all.iter().map(|t| (t, &By::Whole)));
+        for (data_type, by) in types {
+            let one = Reached { relation: relation.cloned(), data_type: data_type.clone(), by: by.clone() };
+            if !reached.contains(&one) {
+                reached.push(one);
+            }
+        }
     }
 }
 

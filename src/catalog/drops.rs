@@ -1,4 +1,4 @@
-//! What an invalidation is going to drop, and about whom it is.
+//! What an invalidation is going to drop.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -20,7 +20,7 @@ pub(crate) struct Group {
 }
 
 impl Drops {
-    pub(super) fn add(&mut self, line: &Arc<str>, data_type: &Arc<str>, tag: Tag) {
+    fn add(&mut self, line: &Arc<str>, data_type: &Arc<str>, tag: Tag) {
         let at = self.groups.iter().position(|g| g.data_type == *data_type && g.line == *line);
         let at = at.unwrap_or_else(|| {
             let (line, data_type) = (line.clone(), data_type.clone());
@@ -33,29 +33,22 @@ impl Drops {
         }
     }
 
-    /// Adds the tag of every entry of `data_type` of the tenant.
-    pub(crate) fn all(&mut self, tenant: &Tenant, data_type: &str) {
-        let data_type = Arc::from(data_type);
-        self.add(&data_type, &data_type, Tag::all(tenant.head(), &data_type));
+    /// Adds the entries of `data_type` that `whose` says, under this line of the report.
+    pub(super) fn add_of(&mut self, tenant: &Tenant, line: &Arc<str>, data_type: &Arc<str>, whose: Whose<'_>) {
+        let head = tenant.head();
+        let tag = match whose {
+            Whose::Of(entity, id) => Tag::entity(head, data_type, entity, id),
+            Whose::All => Tag::all(head, data_type),
+        };
+        self.add(line, data_type, tag);
     }
 }
 
-/// A mutated entity.
+/// Which entries of a type.
 #[derive(Clone, Copy)]
-pub(crate) struct Target<'a> {
-    pub(crate) tenant: &'a Tenant,
-    pub(crate) data_type: &'a str,
-    pub(crate) entity: &'a str,
-    pub(crate) id: &'a [u8],
-    pub(crate) include: &'a [Arc<str>],
-}
-
-impl Target<'_> {
-    pub(super) fn tag(&self, data_type: &str) -> Tag {
-        Tag::entity(self.tenant.head(), data_type, self.entity, self.id)
-    }
-
-    pub(super) fn includes(&self, relation: &str) -> bool {
-        self.include.iter().any(|included| **included == *relation)
-    }
+pub(super) enum Whose<'a> {
+    /// Those that name this entity with this id.
+    Of(&'a str, &'a [u8]),
+    /// All of the tenant.
+    All,
 }

@@ -5,18 +5,23 @@
 
 mod cascade;
 mod cascades;
+mod change;
 mod drops;
+mod entities;
 mod policy;
 mod resolver;
 mod ttl;
 mod types;
 
 pub use cascade::Cascade;
-pub(crate) use cascades::{Cascades, FenceTimes};
-pub(crate) use drops::{Drops, Target};
+pub(crate) use cascades::{By, Cascades, FenceTimes, Named, Reached};
+pub(crate) use change::Change;
+pub(crate) use drops::Drops;
+pub use entities::Canonical;
+pub(crate) use entities::{Entities, spelled};
 pub(crate) use policy::Policy;
 pub use policy::{Coalesce, DataType, Freshness, Tier};
-pub(crate) use resolver::{Resolver, ResolverError, Resolvers};
+pub(crate) use resolver::{PATIENCE, Resolver, ResolverError, Resolvers};
 pub(crate) use ttl::Lifetime;
 pub use ttl::Ttl;
 pub(crate) use types::Catalogue;

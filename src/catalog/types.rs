@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use super::{
-    policy::{DataType, Freshness, Policy, Tier},
+    policy::{Coalesce, DataType, Freshness, Policy, Tier},
     ttl::Ttl,
 };
 use crate::error::ConfigError;
@@ -22,6 +22,8 @@ const GLOBAL_DEFAULTS: [(&str, Ttl); 6] = [
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Catalogue {
     types: BTreeMap<String, Policy>,
+    /// Types that say how they are held over a shared store.
+    tiers: Vec<String>,
     /// How types are held in process that say nothing about it.
     tier: Tier,
 }
@@ -29,6 +31,8 @@ pub(crate) struct Catalogue {
 impl Catalogue {
     pub(crate) fn new(types: &[DataType], tier: Tier) -> Result<Self, ConfigError> {
         let mut map = BTreeMap::new();
+        let says_tier = types.iter().filter(|t| t.policy.tier.is_some());
+        let tiers = says_tier.map(|t| t.name.clone()).collect();
         for DataType { name, policy } in types {
             if name.is_empty() {
                 return Err(ConfigError::new("a data type has an empty name; give it one"));
@@ -38,7 +42,7 @@ impl Catalogue {
                 return Err(ConfigError::new(format!("data type `{name}` is declared twice; remove one of them")));
             }
         }
-        Ok(Self { types: map, tier })
+        Ok(Self { types: map, tiers, tier })
     }
 
     /// The service's own mapping, then the global defaults, then `standard`.
@@ -50,8 +54,31 @@ impl Catalogue {
         Policy::from(default.map_or(Ttl::Standard, |(_, ttl)| *ttl)).or_tier(self.tier)
     }
 
+    /// That nothing is said which needs a shared store; `says_tier`: for all types.
+    pub(crate) fn check_alone(&self, says_tier: bool) -> Result<(), ConfigError> {
+        let alone = "but the store is in this process alone; take it out, or share a store (`[redis]`)";
+        if says_tier {
+            return Err(ConfigError::new(format!("`tier` says how entries of a shared store are held, {alone}")));
+        }
+        if let Some(name) = self.tiers.first() {
+            return Err(ConfigError::new(format!(
+                "data type `{name}`: `tier` says how entries of a shared store are held, {alone}"
+            )));
+        }
+        let fleet = self.types.iter().find(|(_, policy)| policy.coalesce == Coalesce::Fleet);
+        fleet.map_or(Ok(()), |(name, _)| {
+            Err(ConfigError::new(format!("data type `{name}`: its calls are to be coalesced in the fleet, {alone}")))
+        })
+    }
+
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.types.keys().map(String::as_str)
+    }
+
+    /// All types of which anything may be stored.
+    pub(crate) fn known(&self) -> impl Iterator<Item = &str> {
+        let global = GLOBAL_DEFAULTS.iter().map(|(name, _)| *name).filter(|name| !self.types.contains_key(*name));
+        self.names().chain(global)
     }
 
     /// `Ok` when the type is declared or has a global default; else what to do about it.
@@ -85,6 +112,12 @@ fn check_policy(name: &str, policy: &Policy) -> Result<(), ConfigError> {
         return Err(ConfigError::new(format!(
             "data type `{name}`: early_refresh = {} makes no sense; 1 is usual, 0 turns it off",
             policy.early_refresh
+        )));
+    }
+    let negative = policy.negative.as_ref().map_or(&[][..], |negative| &negative.statuses);
+    if let Some(status) = negative.iter().find(|status| !(400..600).contains(*status)) {
+        return Err(ConfigError::new(format!(
+            "data type `{name}`: `negative` keeps answers that say no, such as 404 and 410; {status} is none"
         )));
     }
     let needs_window = [

@@ -83,6 +83,11 @@ impl Engine {
         self.store.fence(&tag_groups(drops), fence).await
     }
 
+    /// Drops everything of everybody.
+    pub(crate) async fn clear(&self) -> Result<(), StoreError> {
+        self.store.clear().await
+    }
+
     pub(crate) fn health(&self) -> Health {
         self.store.health()
     }

@@ -7,9 +7,11 @@ use std::{
 
 use http::{HeaderName, Uri};
 
+use super::warnings::Warnings;
 use crate::{
-    catalog::{Cascades, Catalogue, Drops, FenceTimes, Policy, Target},
+    catalog::{Cascades, Catalogue, Change, Drops, FenceTimes, Policy},
     engine::{Engine, Invalidated},
+    error::ConfigError,
     key::{Space, Tenant},
     route::{Mutated, Routes, TenantSource},
     store::Fence,
@@ -23,6 +25,7 @@ pub(crate) struct Core {
     pub(crate) space: Space,
     pub(crate) engine: Arc<Engine>,
     pub(crate) options: Options,
+    pub(crate) warnings: Warnings,
 }
 
 /// What the layers do besides.
@@ -63,28 +66,22 @@ impl Core {
         self.engine.invalidate(drops, fence.or(any.then_some(&Fence::NOBODY))).await
     }
 
-    /// Adds what a mutation of the entity with this id drops.
-    pub(crate) async fn drop_entity(
-        &self,
-        drops: &mut Drops,
-        tenant: &Tenant,
-        data_type: &str,
-        id: &[u8],
-        include: &[Arc<str>],
-    ) {
-        let entity = self.cascades.entity_of(data_type);
-        self.cascades.drop_entity(drops, &Target { tenant, data_type, entity, id, include }).await;
+    /// That a change says nothing that would drop nothing.
+    pub(crate) fn check_change(&self, what: &str, change: &Change) -> Result<(), ConfigError> {
+        let types = change.entities.iter().map(|(data_type, _)| data_type).chain(&change.all).map(|t| &**t);
+        for data_type in types.clone() {
+            self.catalogue.check(what, data_type)?;
+        }
+        for (data_type, _) in &change.entities {
+            self.routes.expected.check_named(data_type)?;
+        }
+        change.include.iter().try_for_each(|relation| self.cascades.check_relation(what, types.clone(), relation))
     }
 
-    /// Adds what a mutation by HTTP drops, as the relations are now.
-    pub(crate) async fn drop_mutated(&self, drops: &mut Drops, tenants: &[Tenant], mutated: &Mutated) {
+    /// Adds what a change drops, as the relations are now.
+    pub(crate) async fn add_change(&self, drops: &mut Drops, tenants: &[Tenant], change: &Change) {
         for tenant in tenants {
-            for (data_type, id) in mutated.entities() {
-                self.drop_entity(drops, tenant, data_type, id, mutated.include()).await;
-            }
-            for data_type in mutated.all() {
-                drops.all(tenant, data_type);
-            }
+            self.cascades.add_change(drops, tenant, change).await;
         }
     }
 
@@ -97,9 +94,7 @@ impl Core {
         include: &[Arc<str>],
     ) {
         for (data_type, id) in paths.iter().filter_map(|path| self.routes.locate(path)) {
-            for tenant in tenants {
-                self.drop_entity(drops, tenant, data_type, &id, include).await;
-            }
+            self.add_change(drops, tenants, &Change::entity(data_type, id).include(include)).await;
         }
     }
 
@@ -114,12 +109,10 @@ impl Core {
         let Some(data_type) = mutated.creates() else { return };
         let uri = location.and_then(|l| l.parse::<Uri>().ok());
         let located = uri.as_ref().and_then(|uri| self.routes.locate(uri.path()));
-        let id = located.filter(|(found, _)| *found == data_type).map(|(_, id)| id);
-        for tenant in tenants {
-            match &id {
-                Some(id) => self.drop_entity(drops, tenant, data_type, id, mutated.include()).await,
-                None => drops.all(tenant, data_type),
-            }
-        }
+        let change = match located.filter(|(found, _)| **found == **data_type) {
+            Some((_, id)) => Change::entity(data_type.clone(), id),
+            None => Change::all(data_type.clone()),
+        };
+        self.add_change(drops, tenants, &change.include(mutated.include())).await;
     }
 }

@@ -1,22 +1,40 @@
 //! What handlers say to the cache: tags of a response, and that it is to keep out.
 
-use http::{HeaderName, response};
+use http::{Extensions, response};
 use percent_encoding::percent_decode_str;
 
+use super::core::Core;
 use crate::key::{Tag, Tenant};
 
-/// Entities that a response belongs to, besides those that its path names. Put it into the extensions of the response;
-/// or send them as the header `cache-tag: agent=42, user=7` (ids percent-encoded where they hold `,`, `=` or `%`), which is
-/// taken out before the client sees it.
+/// Entities that a response belongs to, besides those that its path names; in the extensions of the response, where every
+/// layer may [add](Self::of) its own. Or send them as the header `cache-tag: agent=42, user=7` (ids percent-encoded where
+/// they hold `,`, `=` or `%`), which is taken out before the client sees it.
 ///
-/// A cascade that drops the response's data type for agent 42 then finds it, whatever its path.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct CacheTags(pub Vec<(String, String)>);
+/// A cascade that drops the response's data type for agent 42 then finds it, whatever its path. What no cascade can match
+/// (an entity by which no cascade drops this type, an id that is none, something malformed) is a mistake: such a response is
+/// not stored, `Cache-Status` says `bad-tags`, and a warning says which.
+///
+/// ```
+/// # use tower_cache_aside::CacheTags;
+/// # let mut response = http::Response::new(());
+/// CacheTags::of(response.extensions_mut()).add("agent", "42").add("user", "7");
+/// ```
+// Nobody can make one to insert, and so overwrite those of the layers below.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheTags {
+    tags: Vec<(String, String)>,
+}
 
 impl CacheTags {
-    /// One entity.
-    pub fn new(entity: impl Into<String>, id: impl Into<String>) -> Self {
-        Self(vec![(entity.into(), id.into())])
+    /// The tags that are declared so far.
+    pub fn of(extensions: &mut Extensions) -> &mut Self {
+        extensions.get_or_insert_with(|| Self { tags: vec![] })
+    }
+
+    /// The response belongs to this entity.
+    pub fn add(&mut self, entity: impl Into<String>, id: impl Into<String>) -> &mut Self {
+        self.tags.push((entity.into(), id.into()));
+        self
     }
 }
 
@@ -25,31 +43,51 @@ impl CacheTags {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct NoCache;
 
-/// Takes the declared tags out of a response. Malformed ones are an error of the handler: the response must then not be
-/// stored, since a cascade would not find it.
+/// Takes the declared tags out of a response. Those that no cascade would match are an error of the handler: the response
+/// must then not be stored.
 pub(super) fn take_tags(
     parts: &mut response::Parts,
-    header: &HeaderName,
+    core: &Core,
     tenant: &Tenant,
     data_type: &str,
 ) -> Result<Vec<Tag>, &'static str> {
-    let head = tenant.head();
-    let mut tags = vec![];
-    if let Some(CacheTags(declared)) = parts.extensions.remove() {
-        tags.extend(declared.iter().map(|(entity, id)| Tag::entity(head, data_type, entity, id.as_bytes())));
-    }
-    if !parts.headers.contains_key(header) {
-        return Ok(tags);
-    }
-    let values: Vec<_> = parts.headers.get_all(header).iter().cloned().collect();
-    parts.headers.remove(header);
-    for value in values {
-        let text = value.to_str().map_err(|_| "bad-tags")?;
-        for member in text.split(',').map(str::trim).filter(|m| !m.is_empty()) {
-            let (entity, id) = member.split_once('=').ok_or("bad-tags")?;
-            let id: Vec<u8> = percent_decode_str(id).collect();
-            tags.push(Tag::entity(head, data_type, entity, &id));
+    let header = &core.options.tag_header;
+    let declared = parts.extensions.remove::<CacheTags>().map_or(vec![], |declared| declared.tags);
+    let mut tags: Vec<_> = declared.into_iter().map(|(entity, id)| Ok((entity, id.into_bytes()))).collect();
+    // Most responses have none.
+    if parts.headers.contains_key(header) {
+        for value in parts.headers.get_all(header) {
+            match value.to_str() {
+                Ok(text) => tags.extend(text.split(',').map(str::trim).filter(|m| !m.is_empty()).map(parse)),
+                Err(_) => tags.push(Err(String::from_utf8_lossy(value.as_bytes()).into_owned())),
+            }
         }
+        parts.headers.remove(header);
     }
-    Ok(tags)
+    let tag = |declared: Result<(String, Vec<u8>), String>| {
+        let (entity, id) = declared?;
+        let canonical = core.cascades.entities.id(&entity, &id).filter(|id| !id.is_empty());
+        match canonical.filter(|_| core.routes.expected.is_useful(data_type, &entity)) {
+            Some(id) => Ok(Tag::entity(tenant.head(), data_type, &entity, &id)),
+            None => Err(format!("{entity}={}", String::from_utf8_lossy(&id))),
+        }
+    };
+    tags.into_iter().map(tag).collect::<Result<_, String>>().map_err(|tag| {
+        if core.warnings.is_new("tags", data_type) {
+            let mend = "mend the tag, or declare the cascade";
+            tracing::warn!(%data_type, %tag, "not stored: no cascade drops this type by that tag; {mend}");
+        }
+        "bad-tags"
+    })
+}
+
+/// `agent=42`; else what it is instead.
+fn parse(member: &str) -> Result<(String, Vec<u8>), String> {
+    let is_plain = |text: &str| !text.is_empty() && !text.contains(['"', '=']) && !text.contains(char::is_whitespace);
+    match member.split_once('=') {
+        Some((entity, id)) if is_plain(entity) && is_plain(id) => {
+            Ok((entity.to_owned(), percent_decode_str(id).collect()))
+        }
+        _ => Err(member.to_owned()),
+    }
 }

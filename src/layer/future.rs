@@ -15,9 +15,10 @@ use tokio::{
 
 use crate::http::cache_status::Handled;
 
-/// What is done to a response of a cacheable route that passes through.
+/// What is done to a response that passes through.
 pub(crate) struct Finish {
-    pub(crate) handled: Handled,
+    /// What is said of it, if its route is cacheable.
+    pub(crate) handled: Option<Handled>,
     /// Declared tags are for the cache alone.
     pub(crate) tag_header: HeaderName,
 }
@@ -91,7 +92,9 @@ where
                 if let Some(Finish { handled, tag_header }) = finish {
                     response.headers_mut().remove(&*tag_header);
                     let status = response.status();
-                    handled.append(response.headers_mut(), Some(status), None);
+                    if let Some(handled) = handled {
+                        handled.append(response.headers_mut(), Some(status), None);
+                    }
                 }
                 Poll::Ready(Ok(response.map(*body)))
             }

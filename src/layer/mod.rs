@@ -13,6 +13,7 @@ mod grpc;
 mod invalidate;
 mod reading;
 mod serve;
+mod warnings;
 mod writing;
 
 pub(crate) use self::core::{Core, Options};
@@ -24,3 +25,4 @@ pub(crate) use future::joined;
 #[cfg(feature = "grpc")]
 pub use grpc::{Grpc, GrpcBody, GrpcLayer, GrpcResponseBody};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
+pub(crate) use warnings::Warnings;

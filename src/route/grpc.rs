@@ -4,14 +4,21 @@
 //! opt-in list of unary methods. A read's key is made of its path, tenant, encodings and message, or of what a closure
 //! over the message yields (the bytes of equal messages may differ: protobuf has no canonical form).
 
-use std::{collections::HashMap, fmt, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Once},
+};
 
 use http::{HeaderMap, HeaderName, header};
 use sha2::{Digest, Sha256};
 
-use super::tenant::header_values;
+use super::{
+    check::{Cause, Check, Expected, Reader},
+    tenant::header_values,
+};
 use crate::{
-    catalog::{Cascades, Catalogue, Policy},
+    catalog::{Cascades, Catalogue, Entities, Policy},
     error::ConfigError,
     key::{KeyBuf, Space, Tag, Tenant, push_escaped, push_ids, push_type},
 };
@@ -64,6 +71,7 @@ pub struct GrpcMethod {
     shared: bool,
     include: Vec<String>,
     describe: Option<Arc<Describe>>,
+    declares_tags: bool,
 }
 
 impl GrpcMethod {
@@ -76,6 +84,7 @@ impl GrpcMethod {
             shared: false,
             include: vec![],
             describe: None,
+            declares_tags: false,
         }
     }
 
@@ -107,6 +116,23 @@ impl GrpcMethod {
         self.include.push(relation.into());
         self
     }
+
+    /// Says that the responses declare what they belong to ([`CacheTags`](crate::CacheTags)), so that a cascade may count
+    /// on it: for lists, whose request names nothing.
+    #[must_use]
+    pub fn declares_tags(mut self) -> Self {
+        self.declares_tags = true;
+        self
+    }
+
+    /// As one whose entries writes have to find.
+    pub(super) fn reader(&self) -> Option<Reader> {
+        (!self.mutates).then(|| Reader::Method {
+            what: format!("gRPC method {}", self.path),
+            data_type: self.data_type.clone(),
+            is_described: self.describe.is_some() || self.declares_tags,
+        })
+    }
 }
 
 impl fmt::Debug for GrpcMethod {
@@ -117,13 +143,15 @@ impl fmt::Debug for GrpcMethod {
 
 /// A compiled method.
 pub(crate) struct GrpcRoute {
-    pub(crate) data_type: String,
+    pub(crate) data_type: Arc<str>,
     pub(crate) mutates: bool,
     pub(crate) shared: bool,
     pub(crate) policy: Policy,
     pub(crate) include: Arc<[Arc<str>]>,
-    path: String,
+    pub(crate) path: String,
+    pub(crate) declares_tags: bool,
     describe: Option<Arc<Describe>>,
+    warned: Once,
 }
 
 /// What a read looks for.
@@ -134,34 +162,37 @@ pub(crate) struct GrpcWanted {
 
 impl GrpcRoute {
     /// The methods by path.
-    pub(crate) fn compile(
+    pub(super) fn compile(
         methods: &[GrpcMethod],
         catalogue: &Catalogue,
         cascades: &Cascades,
-    ) -> Result<HashMap<String, Arc<Self>>, ConfigError> {
-        let mut routes = HashMap::new();
+        check: &mut Check<'_>,
+    ) -> Result<BTreeMap<String, Arc<Self>>, ConfigError> {
+        let mut routes = BTreeMap::new();
         for method in methods {
             let what = format!("gRPC method {}", method.path);
             catalogue.check(&what, &method.data_type)?;
             if method.path.matches('/').count() != 2 || !method.path.starts_with('/') {
                 return Err(ConfigError::new(format!("{what}: not a method; write it as /package.Service/Method")));
             }
-            let relations = cascades.relations(&method.data_type);
-            if let Some(unknown) = method.include.iter().find(|r| !relations.contains(&r.as_str())) {
-                let known = relations.join(", ");
-                return Err(ConfigError::new(format!(
-                    "{what}: the cascade of `{}` has no relation `{unknown}`; use one of: {known}",
-                    method.data_type
-                )));
+            let data_type = method.data_type.as_str();
+            for relation in &method.include {
+                cascades.check_relation(&what, std::iter::once(data_type), relation)?;
+            }
+            let include: Arc<[Arc<str>]> = method.include.iter().map(|r| r.as_str().into()).collect();
+            if method.mutates {
+                check.cause(&Cause { what: &what, types: vec![data_type], include: &include, all: vec![] })?;
             }
             let route = Self {
-                data_type: method.data_type.clone(),
+                data_type: data_type.into(),
                 mutates: method.mutates,
                 shared: method.shared,
-                policy: catalogue.policy(&method.data_type),
-                include: method.include.iter().map(|r| r.as_str().into()).collect(),
+                policy: catalogue.policy(data_type),
+                include,
                 path: method.path.clone(),
+                declares_tags: method.declares_tags,
                 describe: method.describe.clone(),
+                warned: Once::new(),
             };
             if routes.insert(method.path.clone(), Arc::new(route)).is_some() {
                 return Err(ConfigError::new(format!("{what} is declared twice; make it one")));
@@ -175,37 +206,49 @@ impl GrpcRoute {
         self.describe.as_ref().zip(message).and_then(|(describe, message)| describe(message)).map(|t| t.resource)
     }
 
-    /// What a read looks for; `None` if its message does not say. `framed` is the message as it was sent, `message` the
-    /// same without its frame, unless it is compressed.
+    /// What a read looks for, or why the cache leaves it alone. `framed` is the message as it was sent, `message` the same
+    /// without its frame, unless it is compressed.
     pub(crate) fn wanted(
         &self,
         space: &Space,
         tenant: &Tenant,
         headers: &HeaderMap,
-        framed: &[u8],
-        message: Option<&[u8]>,
-        entity: &str,
-    ) -> Option<GrpcWanted> {
-        let head = tenant.head();
+        (framed, message): (&[u8], Option<&[u8]>),
+        (entities, expected): (&Entities, &Expected),
+    ) -> Result<GrpcWanted, &'static str> {
         let mut key = KeyBuf::new();
         space.push_entry(&mut key, &tenant.name);
         push_type(&mut key, &self.data_type);
         let mut tags = vec![];
         let target = match &self.describe {
             None => None,
-            Some(describe) => Some(describe(message?)?),
+            Some(describe) => Some(message.and_then(|message| describe(message)).ok_or("message")?),
         };
+        let head = tenant.head();
         match &target {
-            None => {
-                push_ids(&mut key, None, []);
-            }
+            None => push_ids(&mut key, None, []),
             Some(target) => {
-                let mut scope: Vec<_> = target.scope.iter().map(|(e, id)| (e.as_str(), id.as_bytes())).collect();
+                // No form in which a write would find it.
+                let id = |(e, id): &(String, String)| Some((e.clone(), entities.id(e, id.as_bytes())?.into_owned()));
+                let ids = |named: &[(String, String)]| named.iter().map(id).collect::<Option<Vec<_>>>().ok_or("id");
+                let (mut scope, also) = (ids(&target.scope)?, ids(&target.tags)?);
                 scope.sort_unstable();
-                push_ids(&mut key, Some(target.resource.as_bytes()), scope.iter().copied());
-                tags.push(Tag::entity(head, &self.data_type, entity, target.resource.as_bytes()));
-                let also = target.tags.iter().map(|(e, id)| (e.as_str(), id.as_bytes()));
-                for (entity, id) in scope.into_iter().chain(also) {
+                let entity = entities.of_type(&self.data_type);
+                let resource = entities.id(entity, target.resource.as_bytes()).ok_or("id")?;
+                push_ids(&mut key, Some(&*resource), scope.iter().map(|(e, id)| (e.as_str(), &id[..])));
+                let own = (entity.to_owned(), resource.to_vec());
+                let named: Vec<_> = std::iter::once(own).chain(scope).chain(also).collect();
+                let names = |entity: &str| named.iter().any(|(e, _)| e == entity);
+                if !self.declares_tags
+                    && let Some(missing) = expected.missing(&self.data_type, names)
+                {
+                    let method = &self.path;
+                    self.warned.call_once(|| {
+                        tracing::warn!(%method, %missing, "not cached: its message does not say what writes drop it by");
+                    });
+                    return Err("tags");
+                }
+                for (entity, id) in &named {
                     let tag = Tag::entity(head, &self.data_type, entity, id);
                     if !tags.contains(&tag) {
                         tags.push(tag);
@@ -234,7 +277,7 @@ impl GrpcRoute {
             digest.update(part);
         }
         push_escaped(&mut key, digest.finalize().iter().map(|b| format!("{b:02x}")).collect::<String>().as_bytes());
-        Some(GrpcWanted { key, tags })
+        Ok(GrpcWanted { key, tags })
     }
 }
 

@@ -3,6 +3,7 @@
 //! [`Route`]s say what may be cached and [`Mutation`]s what makes it stale; both are plain data. [`Routes`] is their
 //! compiled form: two path matchers (reads and writes), so that a request that is neither costs one look-up.
 
+mod check;
 #[cfg(feature = "grpc")]
 mod grpc;
 mod mutation;
@@ -22,14 +23,18 @@ pub use read::{Credentials, Route};
 pub(crate) use read::{ReadRoute, Wanted, variant_key};
 pub(crate) use tenant::TenantSource;
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map},
+    sync::Arc,
+};
 
 use http::{Method, Uri};
 
 use crate::{
-    catalog::{Cascades, Catalogue},
+    catalog::{Cascades, Catalogue, Entities},
     error::ConfigError,
 };
+use check::{Cause, Check, Expected, Reader};
 use pattern::Pattern;
 
 /// All routes, compiled.
@@ -39,49 +44,71 @@ pub(crate) struct Routes {
     /// Per path, the mutating methods.
     writes: matchit::Router<Vec<Arc<MutationRoute>>>,
     #[cfg(feature = "grpc")]
-    grpc: std::collections::HashMap<String, Arc<GrpcRoute>>,
+    grpc: BTreeMap<String, Arc<GrpcRoute>>,
+    /// As they were declared.
+    pub(crate) declared: Declared,
+    pub(crate) expected: Expected,
 }
 
-/// Which entity the resource of each data type is, where routes say so.
+/// Reads and mutations in the order in which they were declared.
+#[derive(Debug, Default)]
+pub(crate) struct Declared {
+    pub(crate) reads: Vec<Arc<ReadRoute>>,
+    pub(crate) mutations: Vec<Arc<MutationRoute>>,
+}
+
+/// What is declared to a cache of what it reads and writes.
+#[derive(Clone, Copy)]
+pub(crate) struct Table<'a> {
+    pub(crate) routes: &'a [Route],
+    pub(crate) mutations: &'a [Mutation],
+    #[cfg(feature = "grpc")]
+    pub(crate) grpc: &'a [GrpcMethod],
+}
+
+/// Which entity the resource of each data type is, where routes say so: the one called like the type, if there is one.
 pub(crate) fn entities(routes: &[Route]) -> BTreeMap<String, String> {
     let mut entities = BTreeMap::new();
     for route in routes {
-        let pattern = Pattern::new(&route.path, &route.entities).ok();
-        if let Some(entity) = pattern.and_then(|p| p.entity(route.resource.as_deref()).map(str::to_owned)) {
-            entities.entry(route.data_type.clone()).or_insert(entity);
+        let pattern = Pattern::new(&route.path, &route.entities, &Entities::default()).ok();
+        let resource = pattern.as_ref().and_then(|p| p.resource(route.resource.as_deref()));
+        let Some(entity) = resource.map(|param| param.entity.clone()) else { continue };
+        match entities.entry(route.data_type.clone()) {
+            btree_map::Entry::Vacant(free) => _ = free.insert(entity),
+            btree_map::Entry::Occupied(mut other) if entity == route.data_type => _ = other.insert(entity),
+            btree_map::Entry::Occupied(_) => {}
         }
     }
     entities
 }
 
 impl Routes {
-    pub(crate) fn new(
-        catalogue: &Catalogue,
-        cascades: &Cascades,
-        routes: &[Route],
-        mutations: &[Mutation],
-    ) -> Result<Self, ConfigError> {
+    pub(crate) fn new(catalogue: &Catalogue, cascades: &Cascades, table: Table<'_>) -> Result<Self, ConfigError> {
         let mut this = Self::default();
-        this.add_reads(catalogue, routes)?;
-        for cascade in cascades.declared() {
-            for dropped in cascades.direct(cascade) {
-                check_drop(cascades, cascade, dropped, routes)?;
-            }
-        }
-        this.add_writes(catalogue, cascades, mutations)?;
+        this.add_reads(catalogue, cascades, table.routes)?;
+        let readers = this.declared.reads.iter().cloned().map(Reader::Route);
+        #[cfg(feature = "grpc")]
+        let readers = readers.chain(table.grpc.iter().filter_map(GrpcMethod::reader));
+        let readers: Vec<_> = readers.collect();
+        let mut check = Check::new(cascades, &readers);
+        this.add_writes(catalogue, cascades, table.mutations, &mut check)?;
+        #[cfg(feature = "grpc")]
+        this.add_grpc(catalogue, cascades, table.grpc, &mut check)?;
+        this.check_cascades(cascades, &mut check)?;
+        this.expected = check.finish(catalogue);
         Ok(this)
     }
 
-    fn add_reads(&mut self, catalogue: &Catalogue, routes: &[Route]) -> Result<(), ConfigError> {
+    fn add_reads(&mut self, catalogue: &Catalogue, cascades: &Cascades, routes: &[Route]) -> Result<(), ConfigError> {
         let mut ids = BTreeMap::new();
         for route in routes {
-            let what = format!("route GET {}", route.path);
-            catalogue.check(&what, &route.data_type)?;
-            let compiled = ReadRoute::new(&what, route, catalogue)?;
+            let compiled = Arc::new(ReadRoute::new(route, catalogue, &cascades.entities)?);
+            let what = format!("route {}", compiled.what());
             if let Some(other) = ids.insert(compiled.id().to_vec(), &route.path).filter(|o| *o != &route.path) {
                 return Err(ConfigError::new(format!("{what}: its hash equals that of {other}; rename a parameter")));
             }
-            self.reads.insert(route.path.clone(), compiled.into()).map_err(|e| insert_error(&what, &e))?;
+            self.reads.insert(route.path.clone(), compiled.clone()).map_err(|e| insert_error(&what, &e))?;
+            self.declared.reads.push(compiled);
         }
         Ok(())
     }
@@ -91,16 +118,18 @@ impl Routes {
         catalogue: &Catalogue,
         cascades: &Cascades,
         mutations: &[Mutation],
+        check: &mut Check<'_>,
     ) -> Result<(), ConfigError> {
         let mut writes: BTreeMap<&str, Vec<Arc<MutationRoute>>> = BTreeMap::new();
         for mutation in mutations {
-            let what = format!("mutation {} {}", mutation.method, mutation.path);
-            let compiled = MutationRoute::new(&what, mutation, catalogue, cascades)?;
+            let compiled = Arc::new(MutationRoute::new(mutation, catalogue, cascades, check)?);
             let methods = writes.entry(&mutation.path).or_default();
             if methods.iter().any(|m| m.method == compiled.method) {
-                return Err(ConfigError::new(format!("{what} is declared twice; make it one")));
+                let what = compiled.what();
+                return Err(ConfigError::new(format!("mutation {what} is declared twice; make it one")));
             }
-            methods.push(compiled.into());
+            methods.push(compiled.clone());
+            self.declared.mutations.push(compiled);
         }
         for (path, methods) in writes {
             let what = format!("mutation {} {path}", methods[0].method);
@@ -110,18 +139,39 @@ impl Routes {
     }
 
     #[cfg(feature = "grpc")]
-    pub(crate) fn with_grpc(
-        self,
-        methods: &[GrpcMethod],
+    fn add_grpc(
+        &mut self,
         catalogue: &Catalogue,
         cascades: &Cascades,
-    ) -> Result<Self, ConfigError> {
-        Ok(Self { grpc: GrpcRoute::compile(methods, catalogue, cascades)?, ..self })
+        methods: &[GrpcMethod],
+        check: &mut Check<'_>,
+    ) -> Result<(), ConfigError> {
+        self.grpc = GrpcRoute::compile(methods, catalogue, cascades, check)?;
+        Ok(())
+    }
+
+    /// Cascades may be fired by hand too, with any of their relations or none. What all mutations of a type drop whole anyway, its
+    /// own cascade need not find.
+    fn check_cascades(&self, cascades: &Cascades, check: &mut Check<'_>) -> Result<(), ConfigError> {
+        for data_type in cascades.declared() {
+            let of_type = self.declared.mutations.iter().filter(|m| m.targets().any(|t| t == data_type));
+            let all: Vec<_> = of_type.flat_map(|m| m.all()).map(|t| &**t).collect();
+            let (what, relations) = (format!("cascade `{data_type}`"), cascades.relations(data_type));
+            for include in [&relations[..], &[]] {
+                check.cause(&Cause { what: &what, types: vec![&**data_type], include, all: all.clone() })?;
+            }
+        }
+        Ok(())
     }
 
     #[cfg(feature = "grpc")]
     pub(crate) fn grpc(&self, path: &str) -> Option<&Arc<GrpcRoute>> {
         self.grpc.get(path)
+    }
+
+    #[cfg(feature = "grpc")]
+    pub(crate) fn grpc_methods(&self) -> impl Iterator<Item = &Arc<GrpcRoute>> {
+        self.grpc.values()
     }
 
     pub(crate) fn read<'m>(&'m self, uri: &'m Uri) -> Option<matchit::Match<'m, 'm, &'m Arc<ReadRoute>>> {
@@ -143,22 +193,6 @@ impl Routes {
         let found = self.reads.at(path).ok()?;
         Some((found.value.data_type(), found.value.resource(&found.params)?))
     }
-}
-
-/// A cascade that drops a type by an entity that none of its routes names would silently drop nothing.
-fn check_drop(cascades: &Cascades, cascade: &str, dropped: &str, routes: &[Route]) -> Result<(), ConfigError> {
-    let entity = cascades.entity_of(cascade);
-    let mut of_type = routes.iter().filter(|r| r.data_type == dropped).peekable();
-    let names_it = |route: &Route| {
-        route.declares_tags || Pattern::new(&route.path, &route.entities).is_ok_and(|p| p.names(entity))
-    };
-    if of_type.peek().is_none() || of_type.any(names_it) {
-        return Ok(());
-    }
-    Err(ConfigError::new(format!(
-        "cascade `{cascade}`: it drops `{dropped}` of one {entity}, but no route of `{dropped}` says which {entity} its \
-         entries belong to; name a path parameter `{entity}_id`, let the route declare tags, or drop all of it"
-    )))
 }
 
 fn insert_error(what: &str, error: &matchit::InsertError) -> ConfigError {

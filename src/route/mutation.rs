@@ -4,11 +4,13 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use http::Method;
 use serde::{Deserialize, Deserializer, de};
-use smallvec::SmallVec;
 
-use super::pattern::{Pattern, pattern_error, value};
+use super::{
+    check::{Cause, Check},
+    pattern::{Param, Pattern, pattern_error},
+};
 use crate::{
-    catalog::{Cascades, Catalogue},
+    catalog::{Cascades, Catalogue, Change},
     error::ConfigError,
 };
 
@@ -134,33 +136,27 @@ impl Mutation {
 #[derive(Debug)]
 pub(crate) struct MutationRoute {
     pub(crate) method: Method,
-    /// (data type, path parameter).
-    targets: Vec<(String, String)>,
-    all: Vec<String>,
-    creates: Option<String>,
+    path: String,
+    /// Data types, and the parameters that name their entities.
+    targets: Vec<(Arc<str>, Param)>,
+    all: Vec<Arc<str>>,
+    creates: Option<Arc<str>>,
     include: Arc<[Arc<str>]>,
     follows_locations: bool,
 }
 
 impl MutationRoute {
-    /// Whether it is about this method, on its own or as one of all.
-    pub(crate) fn is_for(&self, method: &Method) -> bool {
-        self.method == *method || self.method.as_str() == ANY
-    }
-}
-
-impl MutationRoute {
-    pub(crate) fn new(
-        what: &str,
+    pub(super) fn new(
         mutation: &Mutation,
         catalogue: &Catalogue,
         cascades: &Cascades,
+        check: &mut Check<'_>,
     ) -> Result<Self, ConfigError> {
-        let pattern = Pattern::new(&mutation.path, &mutation.entities).map_err(|e| pattern_error(what, &e))?;
-        if mutation.method.is_safe() {
-            return Err(ConfigError::new(format!("{what}: {} is a safe method; use another", mutation.method)));
-        }
-        let types = mutation.mutates.iter().chain(&mutation.all).chain(&mutation.creates);
+        let what = &format!("mutation {} {}", mutation.method, mutation.path);
+        let pattern = Pattern::new(&mutation.path, &mutation.entities, &cascades.entities);
+        let pattern = pattern.map_err(|e| pattern_error(what, &e))?;
+        check_method(what, &mutation.method)?;
+        let types = mutation.mutates.iter().chain(&mutation.all).chain(&mutation.creates).map(String::as_str);
         for data_type in types.clone() {
             catalogue.check(what, data_type)?;
         }
@@ -169,66 +165,112 @@ impl MutationRoute {
         }
         let mut targets = vec![];
         for data_type in &mutation.mutates {
-            let entity = cascades.entity_of(data_type);
-            let param = pattern.params().iter().find(|(_, e)| e == entity).ok_or_else(|| {
+            let entity = cascades.entities.of_type(data_type);
+            let param = pattern.params().iter().find(|param| check.names(param, data_type)).ok_or_else(|| {
                 ConfigError::new(format!(
                     "{what}: no path parameter says which {entity} of `{data_type}` it mutates; name one \
-                     `{entity}_id`, or use all"
+                     `{entity}_id` (or say with `entities` that one is), or use all"
                 ))
             })?;
-            targets.push((data_type.clone(), param.0.clone()));
+            targets.push((data_type.as_str().into(), param.clone()));
+        }
+        if let Some(created) = mutation.creates.as_ref().filter(|created| !check.has_home(created)) {
+            return Err(ConfigError::new(format!(
+                "{what}: it creates `{created}`, but no route of that type has a parameter for its id, which the \
+                 `Location` of the response could name; declare that route, or use all"
+            )));
         }
         for relation in &mutation.include {
-            if !types.clone().any(|t| cascades.relations(t).contains(&relation.as_str())) {
-                let known: Vec<_> = types.clone().flat_map(|t| cascades.relations(t)).collect();
-                return Err(ConfigError::new(format!(
-                    "{what}: no cascade of what it mutates has a relation `{relation}`; use one of: {}",
-                    known.join(", ")
-                )));
-            }
+            cascades.check_relation(what, types.clone(), relation)?;
         }
+        let include: Arc<[Arc<str>]> = mutation.include.iter().map(|r| r.as_str().into()).collect();
+        check.cause(&Cause {
+            what,
+            types: mutation.mutates.iter().chain(&mutation.creates).map(String::as_str).collect(),
+            include: &include,
+            all: mutation.all.iter().map(String::as_str).collect(),
+        })?;
         Ok(Self {
             method: mutation.method.clone(),
+            path: mutation.path.clone(),
             targets,
-            all: mutation.all.clone(),
-            creates: mutation.creates.clone(),
-            include: mutation.include.iter().map(|r| r.as_str().into()).collect(),
+            all: mutation.all.iter().map(|t| t.as_str().into()).collect(),
+            creates: mutation.creates.as_deref().map(Into::into),
+            include,
             follows_locations: mutation.follows_locations,
         })
     }
+
+    /// Whether it is about this method, on its own or as one of all.
+    pub(crate) fn is_for(&self, method: &Method) -> bool {
+        self.method == *method || self.method.as_str() == ANY
+    }
+
+    /// What errors and descriptions call it.
+    pub(crate) fn what(&self) -> String {
+        format!("{} {}", self.method, self.path)
+    }
+
+    pub(crate) fn targets(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.targets.iter().map(|(data_type, _)| data_type).chain(&self.creates)
+    }
+
+    pub(crate) fn all(&self) -> &[Arc<str>] {
+        &self.all
+    }
+
+    pub(crate) fn include(&self) -> &[Arc<str>] {
+        &self.include
+    }
+}
+
+/// Methods are compared with their case (RFC 9110, section 9.1).
+fn check_method(what: &str, method: &Method) -> Result<(), ConfigError> {
+    let upper = Method::from_bytes(method.as_str().to_ascii_uppercase().as_bytes()).unwrap_or_default();
+    let known = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE, Method::CONNECT];
+    let known = known.iter().chain(&[Method::PUT, Method::POST, Method::PATCH, Method::DELETE]);
+    if *method != upper && known.clone().any(|known| *known == upper) {
+        return Err(ConfigError::new(format!("{what}: no client sends the method `{method}`; write {upper}")));
+    }
+    if method.is_safe() {
+        return Err(ConfigError::new(format!("{what}: {method} is a safe method; use another")));
+    }
+    Ok(())
 }
 
 /// What one request mutates: owned, so that it outlives the request.
 #[derive(Debug)]
 pub(crate) struct Mutated {
     route: Arc<MutationRoute>,
-    ids: SmallVec<[Vec<u8>; 2]>,
+    change: Change,
 }
 
 impl Mutated {
     pub(crate) fn new(route: &Arc<MutationRoute>, params: &matchit::Params<'_, '_>) -> Self {
-        let ids = route.targets.iter().map(|(_, param)| value(params, param).into_owned()).collect();
-        Self { route: route.clone(), ids }
+        let mut change = Change { all: route.all.clone(), include: route.include.to_vec(), ..Change::default() };
+        for (data_type, param) in &route.targets {
+            match param.value(params) {
+                Some(id) => change.entities.push((data_type.clone(), id.into_owned())),
+                // Nobody knows what the handler made of it.
+                None => change.all.push(data_type.clone()),
+            }
+        }
+        Self { route: route.clone(), change }
     }
 
-    /// (data type, id) of what the path names.
-    pub(crate) fn entities(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.route.targets.iter().zip(&self.ids).map(|((t, _), id)| (&**t, &**id))
+    /// What the path and the route say of it.
+    pub(crate) fn change(&self) -> &Change {
+        &self.change
     }
 
     /// The data types whose cascades it fires.
     pub(crate) fn types(&self) -> impl Iterator<Item = &str> {
-        let named = self.route.targets.iter().map(|(t, _)| t.as_str());
-        named.chain(self.creates()).chain(self.all().iter().map(String::as_str))
-    }
-
-    pub(crate) fn all(&self) -> &[String] {
-        &self.route.all
+        self.route.targets().chain(&self.route.all).map(|t| &**t)
     }
 
     /// The data type of what the `Location` of the response names.
-    pub(crate) fn creates(&self) -> Option<&str> {
-        self.route.creates.as_deref()
+    pub(crate) fn creates(&self) -> Option<&Arc<str>> {
+        self.route.creates.as_ref()
     }
 
     pub(crate) fn include(&self) -> &[Arc<str>] {

@@ -2,23 +2,49 @@
 
 use std::{borrow::Cow, collections::BTreeMap};
 
+use http::uri::PathAndQuery;
 use percent_encoding::percent_decode_str;
 
-use crate::error::ConfigError;
+use crate::{
+    catalog::{Canonical, Entities, spelled},
+    error::ConfigError,
+};
 
 /// The parameters of a path, in the order of the path.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Pattern {
-    /// (parameter, entity).
-    params: Vec<(String, String)>,
+    params: Vec<Param>,
+}
+
+/// A parameter, and the entity that it names.
+#[derive(Debug, Clone)]
+pub(crate) struct Param {
+    pub(crate) name: String,
+    pub(crate) entity: String,
+    /// What comes before it: the folder, or the whole path up to here where that is a parameter too.
+    place: String,
+    /// Its own name says which entity it is (`agent_id`), or `entities` does; `{id}` may be anything's.
+    is_explicit: bool,
+    canonical: Option<Canonical>,
+}
+
+impl Param {
+    /// Whether it evidently names the same entity as another parameter that is called the same.
+    pub(crate) fn is_like(&self, other: &Self) -> bool {
+        self.entity == other.entity && (self.is_explicit && other.is_explicit || self.place == other.place)
+    }
+
+    /// The value as handlers see it, percent-decoded, in the canonical form of the entity's ids; `None` if it has none.
+    pub(crate) fn value<'p>(&self, params: &matchit::Params<'_, 'p>) -> Option<Cow<'p, [u8]>> {
+        let raw = percent_decode_str(params.get(&self.name).unwrap_or_default());
+        spelled(self.canonical.as_ref(), raw.into())
+    }
 }
 
 impl Pattern {
-    /// `entities` overrides what a parameter is called: else `agent_id` names the entity `agent`.
-    pub(crate) fn new(path: &str, entities: &BTreeMap<String, String>) -> Result<Self, String> {
-        if !path.starts_with('/') {
-            return Err("it must begin with /".to_owned());
-        }
+    /// `overrides` says what a parameter is called: else `agent_id` names the entity `agent`.
+    pub(crate) fn new(path: &str, overrides: &BTreeMap<String, String>, entities: &Entities) -> Result<Self, String> {
+        check_path(path)?;
         let mut params = vec![];
         let mut rest = path;
         while let Some(open) = rest.find('{') {
@@ -27,43 +53,59 @@ impl Pattern {
                 continue;
             }
             let close = rest[open..].find('}').ok_or("a { is not closed")? + open;
-            let param = rest[open + 1..close].trim_start_matches('*').to_owned();
-            let entity = entities.get(&param).cloned();
-            let entity = entity.unwrap_or_else(|| param.strip_suffix("_id").unwrap_or(&param).to_owned());
-            params.push((param, entity));
+            let name = rest[open + 1..close].trim_start_matches('*').to_owned();
+            let explicit = overrides.get(&name).map(String::as_str).or_else(|| name.strip_suffix("_id"));
+            let entity = explicit.unwrap_or(&name).to_owned();
+            let before = &path[..path.len() - rest.len() + open];
+            let folder = before.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+            let place = if folder.is_empty() || folder.contains('{') { before } else { folder }.to_owned();
+            let (is_explicit, canonical) = (explicit.is_some(), entities.canonical(&entity).cloned());
+            params.push(Param { name, entity, place, is_explicit, canonical });
             rest = &rest[close + 1..];
         }
-        if let Some(unknown) = entities.keys().find(|name| !params.iter().any(|(p, _)| p == *name)) {
+        if let Some(unknown) = overrides.keys().find(|name| !params.iter().any(|p| p.name == **name)) {
             return Err(format!("it has no parameter `{unknown}`, which `entities` names"));
         }
         Ok(Self { params })
     }
 
-    pub(crate) fn params(&self) -> &[(String, String)] {
+    pub(crate) fn params(&self) -> &[Param] {
         &self.params
     }
 
     pub(crate) fn position(&self, param: &str) -> Option<usize> {
-        self.params.iter().position(|(p, _)| p == param)
+        self.params.iter().position(|p| p.name == param)
     }
 
-    /// The entity of this parameter, or of the last.
-    pub(crate) fn entity(&self, param: Option<&str>) -> Option<&str> {
-        let at = match param {
-            None => self.params.len().checked_sub(1)?,
-            Some(param) => self.position(param)?,
-        };
-        self.params.get(at).map(|(_, entity)| entity.as_str())
-    }
-
-    pub(crate) fn names(&self, entity: &str) -> bool {
-        self.params.iter().any(|(_, e)| e == entity)
+    /// This parameter, or the last.
+    pub(crate) fn resource(&self, param: Option<&str>) -> Option<&Param> {
+        match param {
+            None => self.params.last(),
+            Some(param) => self.params.iter().find(|p| p.name == param),
+        }
     }
 }
 
-/// The value of a parameter as handlers see it: percent-decoded, so that every spelling of an id is the same id.
-pub(crate) fn value<'p>(params: &matchit::Params<'_, 'p>, param: &str) -> Cow<'p, [u8]> {
-    percent_decode_str(params.get(param).unwrap_or_default()).into()
+/// What no path of a request can look like.
+fn check_path(path: &str) -> Result<(), String> {
+    if !path.starts_with('/') {
+        return Err("it must begin with /".to_owned());
+    }
+    if path.contains(['?', '#']) {
+        return Err("it is matched with the path alone, without a query; what the query says is for `query`".to_owned());
+    }
+    if let Some(segment) = path.split('/').find(|segment| segment.starts_with([':', '*'])) {
+        let name = segment.trim_start_matches([':', '*']);
+        let star = if segment.starts_with('*') { "*" } else { "" };
+        return Err(format!("`{segment}` matches only itself; write {{{star}{name}}}"));
+    }
+    let literal: String = path.chars().map(|c| if matches!(c, '{' | '}' | '*') { '-' } else { c }).collect();
+    if !literal.is_ascii() || PathAndQuery::try_from(literal.as_str()).is_err() {
+        return Err(
+            "no request's path has such characters; write them percent-encoded, as clients send them".to_owned()
+        );
+    }
+    Ok(())
 }
 
 pub(crate) fn pattern_error(what: &str, error: &str) -> ConfigError {

@@ -1,6 +1,6 @@
 //! Cacheable routes: a path pattern, its data type, and what else its responses depend on.
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use http::{HeaderMap, HeaderName, header, request};
 use serde::Deserialize;
@@ -9,11 +9,11 @@ use smallvec::SmallVec;
 
 use super::{
     Query, TenantSource,
-    pattern::{Pattern, pattern_error, value},
+    pattern::{Param, Pattern, pattern_error},
     tenant::header_values,
 };
 use crate::{
-    catalog::{Catalogue, Policy},
+    catalog::{Catalogue, Entities, Policy},
     error::ConfigError,
     key::{KeyBuf, Space, Tag, push_escaped, push_ids, push_type},
 };
@@ -135,6 +135,7 @@ impl Route {
 /// A compiled [`Route`].
 #[derive(Debug)]
 pub(crate) struct ReadRoute {
+    path: String,
     data_type: String,
     /// The data type as a part of the key.
     type_part: KeyBuf,
@@ -149,6 +150,7 @@ pub(crate) struct ReadRoute {
     query: Query,
     pub(crate) vary: Vec<HeaderName>,
     credentials: Credential,
+    pub(crate) declares_tags: bool,
 }
 
 #[derive(Debug)]
@@ -193,25 +195,24 @@ pub(crate) fn variant_key(primary: &[u8], names: &[HeaderName], headers: &Header
 }
 
 impl ReadRoute {
-    pub(crate) fn new(what: &str, route: &Route, catalogue: &Catalogue) -> Result<Self, ConfigError> {
-        let pattern = Pattern::new(&route.path, &route.entities).map_err(|e| pattern_error(what, &e))?;
+    pub(crate) fn new(route: &Route, catalogue: &Catalogue, entities: &Entities) -> Result<Self, ConfigError> {
+        let what = &format!("route GET {}", route.path);
+        catalogue.check(what, &route.data_type)?;
+        let pattern = Pattern::new(&route.path, &route.entities, entities).map_err(|e| pattern_error(what, &e))?;
+        let params = pattern.params();
         let resource = match &route.resource {
-            None => pattern.params().len().checked_sub(1),
+            None => params.len().checked_sub(1),
             Some(param) => Some(pattern.position(param).ok_or_else(|| {
                 ConfigError::new(format!("{what}: resource `{param}` is no parameter of the path; name one that is"))
             })?),
         };
-        let mut scope: Vec<_> = (0..pattern.params().len()).filter(|i| Some(*i) != resource).collect();
-        scope.sort_by(|a, b| pattern.params()[*a].1.cmp(&pattern.params()[*b].1));
-        if let Some(twice) = pattern
-            .params()
-            .iter()
-            .enumerate()
-            .find(|(i, (_, e))| pattern.params()[..*i].iter().any(|(_, other)| other == e))
-        {
+        let mut scope: Vec<_> = (0..params.len()).filter(|i| Some(*i) != resource).collect();
+        scope.sort_by(|a, b| params[*a].entity.cmp(&params[*b].entity));
+        let is_twice = |(i, param): &(usize, &Param)| params[..*i].iter().any(|other| other.entity == param.entity);
+        if let Some((_, twice)) = params.iter().enumerate().find(is_twice) {
             return Err(ConfigError::new(format!(
                 "{what}: two parameters name the entity `{}`; tell them apart with `entities`",
-                twice.1.1
+                twice.entity
             )));
         }
         let header = |name: &String| {
@@ -231,6 +232,7 @@ impl ReadRoute {
         let mut type_part = KeyBuf::new();
         push_type(&mut type_part, &route.data_type);
         Ok(Self {
+            path: route.path.clone(),
             data_type: route.data_type.clone(),
             type_part,
             policy: catalogue.policy(&route.data_type),
@@ -241,7 +243,21 @@ impl ReadRoute {
             query: route.query.clone(),
             vary,
             credentials,
+            declares_tags: route.declares_tags,
         })
+    }
+
+    /// What errors and descriptions call it.
+    pub(crate) fn what(&self) -> String {
+        format!("GET {}", self.path)
+    }
+
+    pub(crate) fn params(&self) -> &[Param] {
+        self.pattern.params()
+    }
+
+    pub(crate) fn resource_param(&self) -> Option<&Param> {
+        self.resource.and_then(|at| self.pattern.params().get(at))
     }
 
     pub(crate) fn data_type(&self) -> &str {
@@ -252,8 +268,9 @@ impl ReadRoute {
         &self.id
     }
 
+    /// The id of what a path names, in its canonical form.
     pub(crate) fn resource(&self, params: &matchit::Params<'_, '_>) -> Option<Vec<u8>> {
-        self.resource.map(|i| value(params, &self.pattern.params()[i].0).into_owned())
+        self.resource_param()?.value(params).map(Cow::into_owned)
     }
 
     /// What a request looks for, or the reason why the cache must not answer it.
@@ -292,8 +309,9 @@ impl ReadRoute {
         }
         let mut key = KeyBuf::with_capacity(192);
         let names = self.pattern.params();
-        let values: SmallVec<[_; 4]> = names.iter().map(|(param, _)| value(params, param)).collect();
-        let scope = self.scope.iter().map(|&i| (&*names[i].1, &*values[i]));
+        // No form in which a write would find it.
+        let values = names.iter().map(|param| param.value(params)).collect::<Option<SmallVec<[_; 4]>>>().ok_or("id")?;
+        let scope = self.scope.iter().map(|&i| (&*names[i].entity, &*values[i]));
         space.push_entry(&mut key, &tenant);
         key.extend_from_slice(&self.type_part);
         push_ids(&mut key, self.resource.map(|i| &*values[i]), scope);
@@ -319,9 +337,8 @@ impl ReadRoute {
 
     /// The tags of the entry: each entity of the path, and the type as a whole.
     pub(crate) fn tags(&self, head: &[u8], params: &matchit::Params<'_, '_>) -> Vec<Tag> {
-        let entity =
-            |(param, entity): &(String, String)| Tag::entity(head, &self.data_type, entity, &value(params, param));
-        let mut tags: Vec<_> = self.pattern.params().iter().map(entity).collect();
+        let entity = |param: &Param| Some(Tag::entity(head, &self.data_type, &param.entity, &param.value(params)?));
+        let mut tags: Vec<_> = self.pattern.params().iter().filter_map(entity).collect();
         tags.push(Tag::all(head, &self.data_type));
         tags
     }

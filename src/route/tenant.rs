@@ -17,6 +17,8 @@ pub(crate) enum TenantSource {
     Header(HeaderName),
     Extractor(Arc<Extract>),
     Single(Arc<str>),
+    /// Nothing is declared, and requests are not cached: code that is not behind HTTP says whose things it asks for.
+    ByHand,
 }
 
 impl TenantSource {
@@ -36,6 +38,22 @@ impl TenantSource {
                 _ => Err("no-tenant"),
             },
             Self::Single(tenant) => Ok(tenant.as_bytes().into()),
+            Self::ByHand => Err("no-tenant"),
+        }
+    }
+
+    /// The tenant that code names which is not behind HTTP. One that is forgotten would be shared by all.
+    pub(crate) fn by_hand<'t>(&'t self, named: Option<&'t str>) -> Result<&'t str, ConfigError> {
+        match (self, named) {
+            (Self::Single(own), None) => Ok(own),
+            (Self::Single(own), Some(named)) if **own != *named => Err(ConfigError::new(format!(
+                "the tenant `{named}`: this cache has the single tenant `{own}`; name that one"
+            ))),
+            (_, Some(named)) if !named.is_empty() => Ok(named),
+            (Self::Single(own), _) => Ok(own),
+            (Self::Header(_) | Self::Extractor(_) | Self::ByHand, _) => Err(ConfigError::new(
+                "no tenant is named; say whose it is with `tenant`, or declare `single_tenant` if there is only one",
+            )),
         }
     }
 
@@ -46,7 +64,9 @@ impl TenantSource {
                 let values = header_values(&parts.headers, name);
                 values.filter(|value| !value.is_empty()).map(|value| space.tenant(value)).collect()
             }
-            Self::Extractor(_) | Self::Single(_) => self.tenant(parts).into_iter().map(|t| space.tenant(t)).collect(),
+            Self::Extractor(_) | Self::Single(_) | Self::ByHand => {
+                self.tenant(parts).into_iter().map(|t| space.tenant(t)).collect()
+            }
         }
     }
 
@@ -64,6 +84,7 @@ impl fmt::Debug for TenantSource {
             Self::Header(name) => write!(f, "Header({name})"),
             Self::Extractor(_) => f.write_str("Extractor"),
             Self::Single(tenant) => write!(f, "Single({tenant})"),
+            Self::ByHand => f.write_str("ByHand"),
         }
     }
 }

@@ -339,6 +339,10 @@ impl Store for MemoryStore {
         done(groups.iter().map(|group| self.drop_group(group, fence)).collect())
     }
 
+    fn is_shared(&self) -> bool {
+        false
+    }
+
     fn clear(&self) -> StoreFuture<'_, ()> {
         for shard in &self.tags {
             let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);

@@ -254,6 +254,11 @@ pub trait Store: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    /// Whether other processes see what is stored here; by default they do.
+    fn is_shared(&self) -> bool {
+        true
+    }
+
     /// Drops the generations of all tags of all tenants: nothing that is stored now is valid when it has returned.
     fn clear(&self) -> StoreFuture<'_, ()>;
 

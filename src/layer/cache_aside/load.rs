@@ -63,8 +63,7 @@ impl Miss {
             }
         };
         let (mut parts, body) = response.into_parts();
-        let tag_header = &self.core.options.tag_header;
-        let late = take_tags(&mut parts, tag_header, &self.tenant, self.route.data_type());
+        let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type());
         let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(self.reason) };
         let confirmed = confirmable.filter(|_| parts.status == StatusCode::NOT_MODIFIED);
         if let Some(stored) = &confirmed {

@@ -118,16 +118,17 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let (parts, body) = request.into_parts();
+        let finish = |handled| Some(Finish { handled, tag_header: self.core.options.tag_header.clone() });
         let Some(found) = self.core.routes.read(&parts.uri) else {
-            return ResponseFuture::pass(self.inner.call(Request::from_parts(parts, body)), None, CacheBody::inner);
+            let inner = self.inner.call(Request::from_parts(parts, body));
+            return ResponseFuture::pass(inner, finish(None), CacheBody::inner);
         };
         let route: &Arc<ReadRoute> = found.value;
         let (wanted, asked) = match self.wanted(route, &parts, &body, &found.params) {
             Ok(wanted) => wanted,
             Err(handled) => {
-                let finish = Finish { handled, tag_header: self.core.options.tag_header.clone() };
                 let inner = self.inner.call(Request::from_parts(parts, body));
-                return ResponseFuture::pass(inner, Some(finish), CacheBody::inner);
+                return ResponseFuture::pass(inner, finish(Some(handled)), CacheBody::inner);
             }
         };
         let engine = &self.core.engine;

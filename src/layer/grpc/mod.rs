@@ -138,12 +138,10 @@ where
                 }
             },
         };
-        let finish = passed.map(|reason| Finish {
-            handled: Forwarded::because(Reason::Bypass, reason),
-            tag_header: options.tag_header.clone(),
-        });
+        let handled = passed.map(|reason| Forwarded::because(Reason::Bypass, reason));
+        let finish = Finish { handled, tag_header: options.tag_header.clone() };
         let request = Request::from_parts(parts, GrpcBody::passing(body));
-        ResponseFuture::pass(self.inner.call(request), finish, |body| {
+        ResponseFuture::pass(self.inner.call(request), Some(finish), |body| {
             GrpcResponseBody::untouched(CacheBody::inner(body))
         })
     }

@@ -24,6 +24,7 @@ use crate::{
     layer::{
         body::CacheBody,
         core::Core,
+        extensions::take_tags,
         future,
         reading::{Reading, Reply, settle},
         serve::Asked,
@@ -95,10 +96,14 @@ impl Read {
         let body = GrpcBody::read(body, self.core.options.body_limit).await;
         let wanted = self.wanted(&parts.headers, body.whole().as_ref());
         let request = Request::from_parts(parts, body);
-        let Some(GrpcWanted { key, tags }) = wanted else {
-            let mut response = inner.call(request).await?;
-            Forwarded::because(Reason::Bypass, "message").append(response.headers_mut(), None, None);
-            return Ok(out(response.map(CacheBody::inner)));
+        let GrpcWanted { key, tags } = match wanted {
+            Ok(wanted) => wanted,
+            Err(reason) => {
+                let mut response = inner.call(request).await?;
+                response.headers_mut().remove(&self.core.options.tag_header);
+                Forwarded::because(Reason::Bypass, reason).append(response.headers_mut(), None, None);
+                return Ok(out(response.map(CacheBody::inner)));
+            }
         };
         let (core, route) = (self.core.clone(), self.route.clone());
         let engine = &core.engine;
@@ -117,11 +122,12 @@ impl Read {
     }
 
     /// What the message asks for, if it is one message that says so.
-    fn wanted(&self, headers: &HeaderMap, body: Option<&Bytes>) -> Option<GrpcWanted> {
-        let framed = body?;
-        let message = message(framed)?;
-        let entity = self.core.cascades.entity_of(&self.route.data_type);
-        self.route.wanted(&self.core.space, &self.tenant, headers, framed, message.as_deref(), entity)
+    fn wanted(&self, headers: &HeaderMap, body: Option<&Bytes>) -> Result<GrpcWanted, &'static str> {
+        let framed = body.ok_or("message")?;
+        let message = message(framed).ok_or("message")?;
+        let Core { cascades, routes, space, .. } = &*self.core;
+        let known = (&cascades.entities, &routes.expected);
+        self.route.wanted(space, &self.tenant, headers, (framed, message.as_deref()), known)
     }
 
     async fn load<S, B, R>(
@@ -145,13 +151,15 @@ impl Read {
             }
         };
         let (mut parts, body) = response.into_parts();
+        let late = take_tags(&mut parts, &self.core, &self.tenant, &self.route.data_type);
         let limit = self.core.options.body_limit;
         // With its status in the headers it is an error, and has no message.
         let has_message = parts.status == StatusCode::OK && !parts.headers.contains_key(GRPC_STATUS);
-        let verdict = match has_message {
-            false => Verdict::Fail("grpc-status"),
-            true if body.size_hint().lower() > limit as u64 => Verdict::Alone("body-limit"),
-            true => {
+        let verdict = match (has_message, &late) {
+            (false, _) => Verdict::Fail("grpc-status"),
+            (true, Err(reason)) => Verdict::Alone(reason),
+            (true, Ok(_)) if body.size_hint().lower() > limit as u64 => Verdict::Alone("body-limit"),
+            (true, Ok(_)) => {
                 let life = Lifetime::fresh_for(self.route.policy.jittered());
                 Verdict::Store(Lifetime { load: start.elapsed(), ..life }, Box::default())
             }
@@ -162,8 +170,8 @@ impl Read {
             let _ = reply.send(Ok(Response::from_parts(parts, CacheBody::inner(body))));
             return;
         };
-        let reading =
-            Reading { leader, late: vec![], parts, forwarded, life, varied: None, adds_tag: false, limit, accepts };
+        let late = late.unwrap_or_default();
+        let reading = Reading { leader, late, parts, forwarded, life, varied: None, adds_tag: false, limit, accepts };
         reading.read(body, &Asked::default(), reply).await;
     }
 }

@@ -17,7 +17,7 @@ use super::{
     status::{GRPC_STATUS, is_refusal},
 };
 use crate::{
-    catalog::Drops,
+    catalog::{Change, Drops},
     key::Tenant,
     layer::{
         body::CacheBody,
@@ -45,18 +45,17 @@ fn unavailable<R: Body<Data = Bytes>>(_: Refused) -> Out<R> {
 impl Write {
     async fn add_drops(&self, drops: &mut Drops, id: Option<&str>) {
         let GrpcRoute { data_type, include, .. } = &*self.route;
-        for tenant in &self.tenants {
-            match id {
-                None => drops.all(tenant, data_type),
-                Some(id) => self.core.drop_entity(drops, tenant, data_type, id.as_bytes(), include).await,
-            }
-        }
+        let change = match id {
+            None => Change::all(data_type.clone()),
+            Some(id) => Change::entity(data_type.clone(), id),
+        };
+        self.core.add_change(drops, &self.tenants, &change.include(include)).await;
     }
 
     async fn begin(&self, id: Option<&str>) -> Result<Writing, Refused> {
         let mut drops = Drops::default();
         self.add_drops(&mut drops, id).await;
-        Writing::begin(&self.core, drops, std::iter::once(self.route.data_type.as_str())).await
+        Writing::begin(&self.core, drops, std::iter::once(&*self.route.data_type)).await
     }
 
     pub(super) async fn run<S, B, R>(self, mut inner: S, request: Request<B>) -> Result<Out<R>, S::Error>
@@ -78,7 +77,10 @@ impl Write {
             Err(refused) => return Ok(unavailable(refused)),
         };
         let call = AssertUnwindSafe(async { inner.call(Request::from_parts(parts, body)).await });
-        let result = call.catch_unwind().await;
+        let mut result = call.catch_unwind().await;
+        if let Ok(Ok(response)) = &mut result {
+            response.headers_mut().remove(&self.core.options.tag_header);
+        }
         if let Ok(Ok(response)) = &result
             && is_refusal(response.headers())
         {

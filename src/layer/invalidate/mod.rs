@@ -182,13 +182,13 @@ impl Write {
     async fn begin(&self) -> Result<Writing, Refused> {
         Writing::check(&self.core)?;
         let mut drops = Drops::default();
-        self.core.drop_mutated(&mut drops, &self.tenants, &self.mutated).await;
+        self.core.add_change(&mut drops, &self.tenants, self.mutated.change()).await;
         Writing::begin(&self.core, drops, self.mutated.types()).await
     }
 
     /// After it: it may have moved a child here, and the response may say what else it is about.
     async fn add_changed(&self, drops: &mut Drops, response: Option<&HeaderMap>) {
-        self.core.drop_mutated(drops, &self.tenants, &self.mutated).await;
+        self.core.add_change(drops, &self.tenants, self.mutated.change()).await;
         let location = response.and_then(|headers| headers.get(header::LOCATION)?.to_str().ok());
         self.core.drop_created(drops, &self.tenants, &self.mutated, location).await;
         if let (Some((uri, host)), Some(response)) = (&self.target, response) {

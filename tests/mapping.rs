@@ -1,0 +1,517 @@
+//! Mappings: what cannot work is refused with the mend, and what is accepted drops whatever a write makes stale.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "support/mappings.rs"]
+mod mappings;
+#[path = "support/web.rs"]
+mod web;
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use http::{Method, Response};
+use mappings::Mapping;
+use rand::{SeedableRng, rngs::SmallRng};
+use tower_cache_aside::{
+    Cache, CacheBuilder, CacheTags, Canonical, Cascade, Coalesce, DataType, EntryBuilder, Mutation, Route, Source,
+    Tier, Ttl, store::MemoryStore,
+};
+use web::{Body, Web, full, request};
+
+/// `build` against the model: it refuses exactly those mappings under which some write leaves something stale.
+#[test]
+fn build_accepts_what_the_model_finds_no_hole_in() {
+    let (mut accepted, mut refused) = (0, 0);
+    for seed in 0..6_000 {
+        let mapping = Mapping::random(&mut SmallRng::seed_from_u64(seed));
+        match (mapping.builder().build(), mapping.hole()) {
+            (Ok(_), None) => accepted += 1,
+            (Err(_), Some(_)) => refused += 1,
+            (Ok(_), Some(hole)) => panic!("seed {seed}: accepted, but {hole}\n{mapping:#?}"),
+            (Err(error), None) => panic!("seed {seed}: refused without a hole: {error}\n{mapping:#?}"),
+        }
+    }
+    assert!(accepted > 1_000 && refused > 1_000, "{accepted} {refused}");
+}
+
+/// What is accepted does so in fact: everything is stored, and each write drops all pages that it affects.
+#[tokio::test]
+async fn each_write_drops_every_page_that_it_affects() {
+    let mut dropped = 0;
+    for seed in 0..400 {
+        let mapping = Mapping::random(&mut SmallRng::seed_from_u64(seed));
+        let Ok(cache) = mapping.builder().build() else { continue };
+        let pages = mapping.pages();
+        let useful = mapping.useful();
+        let declared = |page: &mappings::Page| (page.path.clone(), mapping.declared(page, &useful));
+        let tags: BTreeMap<_, _> = pages.iter().map(declared).collect();
+        let tags = Arc::new(tags);
+        let web = Web::new(&cache, move |request| {
+            let tags = tags.get(request.uri().path()).cloned().unwrap_or_default();
+            async move { Ok(response(&tags.into_iter().collect::<Vec<_>>())) }
+        });
+        for write in &mapping.mutations {
+            for row in mapping.of_kind(write.kind) {
+                for page in &pages {
+                    web.get(&page.path).await;
+                    assert!(web.get(&page.path).await.is_hit(), "seed {seed}: {page:?}");
+                }
+                web.send(request(write.method.clone(), &mapping.fill(&write.path, &row))).await;
+                for page in mapping.affected(write, &row, &pages) {
+                    assert!(!web.get(&page.path).await.is_hit(), "seed {seed}: {write:?} of {row:?} leaves {page:?}");
+                    dropped += 1;
+                }
+            }
+        }
+    }
+    assert!(dropped > 1_000, "{dropped}");
+}
+
+fn response(tags: &[(String, String)]) -> Response<Body> {
+    let tags: Vec<_> = tags.iter().map(|(entity, id)| format!("{}={id}", entity.split('@').next().unwrap())).collect();
+    Response::builder().header("cache-tag", tags.join(", ")).body(full("text")).unwrap()
+}
+
+// ---- what is refused -------------------------------------------------------------------------------------------------
+
+fn agents() -> CacheBuilder {
+    Cache::builder("test")
+        .single_tenant("t")
+        .data_type(DataType::new("agent", Ttl::Standard))
+        .data_type(DataType::new("conversation", Ttl::Standard))
+        .data_type(DataType::new("agents_list", Ttl::Short))
+        .report_header(true)
+}
+
+fn refusal(builder: CacheBuilder) -> String {
+    builder.build().map_or_else(|error| error.to_string(), |_| panic!("accepted"))
+}
+
+/// (the mapping, what the message names, the mend that it offers).
+#[test]
+fn what_cannot_work_is_refused_with_the_mend() {
+    let agent = || agents().route(Route::new("/agents/{agent_id}", "agent"));
+    let put = || Mutation::put("/agents/{agent_id}", "agent");
+    let two = || {
+        let cascade = Cascade::new("agent").drops(["conversation"]);
+        agents().route(Route::new("/agents/{id}", "agent")).cascade(cascade)
+    };
+    let related = || Cascade::new("agent").relation("conversations", "conversation");
+    let ask = |_, _| async { Ok::<_, std::io::Error>(vec![]) };
+    for (builder, names, mend) in [
+        // Routes of the mutated type that say nothing of which.
+        (agent().route(Route::new("/agents", "agent")).mutation(put()), "GET /agents ", "a type of its own"),
+        (
+            agent().route(Route::new("/agents/by-name/{name}", "agent")).mutation(put()),
+            "GET /agents/by-name/{name}",
+            "declare tags",
+        ),
+        // Declared in the other order it is the same.
+        (
+            agents()
+                .route(Route::new("/agents/by-name/{name}", "agent"))
+                .route(Route::new("/agents/{agent_id}", "agent"))
+                .mutation(put()),
+            "GET /agents/by-name/{name}",
+            "declare tags",
+        ),
+        // One good route among several is not enough.
+        (
+            agent()
+                .route(Route::new("/agents/{agent_id}/conversations", "conversation"))
+                .route(Route::new("/conversations/{conversation_id}", "conversation"))
+                .cascade(Cascade::new("agent").drops(["conversation"])),
+            "GET /conversations/{conversation_id}",
+            "agent_id",
+        ),
+        // Nothing resolves it.
+        (
+            agent().route(Route::new("/conversations/{conversation_id}", "conversation")).cascade(related()),
+            "relation `conversations`",
+            "a resolver",
+        ),
+        // Agent 1 is not conversation 1.
+        (two().route(Route::new("/conversations/{id}", "conversation")), "GET /conversations/{id}", "{agent_id}"),
+        (
+            agents()
+                .route(Route::new("/agents/{id}", "agent"))
+                .mutation(Mutation::put("/conversations/{id}/agent", "agent")),
+            "PUT /conversations/{id}/agent",
+            "entities",
+        ),
+        (agent().mutation(Mutation::post("/conversations").creates("conversation")), "creates `conversation`", "route"),
+        (agent().mutation(put().include("friends")), "friends", "declare it"),
+        (agent().cascade(related()).resolver("friends", ask), "friends", "remove the resolver"),
+        // Patterns that match nothing.
+        (agents().route(Route::new("/agents/:id", "agent")), "/agents/:id", "{id}"),
+        (agents().route(Route::new("/agents/*rest", "agent")), "/agents/*rest", "{*rest}"),
+        (agents().route(Route::new("/agents/{id}?x=1", "agent")), "?x=1", "query"),
+        (agents().route(Route::new("/agents/{id}#x", "agent")), "#x", "query"),
+        (agents().route(Route::new("/agents of/{id}", "agent")), "/agents of/", "percent-encoded"),
+        (agents().route(Route::new("/straße/{id}", "agent")), "/straße", "percent-encoded"),
+        (agent().mutation(Mutation::post("/agents/:id").mutates("agent")), "/agents/:id", "{id}"),
+        (
+            agent().mutation(Mutation::new(Method::from_bytes(b"put").unwrap(), "/agents/{agent_id}").mutates("agent")),
+            "put /agents/{agent_id}",
+            "write PUT",
+        ),
+        (
+            agents().data_type(DataType::new("x", Ttl::Short).negative([404, 200], Ttl::Short)),
+            "data type `x`",
+            "404 and 410",
+        ),
+        (agents().tag_header("content-type"), "content-type", "choose one"),
+        (agents().tag_header("Set-Cookie"), "Set-Cookie", "choose one"),
+        (agents().targeted_header("cache-control"), "cache-control", "choose one"),
+        (agents().tag_header("x-a").targeted_header("x-a"), "x-a", "rename one"),
+        // What needs a store that others see.
+        (
+            agents().data_type(DataType::new("x", Ttl::Short).coalesce(Coalesce::Fleet)),
+            "data type `x`",
+            "share a store",
+        ),
+        (agents().data_type(DataType::new("x", Ttl::Short).tier(Tier::On)), "data type `x`", "share a store"),
+        (agents().tier(Tier::Validated), "tier", "share a store"),
+        (agents().memory(1 << 20).store(MemoryStore::new(1 << 20)), "memory", "take it out"),
+    ] {
+        let message = refusal(builder);
+        assert!(message.contains(names) && message.contains(mend), "expected `{names}` and `{mend}`:\n{message}");
+    }
+}
+
+/// The mends of the refusals above.
+#[test]
+fn what_the_refusals_offer_is_accepted() {
+    let put = || Mutation::put("/agents/{agent_id}", "agent");
+    let agent = || agents().route(Route::new("/agents/{agent_id}", "agent"));
+    let named = || Route::new("/agents/by-name/{name}", "agent");
+    let ask = |_, _| async { Ok::<_, std::io::Error>(vec![]) };
+    let conversation = || Route::new("/conversations/{conversation_id}", "conversation");
+    let related = || Cascade::new("agent").relation("conversations", "conversation");
+    for builder in [
+        agent().route(named().declares_tags()).mutation(put()),
+        agent().route(named()).mutation(put().all("agent")),
+        agent().route(Route::new("/agents/of/{owner}", "agent").entity("owner", "agent")).mutation(put()),
+        agent()
+            .route(Route::new("/agents", "agents_list"))
+            .mutation(put())
+            .cascade(Cascade::new("agent").all(["agents_list"])),
+        agent().route(conversation()).cascade(related()).resolver("conversations", ask),
+        agent().route(conversation().declares_tags()).cascade(related()),
+        agents()
+            .route(Route::new("/agents/{id}", "agent"))
+            .route(Route::new("/agents/{id}/conversation", "conversation"))
+            .cascade(Cascade::new("agent").drops(["conversation"])),
+    ] {
+        builder.build().unwrap();
+    }
+}
+
+/// A task's write drops its project's lists, a project's delete drops its tasks: each is followed once.
+#[tokio::test]
+async fn relations_may_lead_up_and_down() {
+    let (ups, downs) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (up, down) = (ups.clone(), downs.clone());
+    let cache = Cache::builder("test")
+        .single_tenant("t")
+        .data_type(DataType::new("project", Ttl::Standard))
+        .data_type(DataType::new("project_tasks", Ttl::Standard))
+        .data_type(DataType::new("task", Ttl::Standard))
+        .route(Route::new("/projects/{project_id}", "project"))
+        .route(Route::new("/projects/{project_id}/tasks", "project_tasks"))
+        .route(Route::new("/tasks/{task_id}", "task"))
+        .mutation(Mutation::put("/tasks/{task_id}", "task").include("project"))
+        .mutation(Mutation::delete("/projects/{project_id}", "project").include("tasks"))
+        .cascade(Cascade::new("project").drops(["project_tasks"]).relation("tasks", "task"))
+        .cascade(Cascade::new("task").relation("project", "project"))
+        .resolver("project", move |_, tasks| {
+            up.fetch_add(1, Ordering::SeqCst);
+            async move { Ok::<_, std::io::Error>(tasks.into_iter().map(|_| "p".to_owned()).collect()) }
+        })
+        .resolver("tasks", move |_, projects| {
+            down.fetch_add(1, Ordering::SeqCst);
+            async move { Ok::<_, std::io::Error>(projects.iter().flat_map(|_| ["1", "2"]).map(str::to_owned).collect()) }
+        })
+        .report_header(true)
+        .build()
+        .unwrap();
+    let web = Web::new(&cache, |_| async { Ok(web::ok("text")) });
+    let paths = ["/projects/p", "/projects/p/tasks", "/tasks/1", "/tasks/2", "/projects/q/tasks", "/tasks/9"];
+    for (method, path) in [(Method::PUT, "/tasks/1"), (Method::DELETE, "/projects/p")] {
+        for path in paths {
+            web.get(path).await;
+        }
+        for counter in [&ups, &downs] {
+            counter.store(0, Ordering::SeqCst);
+        }
+        web.send(request(method, path)).await;
+        // Before the handler and after it; the way back is not gone again and again.
+        assert!(ups.load(Ordering::SeqCst) <= 4 && downs.load(Ordering::SeqCst) <= 4, "{ups:?} {downs:?}");
+        let mut hits = vec![];
+        for path in paths {
+            hits.push(web.get(path).await.is_hit());
+        }
+        assert_eq!(hits, [false, false, false, false, true, true], "{path}");
+    }
+}
+
+/// By hand, what would drop nothing is an error, which names it, and nothing is dropped.
+#[tokio::test]
+async fn typos_by_hand_are_errors() {
+    let cache = agents()
+        .route(Route::new("/agents/{agent_id}", "agent"))
+        .route(Route::new("/agents", "agents_list"))
+        .cascade(Cascade::new("agent").all(["agents_list"]))
+        .build()
+        .unwrap();
+    let by_hand = || cache.invalidate("t");
+    for (invalidation, says) in [
+        (by_hand().mutated("agnet", "1"), "unknown data type `agnet`"),
+        (by_hand().all("agnet"), "unknown data type `agnet`"),
+        (by_hand().mutated("agent", "1").include("nope"), "no cascade of what it mutates has a relation `nope`"),
+        // Its routes have no ids.
+        (by_hand().mutated("agents_list", "1"), "GET /agents "),
+        (cache.invalidate("other").all("agent"), "single tenant `t`"),
+    ] {
+        let error = invalidation.run().await.unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+    by_hand().mutated("agent", "1").run().await.unwrap();
+}
+
+// ---- who is who ------------------------------------------------------------------------------------------------------
+
+/// A write by any spelling of an id drops what was read by any other, wherever the spelling comes from.
+#[tokio::test]
+async fn an_id_is_one_id() {
+    let uuid = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+    let (capitals, plain) = (uuid.to_uppercase(), uuid.replace('-', ""));
+    let by = || Canonical::by(|id| id.strip_prefix("agent-").or(Some(id)).map(str::to_owned));
+    for (canonical, spellings, no_id) in [
+        (Canonical::Integer, ["42", "042", "+42", "%342"], "x"),
+        (Canonical::Uuid, [uuid, &capitals, &plain, &format!("%7B{uuid}%7D")], "42"),
+        (Canonical::Lowercase, ["zo%C3%AB", "ZO%C3%8B", "Zo%c3%ab", "zO%C3%AB"], "%FF"),
+        (by(), ["7", "agent-7", "%61gent-7", "agent%2D7"], "%FF"),
+    ] {
+        let listed = Arc::new(Mutex::new(String::new()));
+        let resolved = listed.clone();
+        let cache = agents()
+            .entity("agent", canonical)
+            .data_type(DataType::new("note", Ttl::Standard))
+            .route(Route::new("/agents/{agent_id}", "agent"))
+            .route(Route::new("/notes/{note_id}", "note").declares_tags())
+            .mutation(Mutation::put("/agents/{agent_id}", "agent"))
+            .mutation(Mutation::post("/agents").creates("agent"))
+            .mutation(Mutation::put("/conversations/{conversation_id}", "conversation").include("agents"))
+            .cascade(Cascade::new("conversation").relation("agents", "agent"))
+            .cascade(Cascade::new("agent").drops(["note"]))
+            .resolver("agents", move |_, _| {
+                let id = resolved.lock().unwrap().clone();
+                async { Ok::<_, std::io::Error>(vec![id]) }
+            })
+            .build()
+            .unwrap();
+        let tag = Arc::new(Mutex::new(String::new()));
+        let declared = tag.clone();
+        let web = Web::new(&cache, move |request| {
+            let tag = declared.lock().unwrap().clone();
+            async move {
+                let response = Response::builder().status(if request.method() == Method::POST { 201 } else { 200 });
+                let response = response.header("location", format!("/agents/{tag}"));
+                let is_note = request.uri().path().starts_with("/notes");
+                let response = if is_note { response.header("cache-tag", format!("agent={tag}")) } else { response };
+                Ok(response.body(full("text")).unwrap())
+            }
+        });
+        for read in spellings {
+            for write in spellings {
+                let decoded = percent_encoding::percent_decode_str(write).decode_utf8().unwrap().into_owned();
+                *listed.lock().unwrap() = decoded.clone();
+                for way in 0..4 {
+                    *tag.lock().unwrap() = read.to_owned();
+                    let agent = format!("/agents/{read}");
+                    web.get(&agent).await;
+                    web.get("/notes/1").await;
+                    assert!(web.get(&agent).await.is_hit() && web.get("/notes/1").await.is_hit(), "{read}");
+                    assert!(web.get(&format!("/agents/{write}")).await.is_hit(), "{write} is {read}");
+                    *tag.lock().unwrap() = write.to_owned();
+                    match way {
+                        0 => _ = web.put(&format!("/agents/{write}")).await,
+                        1 => _ = web.send(request(Method::POST, "/agents")).await,
+                        2 => _ = web.put("/conversations/1").await,
+                        _ => _ = cache.invalidate("t").mutated("agent", &decoded).run().await.unwrap(),
+                    }
+                    for path in [&agent[..], "/notes/1"] {
+                        assert!(!web.get(path).await.is_hit(), "{way}: {path} after a write of {write}");
+                    }
+                }
+            }
+        }
+        // What is no id: read past the cache, and a write of everything.
+        let path = format!("/agents/{}", spellings[0]);
+        web.get(&path).await;
+        for _ in 0..2 {
+            let reply = web.get(&format!("/agents/{no_id}")).await;
+            assert_eq!(reply.cache_status(), "fwd=bypass; detail=id", "{no_id}");
+        }
+        assert!(web.get(&path).await.is_hit());
+        web.put(&format!("/agents/{no_id}")).await;
+        assert!(!web.get(&path).await.is_hit(), "{no_id}");
+    }
+}
+
+/// The typed function, too: its ids and its scope.
+#[tokio::test]
+async fn an_id_is_one_id_without_http() {
+    let cache = agents()
+        .entity("agent", Canonical::Integer)
+        .cascade(Cascade::new("agent").drops(["conversation"]))
+        .build()
+        .unwrap();
+    let load = async |id: &str| {
+        let entry = cache.entry::<u32>("conversation", "c").scope("agent", id);
+        entry.fetch(|| async { Ok::<_, std::io::Error>(Some(1)) }).unwrap().await.unwrap().1.source
+    };
+    assert_eq!((load("042").await, load("42").await), (Source::Origin, Source::Cache));
+    cache.invalidate("t").mutated("agent", "+42").run().await.unwrap();
+    assert_eq!((load("0042").await, load("42").await), (Source::Origin, Source::Cache));
+    assert_eq!((load("x").await, load("x").await), (Source::Origin, Source::Origin));
+    cache.invalidate("t").mutated("agent", "x").run().await.unwrap();
+    assert_eq!(load("42").await, Source::Origin, "of no id: the whole type");
+}
+
+/// By hand the tenant is the service's, and cannot be forgotten; nor can what a cascade counts on.
+#[tokio::test]
+async fn entries_by_hand_are_found_by_writes() {
+    let fetch = || async { Ok::<_, std::io::Error>(Some(1)) };
+    let cache = agents().route(Route::new("/agents/{agent_id}", "agent"));
+    let cache = cache.cascade(Cascade::new("agent").drops(["conversation"])).build().unwrap();
+    let source = async |entry: EntryBuilder<u32>| entry.fetch(fetch).unwrap().await.unwrap().1.source;
+    assert_eq!(source(cache.entry("agent", "1")).await, Source::Origin);
+    assert_eq!(source(cache.entry("agent", "1").tenant("t")).await, Source::Cache);
+    cache.invalidate("t").mutated("agent", "1").run().await.unwrap();
+    assert_eq!(source(cache.entry("agent", "1")).await, Source::Origin);
+    for (entry, says) in [
+        (cache.entry::<u32>("agnet", "1"), "unknown data type `agnet`"),
+        (cache.entry("agent", "1").tenant("other"), "single tenant `t`"),
+        (cache.entry("conversation", "1"), "by agent"),
+    ] {
+        let error = entry.fetch(fetch).err().unwrap().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+    let with_tenants =
+        Cache::builder("test").tenant_header("x-tenant-id").data_type(DataType::new("agent", Ttl::Short));
+    let with_tenants = with_tenants.build().unwrap();
+    for entry in [with_tenants.entry::<u32>("agent", "1"), with_tenants.entry("agent", "1").tenant("")] {
+        assert!(entry.fetch(fetch).err().unwrap().to_string().contains("no tenant"));
+    }
+    assert!(with_tenants.invalidate("").all("agent").run().await.is_err());
+    assert!(with_tenants.entry("agent", "1").tenant("a").fetch(fetch).is_ok());
+}
+
+/// Tags that no cascade could match: not stored, and the reason is said; tags of several layers add up; clients see none.
+#[tokio::test]
+async fn declared_tags_are_checked_add_up_and_stay_inside() {
+    let cache = agents()
+        .route(Route::new("/agents/{agent_id}", "agent"))
+        .route(Route::new("/conversations/{conversation_id}", "conversation").declares_tags())
+        .cascade(Cascade::new("agent").drops(["conversation"]))
+        .build()
+        .unwrap();
+    let header = Arc::new(Mutex::new(""));
+    let declared = header.clone();
+    let web = Web::new(&cache, move |_| {
+        let header = *declared.lock().unwrap();
+        async move { Ok(Response::builder().header("cache-tag", header).body(full("text")).unwrap()) }
+    });
+    for (tags, stored) in [
+        ("agent=42", true),
+        (" agent=42 ,, agent=7,", true),
+        ("agent=%34%32", true),
+        ("", true),
+        ("agent = 42", false),
+        ("Agent=42", false),
+        ("agent=\"42\"", false),
+        ("agent=", false),
+        ("=42", false),
+        ("agent", false),
+        ("agent=4 2", false),
+        ("agent=a=b", false),
+        ("user=7", false),
+        ("agent=1, user=7", false),
+    ] {
+        *header.lock().unwrap() = tags;
+        let first = web.get("/conversations/1").await;
+        assert_eq!(first.cache_status().ends_with("; detail=bad-tags"), !stored, "{tags}: {first:?}");
+        let second = web.get("/conversations/1").await;
+        assert_eq!(second.is_hit(), stored, "{tags}");
+        assert!(first.header("cache-tag").is_empty() && second.header("cache-tag").is_empty(), "{tags}");
+        cache.invalidate("t").all("conversation").run().await.unwrap();
+        *header.lock().unwrap() = "user=7";
+        assert_eq!(web.get("/elsewhere").await.header("cache-tag"), "", "what no route matches leaks none either");
+    }
+
+    let web = Web::new(&cache, |_| async {
+        let mut response = web::ok("text");
+        CacheTags::of(response.extensions_mut()).add("agent", "1");
+        // Another layer, which knows nothing of the first.
+        CacheTags::of(response.extensions_mut()).add("agent", "2");
+        response.headers_mut().append("cache-tag", "agent=3".parse().unwrap());
+        response.headers_mut().append("cache-tag", "agent=4".parse().unwrap());
+        Ok(response)
+    });
+    for agent in 1..=4 {
+        web.get("/conversations/1").await;
+        assert!(web.get("/conversations/1").await.is_hit());
+        cache.invalidate("t").mutated("agent", agent.to_string()).run().await.unwrap();
+        assert!(!web.get("/conversations/1").await.is_hit(), "{agent}");
+    }
+}
+
+/// The review of a mapping: every write with what it drops, every route with what drops it.
+#[test]
+fn a_mapping_is_described_on_one_page() {
+    let cache = agents()
+        .route(Route::new("/agents/{agent_id}", "agent"))
+        .route(Route::new("/agents", "agents_list"))
+        .route(Route::new("/conversations/{conversation_id}", "conversation").declares_tags())
+        .mutation(Mutation::put("/agents/{agent_id}", "agent").include("conversations"))
+        .mutation(Mutation::post("/import").all("conversation"))
+        .cascade(Cascade::new("agent").all(["agents_list"]).relation("conversations", "conversation"))
+        .build()
+        .unwrap();
+    let description = cache.describe();
+    let json = serde_json::to_value(&description).unwrap();
+    assert_eq!(json["writes"][0]["name"], "PUT /agents/{agent_id}");
+    assert_eq!(
+        json["writes"][0]["drops"],
+        serde_json::json!([
+            {"data_type": "agent", "relation": null, "by": ["agent"]},
+            {"data_type": "agents_list", "relation": null, "by": []},
+            {"data_type": "conversation", "relation": "conversations", "by": ["agent"]},
+        ])
+    );
+    let by: Vec<_> = description.reads.iter().map(|read| (&*read.name, read.dropped_by.join(", "))).collect();
+    assert_eq!(
+        by,
+        [
+            ("GET /agents/{agent_id}", "PUT /agents/{agent_id}".to_owned()),
+            ("GET /agents", "PUT /agents/{agent_id}".to_owned()),
+            ("GET /conversations/{conversation_id}", "PUT /agents/{agent_id}, POST /import".to_owned()),
+        ]
+    );
+    let text = description.to_string();
+    for line in [
+        "PUT /agents/{agent_id}",
+        "    agents_list                      all of the tenant",
+        "    conversation                     of the agent  (conversations)",
+        "GET /agents  agents_list, 5m",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+}
