@@ -12,7 +12,7 @@ use serde::{
 
 use crate::{
     catalog::{Canonical, Cascade, DataType, Policy, Tier, Ttl},
-    route::{Mutation, Route},
+    route::{Mutation, OnUnmapped, Route},
     units::{bytes, duration},
 };
 
@@ -41,6 +41,8 @@ pub struct Config {
     pub report_header: Option<bool>,
     /// What becomes of writes while the store cannot be told about them.
     pub on_unreachable: Option<OnUnreachable>,
+    /// What becomes of writes that nothing is said of.
+    pub on_unmapped: Option<OnUnmapped>,
     /// How types are held in process that say nothing about it.
     pub tier: Option<Tier>,
     /// The shared store. (Feature `redis`.)
@@ -99,6 +101,7 @@ impl Config {
         replace(&mut self.body_limit, other.body_limit);
         replace(&mut self.report_header, other.report_header);
         replace(&mut self.on_unreachable, other.on_unreachable);
+        replace(&mut self.on_unmapped, other.on_unmapped);
         replace(&mut self.tier, other.tier);
         replace(&mut self.redis, other.redis);
         replace(&mut self.fence, other.fence);

@@ -29,7 +29,7 @@
 //!
 //! # The guarantee
 //!
-//! After a write has been acknowledged through the [`InvalidateLayer`] (or [`Cache::invalidate`] has returned), no
+//! After a write has been acknowledged through a layer of the cache (or [`Cache::invalidate`] has returned), no
 //! request that begins later is served what was read before it. Not from the cache, not from a call that was under way,
 //! and not from a slow read that stores its result afterwards: that classic race of cache-aside is closed by giving
 //! every entity a *generation*, which a load captures before it begins, an entry is valid under, and a write drops. See
@@ -51,7 +51,8 @@
 //! - [`Route`], [`Mutation`]: from a request to what it reads or changes.
 //! - [`DataType`], [`Ttl`], [`Cascade`], [`Config`]: the catalogue; [`docs::configuration`] has it as a file, and
 //!   [`docs::mapping`] says how to map a real API. What cannot work is refused when the cache is built.
-//! - [`Cache::entry`]: the same for code that is not behind HTTP.
+//! - [`Changes`], [`changed`], [`depends_on`]: what handlers and repositories say, where no table can know.
+//! - [`Cache::entry`], [`Cache::write`], [`Cache::invalidate`]: the same for code that is not behind HTTP.
 //! - [`store`]: where entries live, and the trait to implement for another place.
 //!
 //! # Cancel safety
@@ -96,12 +97,12 @@ pub use engine::Invalidated;
 pub use error::ConfigError;
 pub use key::{Key, Tag};
 pub use layer::{
-    CacheAside, CacheAsideLayer, CacheBody, CacheTags, Invalidate, InvalidateBody, InvalidateLayer, NoCache,
-    ResponseFuture,
+    CacheAside, CacheAsideLayer, CacheBody, CacheTags, Changes, Invalidate, InvalidateBody, InvalidateLayer, NoCache,
+    ResponseFuture, changed, depends_on,
 };
 #[cfg(feature = "grpc")]
 pub use layer::{Grpc, GrpcBody, GrpcLayer, GrpcResponseBody};
-pub use route::{Credentials, Mutation, Query, Route};
+pub use route::{Credentials, Mutation, OnUnmapped, Query, Route};
 #[cfg(feature = "grpc")]
 pub use route::{GrpcMethod, GrpcTarget};
 

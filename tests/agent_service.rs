@@ -7,7 +7,7 @@ use std::process::Command;
 
 use http::Method;
 use serde_json::{Value, json};
-use support::{Http, Reply, Service, example};
+use support::{Http, Reply, Service, example, until_hit};
 
 /// A service with one agent (`a`) of the tenant `acme`, which has one conversation (`c`) with one message (`m`).
 async fn start(args: &[&str]) -> (Service, Http) {
@@ -474,6 +474,7 @@ fn every_mistake_on_the_command_line_is_one_clear_line() {
         (&["--l1", "maybe"], "--l1"),
         (&["--coalesce", "all"], "--coalesce"),
         (&["--fence-ms", "-1"], "--fence-ms"),
+        (&["--unmapped", "maybe"], "--unmapped"),
         (&["--seed-agents", "many"], "--seed-agents"),
         (&["--prefix", ""], "--prefix"),
         (&["--redis", "127.0.0.1"], "--redis"),
@@ -553,4 +554,64 @@ async fn a_config_file_replaces_the_catalogue() {
     http.get("/agents/agent-1").await;
     tokio::time::sleep(std::time::Duration::from_millis(1_600)).await;
     assert!(http.get("/agents/agent-1").await.is_miss(), "a TTL that is no whole second");
+}
+
+/// What the mapping does not name: warned of once, ignored, or everything of the tenant falls.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unmapped_write_is_said_or_drops_everything() {
+    let dir = tempfile::tempdir().unwrap();
+    let (config, log) = (dir.path().join("agents.toml"), dir.path().join("log"));
+    let text = "[types]\nagent = \"standard\"\n[[routes]]\npath = \"/agents/{agent_id}\"\ntype = \"agent\"\n";
+    std::fs::write(&config, text).unwrap();
+    for (unmapped, drops, lines) in [("ignore", false, 0), ("warn", false, 1), ("drop", true, 0)] {
+        let service = Service::start_logging(&["--config", config.to_str().unwrap(), "--unmapped", unmapped], &log);
+        let (http, other) = (Http::new(&service.url, "demo"), Http::new(&service.url, "other"));
+        other.post("/agents", json!({"id": "a", "name": "theirs"})).await;
+        for id in ["agent-1", "agent-2"] {
+            until_hit(&http, &format!("/agents/{id}")).await;
+        }
+        until_hit(&other, "/agents/a").await;
+        for agent in ["agent-1", "agent-3"] {
+            let written = http.put(&format!("/agents/{agent}/config"), json!({"x": 1})).await;
+            assert_eq!(written.status, 200);
+        }
+        assert_eq!(http.get("/agents/agent-2").await.is_hit(), !drops, "{unmapped}");
+        assert!(other.get("/agents/a").await.is_hit(), "{unmapped}");
+        // What is read at the path of a write falls in any case.
+        until_hit(&http, "/agents/agent-1").await;
+        until_hit(&http, "/agents/agent-2").await;
+        assert_eq!(
+            http.put("/agents/agent-1", json!({"name": "x"})).await.header("cache-invalidated"),
+            "agent=1, total=1"
+        );
+        assert!(http.get("/agents/agent-1").await.is_miss() && http.get("/agents/agent-2").await.is_hit());
+        let log = std::fs::read_to_string(&log).unwrap();
+        assert_eq!(
+            log.lines().filter(|line| line.contains("PUT /agents/…/config")).count(),
+            lines,
+            "{unmapped}: {log}"
+        );
+    }
+}
+
+/// The example of a repository that says what it changes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repository_needs_no_table() {
+    let service = Service::of("task_board", &["127.0.0.1:0"]);
+    let http = Http::anonymous(&service.url);
+    let boards = ["/people/ada/board", "/people/bob/board"];
+    for (path, body, falls) in [
+        ("/tasks/close", json!([1, 2]), [true, false]),
+        ("/tasks/3/assignee/ada", json!(null), [true, true]),
+        ("/tasks/close", json!([3]), [true, false]),
+        ("/tasks/9/assignee/ada", json!(null), [false, false]),
+    ] {
+        for board in boards {
+            until_hit(&http, board).await;
+        }
+        http.post(path, body).await;
+        let hits = [http.get(boards[0]).await.is_hit(), http.get(boards[1]).await.is_hit()];
+        assert_eq!(hits.map(|hit| !hit), falls, "{path}");
+    }
+    assert_eq!(http.get(boards[0]).await.json()["3"]["is_open"], false);
 }

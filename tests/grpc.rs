@@ -29,7 +29,9 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 use tower::{Layer, ServiceExt, service_fn};
-use tower_cache_aside::{Cache, Canonical, Cascade, DataType, GrpcMethod, GrpcTarget, Ttl};
+use tower_cache_aside::{
+    Cache, Canonical, Cascade, Changes, DataType, GrpcMethod, GrpcTarget, Ttl, changed, depends_on,
+};
 
 fn cache() -> Cache {
     cache_with(|read| read)
@@ -292,8 +294,20 @@ async fn a_mutation_is_decided_at_its_trailers() {
     for (ending, drops) in [
         ("0", true),
         ("5", false),
+        ("3", false),
+        ("6", false),
+        ("7", false),
+        ("9", false),
         ("16", false),
+        ("1", true),
         ("2", true),
+        ("8", true),
+        ("10", true),
+        // tonic says this when its answer is too large to be sent.
+        ("11", true),
+        ("12", true),
+        ("14", true),
+        ("15", true),
         ("4", true),
         ("13", true),
         ("none", true),
@@ -441,7 +455,9 @@ fn mistakes_are_refused_with_their_place() {
         (builder().grpc(GrpcMethod::mutation(UPDATE, "agent").include("friends")), "UpdateAgent", "friends"),
         // A list under the type of its rows: no update of one would find it.
         (
-            builder().grpc(GrpcMethod::read(GET, "agent")).grpc(GrpcMethod::mutation(UPDATE, "agent")),
+            builder()
+                .grpc(GrpcMethod::read(GET, "agent"))
+                .grpc(GrpcMethod::mutation(UPDATE, "agent").message(|_| Some(GrpcTarget::new("1")))),
             "GetAgent",
             "a type of its own",
         ),
@@ -497,4 +513,140 @@ async fn ids_are_canonical_and_tags_are_declared() {
         assert_eq!(send(GET, "42").await, "fwd=uri-miss; detail=bad-tags");
     }
     assert!(!send("/other.Service/Method", "1").await.starts_with("hit"));
+}
+
+/// A service that counts its reads, and drops what is cached of them by a cascade of another type.
+fn noted(more: impl Fn(tower_cache_aside::CacheBuilder) -> tower_cache_aside::CacheBuilder) -> Cache {
+    let target = |bytes: &[u8]| Some(GrpcTarget::new(GetAgent::decode(bytes).ok()?.id));
+    let builder = Cache::builder("test")
+        .tenant_header("x-tenant-id")
+        .data_type(DataType::new("agent", Ttl::Standard))
+        .data_type(DataType::new("list", Ttl::Standard))
+        .grpc(GrpcMethod::read(GET, "agent").message(target))
+        .grpc(GrpcMethod::read("/agents.v1.Agents/List", "list"))
+        .grpc(GrpcMethod::mutation(UPDATE, "agent").message(target))
+        .cascade(Cascade::new("agent").all(["list"]));
+    more(builder).build().unwrap()
+}
+
+/// What a server takes for a call is a write, however it is framed or spelled; and what cannot be read of it drops its type
+/// with what hangs on it.
+#[tokio::test]
+async fn a_write_is_a_write_however_it_is_framed() {
+    let cache = noted(|builder| builder.body_limit(1_000));
+    let inner = service_fn(|request: Request<_>| async move {
+        let _: Request<_> = request;
+        Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]))
+    });
+    let service = cache.grpc_layer().layer(inner);
+    let read = async |path: &str, id: &str| {
+        let message = prost::Message::encode_to_vec(&GetAgent { id: id.into() });
+        let response = service.clone().oneshot(call(path, framed(&message))).await.unwrap();
+        let (parts, body) = response.into_parts();
+        body.collect().await.unwrap();
+        status(&MetadataMap::from_headers(parts.headers)).starts_with("hit")
+    };
+    let message = framed(&prost::Message::encode_to_vec(&GetAgent { id: "1".into() }));
+    let mut compressed = message.to_vec();
+    compressed[0] = 1;
+    let large = framed(&prost::Message::encode_to_vec(&GetAgent { id: "1".repeat(2_000) }));
+    let text: Bytes = Bytes::from_static(b"AAAAAAMKATE=");
+    let empty = framed(&prost::Message::encode_to_vec(&GetAgent { id: String::new() }));
+    for (method, content_type, body, all) in [
+        ("POST", Some("application/grpc"), &message, false),
+        ("POST", None, &message, false),
+        ("POST", Some("Application/GRPC+proto"), &message, false),
+        ("POST", Some("application/grpc-web"), &message, false),
+        ("POST", Some("application/proto"), &message, false),
+        ("PUT", Some("application/grpc"), &message, false),
+        ("GET", Some("application/grpc"), &message, false),
+        ("POST", Some("application/grpc-web-text"), &text, true),
+        ("POST", Some("application/grpc"), &compressed.into(), true),
+        ("POST", Some("application/grpc"), &large, true),
+        ("POST", Some("application/grpc"), &empty, true),
+    ] {
+        for id in ["1", "2"] {
+            read(GET, id).await;
+            assert!(read(GET, id).await);
+        }
+        read("/agents.v1.Agents/List", "").await;
+        let request = Request::builder().method(method).uri(UPDATE).header("x-tenant-id", "t");
+        let request = content_type.into_iter().fold(request, |request, value| request.header("content-type", value));
+        let written = service.clone().oneshot(request.body(Full::new(body.clone())).unwrap()).await.unwrap();
+        written.into_body().collect().await.unwrap();
+        let hits = (read(GET, "1").await, read(GET, "2").await, read("/agents.v1.Agents/List", "").await);
+        assert_eq!(hits, (false, !all, false), "{method} {content_type:?} {all}");
+    }
+}
+
+/// Handlers of any call say what they change, and those of reads what they depend on.
+#[tokio::test]
+async fn handlers_of_calls_say_what_they_change() {
+    const JOB: &str = "/agents.v1.Agents/Job";
+    let cache = noted(|builder| builder.data_type(DataType::new("user", Ttl::Standard)));
+    let inner = service_fn(|request: Request<_>| async move {
+        let what = request.headers().get("do").map_or("", |v| v.to_str().unwrap()).to_owned();
+        let path = request.uri().path().to_owned();
+        let _: &Request<_> = &request;
+        let changes = request.extensions().get::<Changes>().cloned();
+        if path == GET {
+            assert!(changes.is_none());
+            depends_on("user", 7);
+        }
+        match &*what {
+            "one" => _ = changes.unwrap().mutated("agent", 1),
+            "function" => changed("agent", 1),
+            "user" => changed("user", 7),
+            "nothing" => _ = changes.unwrap().nothing(),
+            // When its head has been sent already.
+            "late" => {
+                let changes = changes.unwrap();
+                let last = futures_util::stream::once(async move {
+                    tokio::task::yield_now().await;
+                    changes.mutated("agent", 1);
+                    Ok(trailers("0"))
+                });
+                let frames = futures_util::stream::iter([Ok(Frame::data(framed(b"x")))]).chain(last);
+                return Ok::<_, Infallible>(Response::new(UnsyncBoxBody::new(StreamBody::new(frames))));
+            }
+            _ => {}
+        }
+        let code = request.headers().get("then").map_or("0", |v| if v == "fail" { "13" } else { "9" });
+        Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers(code))]))
+    });
+    let service = cache.grpc_layer().layer(inner);
+    let send = async |path: &str, id: &str, what: &str, then: &str| {
+        let message = prost::Message::encode_to_vec(&GetAgent { id: id.into() });
+        let mut request = call(path, framed(&message));
+        request.headers_mut().insert("do", what.parse().unwrap());
+        if !then.is_empty() {
+            request.headers_mut().insert("then", then.parse().unwrap());
+        }
+        let (parts, body) = service.clone().oneshot(request).await.unwrap().into_parts();
+        assert!(body.collect().await.unwrap().trailers().is_some());
+        status(&MetadataMap::from_headers(parts.headers)).starts_with("hit")
+    };
+    for (path, what, then, falls) in [
+        (JOB, "one", "", [true, false]),
+        (JOB, "function", "", [true, false]),
+        (JOB, "late", "", [true, false]),
+        (JOB, "one", "refuse", [true, false]),
+        (JOB, "one", "fail", [true, false]),
+        (JOB, "", "", [false, false]),
+        (JOB, "", "fail", [false, false]),
+        (JOB, "user", "", [true, true]),
+        (UPDATE, "", "", [false, true]),
+        (UPDATE, "one", "", [true, true]),
+        (UPDATE, "nothing", "", [false, false]),
+        (UPDATE, "nothing", "fail", [false, true]),
+        (UPDATE, "", "refuse", [false, false]),
+    ] {
+        for id in ["1", "2"] {
+            send(GET, id, "", "").await;
+            assert!(send(GET, id, "", "").await);
+        }
+        send(path, "2", what, then).await;
+        let fallen = [!send(GET, "1", "", "").await, !send(GET, "2", "", "").await];
+        assert_eq!(fallen, falls, "{path} {what} {then}");
+    }
 }

@@ -142,7 +142,37 @@ fn what_cannot_work_is_refused_with_the_mend() {
                 .route(Route::new("/agents/{id}", "agent"))
                 .mutation(Mutation::put("/conversations/{id}/agent", "agent")),
             "PUT /conversations/{id}/agent",
-            "entities",
+            "{agent_id}",
+        ),
+        (
+            agents().route(Route::new("/agents/{id}", "agent")).mutation(Mutation::put("/changes/{agent_id}", "agent")),
+            "PUT /changes/{agent_id}",
+            "{agent_id}",
+        ),
+        // Nor is one agent another, within one type.
+        (
+            agents()
+                .route(Route::new("/agents/{id}", "agent"))
+                .route(Route::new("/conversations/{id}/agent", "agent"))
+                .mutation(Mutation::put("/agents/{id}", "agent")),
+            "GET /conversations/{id}/agent",
+            "{agent_id}",
+        ),
+        // A canonical form of what nothing names.
+        (agent().entity("agnet", Canonical::Integer), "agnet", "{agnet_id}"),
+        (
+            agents().route(Route::new("/agents/{id}", "agent")).entity("agent", Canonical::Integer),
+            "entity `agent`",
+            "{agent_id}",
+        ),
+        // Whose ids would it be given?
+        (
+            agent()
+                .cascade(Cascade::new("agent").relation("all", "conversation"))
+                .cascade(Cascade::new("agents_list").relation("all", "conversation"))
+                .resolver("all", ask),
+            "resolver `all`",
+            "otherwise",
         ),
         (agent().mutation(Mutation::post("/conversations").creates("conversation")), "creates `conversation`", "route"),
         (agent().mutation(put().include("friends")), "friends", "declare it"),
@@ -263,10 +293,13 @@ async fn relations_may_lead_up_and_down() {
 /// By hand, what would drop nothing is an error, which names it, and nothing is dropped.
 #[tokio::test]
 async fn typos_by_hand_are_errors() {
+    let delete = Mutation::delete("/agents/{agent_id}", "agent");
     let cache = agents()
         .route(Route::new("/agents/{agent_id}", "agent"))
         .route(Route::new("/agents", "agents_list"))
-        .cascade(Cascade::new("agent").all(["agents_list"]))
+        .route(Route::new("/conversations/{conversation_id}", "conversation"))
+        .mutation(delete.include("conversations").all("conversation"))
+        .cascade(Cascade::new("agent").all(["agents_list"]).relation("conversations", "conversation"))
         .build()
         .unwrap();
     let by_hand = || cache.invalidate("t");
@@ -276,12 +309,67 @@ async fn typos_by_hand_are_errors() {
         (by_hand().mutated("agent", "1").include("nope"), "no cascade of what it mutates has a relation `nope`"),
         // Its routes have no ids.
         (by_hand().mutated("agents_list", "1"), "GET /agents "),
+        // A relation that finds nothing, unless the mutation drops the type whole.
+        (by_hand().mutated("agent", "1").include("conversations"), "GET /conversations/{conversation_id} "),
         (cache.invalidate("other").all("agent"), "single tenant `t`"),
     ] {
         let error = invalidation.run().await.unwrap_err().to_string();
         assert!(error.contains(says), "{error}");
     }
     by_hand().mutated("agent", "1").run().await.unwrap();
+    by_hand().mutated("agent", "1").include("conversations").all("conversation").run().await.unwrap();
+}
+
+/// A changed entity that is come to again as a child follows all of its relations.
+#[tokio::test]
+async fn what_is_found_again_is_followed_further() {
+    let ids = |ids: &'static [&'static str]| {
+        move |_, _| async move { Ok::<_, std::io::Error>(ids.iter().map(|id| (*id).to_owned()).collect()) }
+    };
+    let cache = Cache::builder("test")
+        .single_tenant("t")
+        .data_type(DataType::new("project", Ttl::Standard))
+        .data_type(DataType::new("task", Ttl::Standard))
+        .data_type(DataType::new("comment", Ttl::Standard))
+        .route(Route::new("/projects/{project_id}/tasks/{task_id}", "task"))
+        .route(Route::new("/projects/{project_id}", "project"))
+        .route(Route::new("/comments/{comment_id}", "comment"))
+        .mutation(
+            Mutation::delete("/projects/{project_id}/tasks/{task_id}", "task").mutates("project").include("tasks"),
+        )
+        .cascade(Cascade::new("project").relation("tasks", "task"))
+        .cascade(Cascade::new("task").relation("comments", "comment"))
+        .resolver("tasks", ids(&["1", "2"]))
+        .resolver("comments", ids(&["7"]))
+        .build()
+        .unwrap();
+    let web = Web::new(&cache, |_| async { Ok(web::ok("text")) });
+    web.get("/comments/7").await;
+    web.get("/comments/8").await;
+    web.send(request(Method::DELETE, "/projects/p/tasks/1")).await;
+    assert!(!web.get("/comments/7").await.is_hit() && web.get("/comments/8").await.is_hit());
+}
+
+/// A hub with many neighbours, each of which leads back, is not gone through in every order.
+#[test]
+fn many_relations_up_and_down_are_compiled_at_once() {
+    let names: Vec<_> = (0..12).map(|i| format!("k{i}")).collect();
+    let mut builder = Cache::builder("test").single_tenant("t").data_type(DataType::new("hub", Ttl::Standard));
+    let mut hub = Cascade::new("hub");
+    for name in &names {
+        let ask = |_, ids: Vec<String>| async { Ok::<_, std::io::Error>(ids) };
+        let (down, up) = (format!("{name}s"), format!("hub_of_{name}"));
+        hub = hub.relation(&down, name);
+        builder = builder
+            .data_type(DataType::new(name, Ttl::Standard))
+            .route(Route::new(format!("/{name}/{{{name}_id}}"), name))
+            .mutation(Mutation::put(format!("/{name}/{{{name}_id}}"), name).include(&up))
+            .cascade(Cascade::new(name).relation(&up, "hub"))
+            .resolver(down, ask)
+            .resolver(up, ask);
+    }
+    let cache = builder.cascade(hub).build().unwrap();
+    assert_eq!(cache.describe().writes[0].drops.len(), 14, "itself, and by its relation the hub and all of its");
 }
 
 // ---- who is who ------------------------------------------------------------------------------------------------------
@@ -292,11 +380,12 @@ async fn an_id_is_one_id() {
     let uuid = "67e55044-10b1-426f-9247-bb680e5fe0c8";
     let (capitals, plain) = (uuid.to_uppercase(), uuid.replace('-', ""));
     let by = || Canonical::by(|id| id.strip_prefix("agent-").or(Some(id)).map(str::to_owned));
-    for (canonical, spellings, no_id) in [
-        (Canonical::Integer, ["42", "042", "+42", "%342"], "x"),
-        (Canonical::Uuid, [uuid, &capitals, &plain, &format!("%7B{uuid}%7D")], "42"),
-        (Canonical::Lowercase, ["zo%C3%AB", "ZO%C3%8B", "Zo%c3%ab", "zO%C3%AB"], "%FF"),
-        (by(), ["7", "agent-7", "%61gent-7", "agent%2D7"], "%FF"),
+    let another = "/agents/00000000-0000-0000-0000-000000000000";
+    for (canonical, spellings, no_id, other) in [
+        (Canonical::Integer, ["42", "042", "+42", "%342"], "x", "/agents/7"),
+        (Canonical::Uuid, [uuid, &capitals, &plain, &format!("%7B{uuid}%7D")], "42", another),
+        (Canonical::Lowercase, ["zo%C3%AB", "ZO%C3%8B", "Zo%c3%ab", "zO%C3%AB"], "%FF", "/agents/zoe"),
+        (by(), ["7", "agent-7", "%61gent-7", "agent%2D7"], "%FF", "/agents/8"),
     ] {
         let listed = Arc::new(Mutex::new(String::new()));
         let resolved = listed.clone();
@@ -337,6 +426,7 @@ async fn an_id_is_one_id() {
                     let agent = format!("/agents/{read}");
                     web.get(&agent).await;
                     web.get("/notes/1").await;
+                    web.get(other).await;
                     assert!(web.get(&agent).await.is_hit() && web.get("/notes/1").await.is_hit(), "{read}");
                     assert!(web.get(&format!("/agents/{write}")).await.is_hit(), "{write} is {read}");
                     *tag.lock().unwrap() = write.to_owned();
@@ -349,6 +439,7 @@ async fn an_id_is_one_id() {
                     for path in [&agent[..], "/notes/1"] {
                         assert!(!web.get(path).await.is_hit(), "{way}: {path} after a write of {write}");
                     }
+                    assert!(web.get(other).await.is_hit(), "{way}: {write} is not all of them");
                 }
             }
         }

@@ -48,6 +48,9 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
             async move { db.conversations_of(&tenant, &agents).await }
         });
     }
+    if let Some(what) = args.unmapped {
+        builder = builder.on_unmapped(what);
+    }
     if let Some(lease) = args.fence {
         builder = builder.fenced(lease);
     }

@@ -3,7 +3,7 @@
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf, time::Duration};
 
 use lexopt::Arg;
-use tower_cache_aside::{OnUnreachable, Tier};
+use tower_cache_aside::{OnUnmapped, OnUnreachable, Tier};
 
 pub const USAGE: &str = "\
 The agent service: an axum server on SQLite, with a cache in front of it.
@@ -20,6 +20,7 @@ Usage: agent_service [FLAGS]
     [--coalesce process|fleet]     # how far single flight reaches, default process
     [--fence-ms N]                 # fenced writes with that lease; 0 = off, the default
     [--on-unreachable journal|reject]  # writes the store cannot be told about: they go on, the default, or are answered 503
+    [--unmapped ignore|warn|drop]  # a successful unsafe request that no mutation names: default warn
     [--admin-token TOKEN]          # turns the /_cache endpoints on; without it they answer 404
     [--seed-agents N]              # inserts N sample agents for tenant \"demo\", default 10
     [--warm on|off]                # pre-warm popular entries at start and periodically, default off
@@ -46,6 +47,7 @@ pub struct Args {
     pub coalesce: Coalesce,
     pub fence: Option<Duration>,
     pub on_unreachable: OnUnreachable,
+    pub unmapped: Option<OnUnmapped>,
     pub admin_token: Option<String>,
     pub seed_agents: usize,
     pub warm: bool,
@@ -66,6 +68,7 @@ impl Default for Args {
             coalesce: Coalesce::Process,
             fence: None,
             on_unreachable: OnUnreachable::Journal,
+            unmapped: None,
             admin_token: None,
             seed_agents: 10,
             warm: false,
@@ -116,6 +119,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
             "on-unreachable" => {
                 let choices = [("journal", OnUnreachable::Journal), ("reject", OnUnreachable::Reject)];
                 parsed.on_unreachable = value("journal or reject")?.one_of(&choices)?;
+            }
+            "unmapped" => {
+                let choices = [("ignore", OnUnmapped::Ignore), ("warn", OnUnmapped::Warn), ("drop", OnUnmapped::Drop)];
+                parsed.unmapped = Some(value("ignore, warn or drop")?.one_of(&choices)?);
             }
             "admin-token" => parsed.admin_token = Some(value("a token that is not empty")?.text()?),
             "check" => parsed.check = true,

@@ -16,11 +16,11 @@ use crate::{
     },
     clock::Clock,
     config::{Config, OnUnreachable},
-    engine::Engine,
+    engine::{Engine, Invalidated},
     error::ConfigError,
-    key::Space,
-    layer::{Core, Options, Warnings},
-    route::{Mutation, Route, Routes, Table, TenantSource, entities},
+    key::{Space, Tag},
+    layer::{Core, OnInvalidated, Options, Warnings},
+    route::{Mutation, OnUnmapped, Route, Routes, Table, TenantSource, entities},
     store::{MemoryStore, Store},
 };
 
@@ -44,6 +44,8 @@ pub struct CacheBuilder {
     entity_tags: bool,
     request_directives: bool,
     show_keys: bool,
+    forwards: Option<String>,
+    on_invalidated: Option<OnInvalidated>,
     #[cfg(feature = "grpc")]
     grpc: Vec<crate::GrpcMethod>,
     clock: Clock,
@@ -63,6 +65,8 @@ impl CacheBuilder {
             entity_tags: true,
             request_directives: false,
             show_keys: false,
+            forwards: None,
+            on_invalidated: None,
             #[cfg(feature = "grpc")]
             grpc: vec![],
             clock: Clock::default(),
@@ -239,6 +243,28 @@ impl CacheBuilder {
         self
     }
 
+    /// Also says the tags of stored responses in this header, `cache-tag` or `surrogate-key` (separated by spaces), for
+    /// a CDN that is to be purged by them ([`on_invalidated`](Self::on_invalidated)): those of whole types first, and as many
+    /// as have room in 16 KiB. They hold the names of service and tenant, and ids. By default they stay inside.
+    pub fn forward_tags(mut self, header: impl Into<String>) -> Self {
+        self.forwards = Some(header.into());
+        self
+    }
+
+    /// Calls this after each invalidation, before its write is answered, with its report and the tags that were dropped, so
+    /// that caches outside can be purged by the same cascade. It must be quick (hand the tags to a task of your own); if it
+    /// panics, that is logged. ([`Cache::clear`](crate::Cache::clear) has no tags, and does not call it.)
+    pub fn on_invalidated(mut self, hook: impl Fn(&Invalidated, &[Tag]) + Send + Sync + 'static) -> Self {
+        self.on_invalidated = Some(Arc::new(hook));
+        self
+    }
+
+    /// What becomes of a successful write that nothing is said of; by default a warning names its route, once.
+    pub fn on_unmapped(mut self, what: OnUnmapped) -> Self {
+        self.config.on_unmapped = Some(what);
+        self
+    }
+
     /// The source of time, for tests. By default the wall clock at start, carried on by the monotonic clock.
     pub fn clock<F: Fn() -> SystemTime + Send + Sync + 'static>(mut self, now: F) -> Self {
         self.clock = Clock::Custom(Arc::new(now));
@@ -263,7 +289,7 @@ impl CacheBuilder {
             grpc: &self.grpc,
         };
         let routes = Routes::new(&catalogue, &cascades, table)?;
-        let (tenants, clock) = (self.tenants()?, self.clock.clone());
+        let (tenants, clock, on_invalidated) = (self.tenants()?, self.clock.clone(), self.on_invalidated.clone());
         let says_tier = tier.is_some();
         let store = self.make_store(options.body_limit as u64)?;
         if !store.is_shared() {
@@ -271,11 +297,12 @@ impl CacheBuilder {
         }
         let engine = Arc::new(Engine::new(store, clock));
         let warnings = Warnings::default();
-        Ok(Cache(Arc::new(Core { catalogue, cascades, routes, tenants, space, engine, options, warnings })))
+        let core = Core { catalogue, cascades, routes, tenants, space, engine, options, warnings, on_invalidated };
+        Ok(Cache(Arc::new(core)))
     }
 
     fn options(&self) -> Result<Options, ConfigError> {
-        let Config { fence, report_header, on_unreachable, body_limit, .. } = &self.config;
+        let Config { fence, report_header, on_unreachable, on_unmapped, body_limit, .. } = &self.config;
         if *fence == Some(Duration::ZERO) {
             return Err(ConfigError::new("a fence of zero fences nothing; make it longer than handlers take"));
         }
@@ -293,6 +320,8 @@ impl CacheBuilder {
             request_directives: self.request_directives,
             show_keys: self.show_keys,
             fence: fence.map(|lease| FenceTimes { lease, hold: Duration::ZERO }),
+            on_unmapped: on_unmapped.unwrap_or_default(),
+            forwards: self.forwards.as_deref().map(|name| own_header("header for tags", name)).transpose()?,
             rejects: *on_unreachable == Some(OnUnreachable::Reject),
         })
     }

@@ -66,7 +66,9 @@ impl Description {
         #[cfg(feature = "grpc")]
         let writes = writes.chain(core.routes.grpc_methods().filter(|method| method.mutates).map(|method| {
             let reached = core.cascades.reach(&method.data_type, &method.include);
-            DescribedWrite { name: format!("gRPC {}", method.path), drops: dropped(reached, &[]) }
+            let whole = if method.is_described() { vec![] } else { reached.clone() };
+            let reached = if method.is_described() { reached } else { vec![] };
+            DescribedWrite { name: format!("gRPC {}", method.path), drops: dropped(reached, &whole) }
         }));
         let writes: Vec<_> = writes.collect();
         let read = |name: String, data_type: &str| {

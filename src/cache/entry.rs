@@ -17,8 +17,8 @@ use crate::{
     catalog::Lifetime,
     engine::{self, Asker, Engine, Leader, Obtained, Use},
     error::ConfigError,
-    key::{Key, KeyBuf, Tag, push_ids, push_type},
-    layer::{Core, joined},
+    key::{Key, KeyBuf, Tag, Tenant, push_ids, push_type},
+    layer::{Core, Reads, joined},
     store::{Entry, Payload},
 };
 
@@ -108,29 +108,27 @@ impl<T> EntryBuilder<T> {
         let core = &self.core;
         let what = format!("entry of `{}`", self.data_type);
         core.catalogue.check(&what, &self.data_type)?;
-        let own = core.cascades.entities.of_type(&self.data_type);
-        let names = |entity: &str| entity == own || self.scope.iter().any(|(scope, _)| scope == entity);
+        let names = |entity: &str| self.scope.iter().any(|(scope, _)| scope == entity);
         if let Some(missing) = core.routes.expected.missing(&self.data_type, names) {
             return Err(ConfigError::new(format!(
                 "{what}: cascades drop this type by {missing}, which neither its id nor its scope names; add it with `scope`"
             )));
         }
-        let place = self.place()?;
-        Ok(Fetch { entry: self, place, fetch })
+        let tenant = core.space.tenant(core.tenants.by_hand(self.tenant.as_deref())?);
+        let place = self.place(&tenant);
+        Ok(Fetch { entry: self, tenant, place, fetch })
     }
 
     /// Under which key it is stored, and its tags; `None` if one of its ids has no form in which a write would find it.
-    fn place(&self) -> Result<Option<(Key, Vec<Tag>)>, ConfigError> {
+    fn place(&self, tenant: &Tenant) -> Option<(Key, Vec<Tag>)> {
         let (space, entities) = (&self.core.space, &self.core.cascades.entities);
-        let tenant = space.tenant(self.core.tenants.by_hand(self.tenant.as_deref())?);
         let head = tenant.head();
         let id =
             |(entity, id): &(String, String)| Some((entity.clone(), entities.id(entity, id.as_bytes())?.into_owned()));
         let own = entities.of_type(&self.data_type).to_owned();
         let own = id(&(own, self.resource.clone()));
-        let Some((own, mut scope)) = own.zip(self.scope.iter().map(id).collect::<Option<Vec<_>>>()) else {
-            return Ok(None);
-        };
+        let own = own?;
+        let mut scope = self.scope.iter().map(id).collect::<Option<Vec<_>>>()?;
         scope.sort_unstable();
         scope.dedup();
         let mut key = KeyBuf::new();
@@ -141,7 +139,7 @@ impl<T> EntryBuilder<T> {
         let entities = scope.iter().filter(|s| **s != own).chain([&own]);
         let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(head, &self.data_type, e, id)).collect();
         tags.push(Tag::all(head, &self.data_type));
-        Ok(Some((Key::new(key), tags)))
+        Some((Key::new(key), tags))
     }
 }
 
@@ -149,6 +147,7 @@ impl<T> EntryBuilder<T> {
 #[must_use = "nothing is looked up before it is awaited"]
 pub struct Fetch<T, F> {
     entry: EntryBuilder<T>,
+    tenant: Tenant,
     place: Option<(Key, Vec<Tag>)>,
     fetch: F,
 }
@@ -185,7 +184,7 @@ where
 
     fn into_future(self) -> Self::IntoFuture {
         let fetch = self.fetch;
-        Box::pin(obtain(self.entry, self.place, move || async move {
+        Box::pin(obtain(self.entry, self.tenant, self.place, move || async move {
             let start = Instant::now();
             let value = fetch().await?;
             let keep = value.is_some();
@@ -208,7 +207,7 @@ where
 
     fn into_future(self) -> Self::IntoFuture {
         let (fetch, generate) = (self.fetch.fetch, self.generate);
-        Box::pin(obtain(self.fetch.entry, self.fetch.place, move || async move {
+        Box::pin(obtain(self.fetch.entry, self.fetch.tenant, self.fetch.place, move || async move {
             let start = Instant::now();
             let found = fetch().await?;
             let fetch = start.elapsed();
@@ -233,6 +232,7 @@ struct Loaded<V> {
 
 async fn obtain<T, V, E, L, Fut>(
     entry: EntryBuilder<T>,
+    tenant: Tenant,
     place: Option<(Key, Vec<Tag>)>,
     load: L,
 ) -> Result<(V, Report), E>
@@ -271,11 +271,12 @@ where
     };
     let lookup = start.elapsed();
     let ttl = policy.jittered();
-    let fills = engine.clone();
+    let fills = core.clone();
     let task = engine.spawn(async move {
-        let loaded = load().await?;
-        if let Some(leader) = leader {
-            store(&fills, leader, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
+        let reads = Reads::default();
+        let loaded = reads.scope(load()).await?;
+        if let (Some(leader), Ok(late)) = (leader, reads.tags(&fills, &tenant)) {
+            store(&fills.engine, leader, late, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
         }
         Ok(loaded)
     });
@@ -296,10 +297,17 @@ impl<V: DeserializeOwned> Asker for Ask<V> {
 }
 
 /// Gives a value to those who wait for it, and stores it if it is to be kept.
-async fn store(engine: &Engine, leader: Leader, json: serde_json::Result<Vec<u8>>, keep: bool, ttl: Option<Duration>) {
+async fn store(
+    engine: &Engine,
+    leader: Leader,
+    late: Vec<Tag>,
+    json: serde_json::Result<Vec<u8>>,
+    keep: bool,
+    ttl: Option<Duration>,
+) {
     match json {
         Ok(json) => {
-            let sealed = leader.seal(Payload::Value(Bytes::from(json)), vec![], Lifetime::fresh_for(ttl), None).await;
+            let sealed = leader.seal(Payload::Value(Bytes::from(json)), late, Lifetime::fresh_for(ttl), None).await;
             if let Some(sealed) = sealed.filter(|_| keep) {
                 engine.spawn(sealed.store());
             }

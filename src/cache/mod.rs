@@ -13,7 +13,9 @@ pub use entry::{EntryBuilder, Fetch, Generate, Report, Source};
 pub use invalidation::Invalidation;
 
 use crate::{
-    layer::{CacheAsideLayer, Core, InvalidateLayer},
+    engine::Invalidated,
+    error::ConfigError,
+    layer::{CacheAsideLayer, Changes, Core, Due, InvalidateLayer, Writing, joined},
     store::{Health, StoreError},
 };
 
@@ -72,6 +74,38 @@ impl Cache {
     /// Invalidates from a handler or a job: say what was mutated, then [`run`](Invalidation::run) it.
     pub fn invalidate(&self, tenant: impl Into<String>) -> Invalidation {
         Invalidation::new(self.0.clone(), tenant.into())
+    }
+
+    /// Runs code that changes things outside of a request (a job, a consumer of messages), and then drops what it said by
+    /// [`changed`](crate::changed), whatever became of it: also when this future is dropped half-way, or panics.
+    ///
+    /// ```
+    /// # use tower_cache_aside::{Cache, DataType, Ttl, changed};
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let cache = Cache::builder("docs").data_type(DataType::new("task", Ttl::Standard)).build()?;
+    /// async fn close(id: u64) -> std::io::Result<()> {
+    ///     changed("task", id); // in the repository, beside the SQL
+    ///     Ok(())
+    /// }
+    /// let (result, report) = cache.write("acme", close(7)).await?;
+    /// result?;
+    /// assert_eq!(report.to_string(), "task=0, total=0");
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// No such tenant: then nothing has run.
+    pub async fn write<F: Future>(&self, tenant: &str, work: F) -> Result<(F::Output, Invalidated), ConfigError> {
+        let core = &self.0;
+        let tenant = core.space.tenant(core.tenants.by_hand(Some(tenant))?);
+        let changes = Changes::default();
+        let mut due = Due::arm(Writing::new(core, [tenant].into(), changes.clone()));
+        let output = changes.scope(work).await;
+        let report = match due.take() {
+            Some(writing) => joined(core.engine.spawn(writing.end())).await,
+            None => Invalidated::default(),
+        };
+        Ok((output, report))
     }
 
     /// The mapping on one page, for review: what each write drops, and what drops each route's entries.

@@ -5,7 +5,7 @@
 //! held against it when the cache is built.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, btree_map},
     sync::Arc,
     time::Duration,
 };
@@ -75,8 +75,6 @@ pub(crate) enum By {
 pub(crate) struct Named {
     pub(crate) entity: Arc<str>,
     pub(crate) of: Arc<str>,
-    /// The relation whose resolver finds its ids; `None` for the mutated entity.
-    pub(crate) resolved: Option<Arc<str>>,
 }
 
 impl Cascades {
@@ -95,11 +93,25 @@ impl Cascades {
                 return Err(ConfigError::new(format!("cascade `{name}` is declared twice; make it one")));
             }
         }
-        let known = |name: &String| declared.iter().any(|c| c.relations.contains_key(name));
-        if let Some(name) = resolvers.keys().find(|name| !known(name)) {
-            return Err(ConfigError::new(format!(
-                "resolver `{name}`: no cascade declares a relation of that name; declare it, or remove the resolver"
-            )));
+        for name in resolvers.keys() {
+            let of: Vec<_> =
+                declared.iter().filter(|c| c.relations.contains_key(name)).map(|c| &*c.data_type).collect();
+            match of[..] {
+                [_] => {}
+                [] => {
+                    return Err(ConfigError::new(format!(
+                        "resolver `{name}`: no cascade declares a relation of that name; declare it, or remove the resolver"
+                    )));
+                }
+                // It could not tell the ids of whom it is given.
+                _ => {
+                    return Err(ConfigError::new(format!(
+                        "resolver `{name}`: several cascades ({}) have a relation of that name; call one of them \
+                         otherwise, and give it a resolver of its own",
+                        of.join(", ")
+                    )));
+                }
+            }
         }
         Ok(Self { cascades, entities, patience })
     }
@@ -108,6 +120,11 @@ impl Cascades {
     pub(super) fn of(&self, data_type: &str) -> Arc<Compiled> {
         let alone = || Compiled { types: vec![data_type.into()], all: vec![], relations: vec![], fence: None };
         self.cascades.get(data_type).cloned().unwrap_or_else(|| alone().into())
+    }
+
+    /// The types that fall whole with any entity of this one.
+    pub(crate) fn drops_whole(&self, data_type: &str) -> Vec<Arc<str>> {
+        self.of(data_type).all.clone()
     }
 
     /// How mutations of this type are fenced.
@@ -148,43 +165,64 @@ impl Cascades {
 
     /// What a mutation of one entity of this type finds, with these of its relations. Children's own relations follow.
     pub(crate) fn reach(&self, data_type: &str, include: &[Arc<str>]) -> Vec<Reached> {
-        let own = Named { entity: self.entities.of_type(data_type).into(), of: data_type.into(), resolved: None };
+        let own = Named { entity: self.entities.of_type(data_type).into(), of: data_type.into() };
         let cascade = self.of(data_type);
         let mut reached = vec![];
         cascade.reach(&mut reached, None, &By::Entity(vec![own.clone()]));
         let included = cascade.relations.iter().filter(|r| include.contains(&r.name));
-        let mut ways: Vec<_> = included.map(|r| self.follow(r, &r.name, std::slice::from_ref(&own), true)).collect();
-        let mut gone = BTreeSet::new();
-        while let Some((line, child, named, is_known)) = ways.pop() {
-            // In a circle of relations each way ends where it finds nothing by which it has not come already.
-            if !gone.insert((child.clone(), named.clone(), is_known)) {
-                continue;
+        let mut ways: Vec<_> = included.map(|r| self.follow(r, &r.name, &own, &BTreeSet::new(), true)).collect();
+        // Ways that come to a type by the same name are one, which is gone again only for other names that it brings.
+        let mut gone: BTreeMap<_, BTreeSet<Named>> = BTreeMap::new();
+        while let Some(Way { line, child, last, others, is_known }) = ways.pop() {
+            let key = (line.clone(), child.clone(), last.clone(), is_known);
+            let before = gone.entry(key);
+            let is_new = matches!(before, btree_map::Entry::Vacant(_));
+            let all = before.or_default();
+            let count = all.len();
+            all.extend(others);
+            if is_new || all.len() > count {
+                let relations = &self.of(&child).relations;
+                let next: Vec<_> = relations.iter().map(|r| self.follow(r, &line, &last, all, is_known)).collect();
+                ways.extend(next);
             }
-            let cascade = self.of(&child);
-            cascade.reach(&mut reached, Some(&line), &By::Entity(named.clone()));
-            ways.extend(cascade.relations.iter().map(|r| self.follow(r, &line, &named, is_known)));
+        }
+        for ((line, child, last, _), others) in gone {
+            let named = others.into_iter().filter(|other| *other != last).chain([last.clone()]).collect();
+            self.of(&child).reach(&mut reached, Some(&line), &By::Entity(named));
         }
         reached
     }
 
-    /// From entities by whose names children are found to those by whose names theirs are. `is_known`: whether the last
-    /// one's ids are, so that a resolver can be asked.
-    fn follow(&self, relation: &Relation, line: &Arc<str>, named: &[Named], is_known: bool) -> Way {
-        let child = relation.child.clone();
-        let is_known = is_known && relation.resolver.is_some();
-        let mut named = named.to_vec();
+    /// From the names by which children are found to those by which theirs are. `is_known`: whether the ids of the last one
+    /// are, so that a resolver can be asked.
+    fn follow(
+        &self,
+        relation: &Relation,
+        line: &Arc<str>,
+        last: &Named,
+        others: &BTreeSet<Named>,
+        is_known: bool,
+    ) -> Way {
+        let (line, child) = (line.clone(), relation.child.clone());
+        let (is_known, mut others) = (is_known && relation.resolver.is_some(), others.clone());
+        let mut last = last.clone();
         if is_known {
-            let entity = self.entities.of_type(&child).into();
-            let own = Named { entity, of: child.clone(), resolved: Some(relation.name.clone()) };
-            named.retain(|n| (&n.entity, &n.of) != (&own.entity, &own.of));
-            named.push(own);
+            let own = Named { entity: self.entities.of_type(&child).into(), of: child.clone() };
+            others.insert(std::mem::replace(&mut last, own));
         }
-        (line.clone(), child, named, is_known)
+        Way { line, child, last, others, is_known }
     }
 }
 
-/// Which line of the report, which type, by which names, and whether its ids are known.
-type Way = (Arc<str>, Arc<str>, Vec<Named>, bool);
+/// How children are come to: under which line of the report, to which type, by which name at last and by which others on the
+/// way, and whether their ids are known.
+struct Way {
+    line: Arc<str>,
+    child: Arc<str>,
+    last: Named,
+    others: BTreeSet<Named>,
+    is_known: bool,
+}
 
 impl Compiled {
     fn new(catalogue: &Catalogue, cascade: &Cascade, resolvers: &Resolvers) -> Result<Self, ConfigError> {

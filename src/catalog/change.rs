@@ -24,6 +24,8 @@ pub(crate) struct Change {
     pub(crate) entities: Vec<(Arc<str>, Vec<u8>)>,
     /// Types of which any entity may have changed.
     pub(crate) all: Vec<Arc<str>>,
+    /// Types whose entries fall, all of them, and nothing with them.
+    pub(crate) whole: Vec<Arc<str>>,
     /// The relations that follow.
     pub(crate) include: Vec<Arc<str>>,
 }
@@ -60,6 +62,9 @@ impl Cascades {
     /// Adds what a change drops, as the relations are now.
     pub(crate) async fn add_change(&self, drops: &mut Drops, tenant: &Tenant, change: &Change) {
         let mut changed: Vec<Parents> = vec![];
+        for data_type in &change.whole {
+            drops.add_of(tenant, data_type, data_type, Whose::All);
+        }
         for data_type in &change.all {
             self.add_whole(drops, tenant, data_type, change);
         }
@@ -134,8 +139,10 @@ impl Cascades {
     /// of its parents.
     async fn resolve(&self, drops: &mut Drops, tenant: &Tenant, mut parents: Vec<Parents>, change: &Change) {
         let deadline = Instant::now() + self.patience;
+        // One that is found again as a child follows all of its relations, if it has not done so already.
+        let is_done = |p: &&Parents| self.of(&p.data_type).relations.iter().all(|relation| change.includes(relation));
         let ids = |p: &Parents| p.ids.iter().map(|id| (p.data_type.clone(), id.clone())).collect::<Vec<_>>();
-        let mut seen: HashSet<_> = parents.iter().flat_map(ids).collect();
+        let mut seen: HashSet<_> = parents.iter().filter(is_done).flat_map(ids).collect();
         let mut found = 0;
         while !parents.is_empty() {
             let level: Vec<_> = parents.iter().map(|parents| (parents, self.of(&parents.data_type))).collect();

@@ -3,7 +3,13 @@
 //! A handler that parses its ids serves `042` for `42` and `A1B2…` for `a1b2…`. A cache which takes these for different
 //! things leaves one of them stale when the other is written, so each entity says what its ids are.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
 
 use serde::Deserialize;
 use uuid::Uuid;
@@ -24,7 +30,7 @@ pub enum Canonical {
     Uuid,
     /// A whole number of any size: a sign, leading zeros (as `Path<u64>` and `Path<i64>` take them).
     Integer,
-    /// Text in which capitals do not count, in all of Unicode.
+    /// Text in which capitals do not count: the small form of each letter, in all of Unicode.
     Lowercase,
     /// What a function says. Made by [`by`](Self::by).
     #[serde(skip)]
@@ -38,8 +44,8 @@ type Spell = dyn Fn(&str) -> Option<String> + Send + Sync;
 pub struct By(Arc<Spell>);
 
 impl Canonical {
-    /// The canonical form by a function of your own: `None` for what is no id. What it returns must have itself as its
-    /// form.
+    /// The canonical form by a function of your own: `None` for what is no id (as when it panics). What it returns must have
+    /// itself as its form.
     pub fn by(spell: impl Fn(&str) -> Option<String> + Send + Sync + 'static) -> Self {
         Self::By(By(Arc::new(spell)))
     }
@@ -49,8 +55,15 @@ impl Canonical {
         match self {
             Self::Uuid => Some(Uuid::try_parse(text).ok()?.hyphenated().to_string().into_bytes()),
             Self::Integer => integer(text).map(String::into_bytes),
-            Self::Lowercase => Some(text.to_lowercase().into_bytes()),
-            Self::By(By(spell)) => spell(text).map(String::into_bytes),
+            // Each letter for itself: at the end of a word a sigma has another small form, and is the same letter.
+            Self::Lowercase => {
+                let lower = text.chars().flat_map(char::to_lowercase).map(|c| if c == 'ς' { 'σ' } else { c });
+                Some(lower.collect::<String>().into_bytes())
+            }
+            // The write may be committed already: no id, then, instead of no invalidation.
+            Self::By(By(spell)) => {
+                catch_unwind(AssertUnwindSafe(|| spell(text))).ok().flatten().map(String::into_bytes)
+            }
         }
     }
 }
@@ -105,6 +118,11 @@ impl Entities {
         self.of_types.get(data_type).map_or(data_type, String::as_str)
     }
 
+    /// The entities of which something is said.
+    pub(crate) fn declared(&self) -> impl Iterator<Item = &str> {
+        self.canonical.keys().map(String::as_str)
+    }
+
     /// How this entity's ids are spelled, where that is said.
     pub(crate) fn canonical(&self, entity: &str) -> Option<&Canonical> {
         self.canonical.get(entity)
@@ -116,12 +134,13 @@ impl Entities {
     }
 }
 
-/// The canonical form of an id, where one is declared.
+/// The canonical form of an id, where one is declared. What is empty is none: a field that a message left out, say.
 pub(crate) fn spelled<'i>(canonical: Option<&Canonical>, id: Cow<'i, [u8]>) -> Option<Cow<'i, [u8]>> {
-    match canonical {
+    let form = match canonical {
         None => Some(id),
         Some(canonical) => canonical.of(&id).map(Cow::Owned),
-    }
+    };
+    form.filter(|form| !form.is_empty())
 }
 
 #[cfg(test)]
@@ -148,6 +167,7 @@ mod tests {
             ],
         );
         same(&Canonical::Lowercase, &["Zoë", "ZOË", "zoë"]);
+        same(&Canonical::Lowercase, &["ΟΔΟΣ", "οδος", "οδοσ"]);
         for (canonical, id) in [
             (Canonical::Integer, "4 2"),
             (Canonical::Integer, ""),
@@ -156,6 +176,7 @@ mod tests {
             (Canonical::Integer, "0x2a"),
             (Canonical::Uuid, "42"),
             (Canonical::by(|_| None), "42"),
+            (Canonical::by(|id| Some(id[8..].to_owned())), "42"),
         ] {
             assert_eq!(canonical.of(id.as_bytes()), None, "{canonical:?} {id}");
         }

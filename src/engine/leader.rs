@@ -40,6 +40,11 @@ impl Leader {
         self.stale.as_ref()
     }
 
+    /// The tags that the request names.
+    pub(crate) fn tags(&self) -> impl Iterator<Item = &Tag> {
+        self.flight.tags()[..self.named].iter()
+    }
+
     /// Makes an entry of what was loaded and gives it to the followers. `late` are tags that only the response
     /// declares, and `varied` says which request headers it depends on, and under which key it is stored for it. `None`
     /// if one of the tags may have been dropped since the load began: then the response is good for nobody but its own

@@ -54,6 +54,12 @@ impl Engine {
             Err(error) => return unavailable(&error),
             Ok(opened) => opened,
         };
+        // A write may have come in between: then what was found is not what is about to be replaced or confirmed.
+        let now: Vec<_> = opened.generations.iter().copied().map(Some).collect();
+        let stale = stale.map(|stale| {
+            let is_valid = matches!(validity(&stale.entry, tags, &asked, &now), Validity::Valid);
+            Stale { invalidated: stale.invalidated || !is_valid, ..stale }
+        });
         let flight = Arc::new(Flight::new(asked, opened.generations, began));
         let leader = self.leader(key, tags, policy, flight, opened.mark, stale);
         let unshared = memo.is_some_and(|m| m.unshared_until > self.now());

@@ -6,4 +6,5 @@ pub(crate) mod conditions;
 pub(crate) mod directives;
 pub(crate) mod fields;
 pub(crate) mod freshness;
+pub(crate) mod locations;
 pub(crate) mod ranges;

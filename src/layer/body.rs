@@ -13,6 +13,8 @@ use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use super::invalidate::InvalidateBody;
+
 pin_project! {
     /// The response body of [`CacheAside`](crate::CacheAside).
     pub struct CacheBody<B: Body> {
@@ -26,6 +28,8 @@ pin_project! {
     enum Kind<B: Body> {
         Full { data: Option<Bytes>, trailers: Option<Box<HeaderMap>> },
         Inner { #[pin] body: B },
+        /// Of a write, after which something may be due.
+        Written { #[pin] body: InvalidateBody<B> },
         /// What another task reads, and keeps a copy of. It never holds more than the body limit: then it gives the
         /// rest away.
         Tee { pieces: UnboundedReceiver<Piece<B>>, rest: Option<Pin<Box<B>>>, left: Option<u64>, done: bool },
@@ -58,6 +62,10 @@ impl<B: Body> CacheBody<B> {
         Self { kind: Kind::Inner { body } }
     }
 
+    pub(crate) fn written(body: InvalidateBody<B>) -> Self {
+        Self { kind: Kind::Written { body } }
+    }
+
     pub(crate) fn tee(pieces: UnboundedReceiver<Piece<B>>, size: &SizeHint) -> Self {
         Self { kind: Kind::Tee { pieces, rest: None, left: size.exact(), done: false } }
     }
@@ -74,6 +82,7 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
                 None => trailers.take().map(|t| Ok(Frame::trailers(*t))),
             }),
             KindProj::Inner { body } => body.poll_frame(cx),
+            KindProj::Written { body } => body.poll_frame(cx),
             KindProj::Tee { pieces, rest, left, done } => {
                 if let Some(rest) = rest {
                     return rest.as_mut().poll_frame(cx);
@@ -110,6 +119,7 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
         match &self.kind {
             Kind::Full { data, trailers } => data.is_none() && trailers.is_none(),
             Kind::Inner { body } => body.is_end_stream(),
+            Kind::Written { body } => body.is_end_stream(),
             Kind::Tee { rest, done, .. } => *done || rest.as_ref().is_some_and(|b| b.is_end_stream()),
         }
     }
@@ -120,6 +130,7 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
             Kind::Full { trailers: Some(_), .. } => SizeHint::new(),
             Kind::Full { data, trailers: None } => SizeHint::with_exact(data.as_ref().map_or(0, Bytes::len) as u64),
             Kind::Inner { body } => body.size_hint(),
+            Kind::Written { body } => body.size_hint(),
             Kind::Tee { rest: Some(rest), .. } => rest.size_hint(),
             Kind::Tee { left, .. } => left.map_or_else(SizeHint::new, SizeHint::with_exact),
         }

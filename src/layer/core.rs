@@ -1,21 +1,32 @@
 //! What a cache hands to its layers: the mapping, the engine and the options.
 
 use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderName, Uri};
+use http::HeaderName;
 
 use super::warnings::Warnings;
 use crate::{
     catalog::{Cascades, Catalogue, Change, Drops, FenceTimes, Policy},
     engine::{Engine, Invalidated},
     error::ConfigError,
-    key::{Space, Tenant},
-    route::{Mutated, Routes, TenantSource},
+    key::{Space, Tag, Tenant},
+    route::{OnUnmapped, Routes, TenantSource},
     store::Fence,
 };
+
+/// Who wants to know of invalidations.
+pub(crate) type OnInvalidated = Arc<dyn Fn(&Invalidated, &[Tag]) + Send + Sync>;
+
+/// Tells who wants to know. Whatever becomes of that: the invalidation is done.
+fn tell(hook: &OnInvalidated, report: &Invalidated, tags: &[Tag]) {
+    if catch_unwind(AssertUnwindSafe(|| hook(report, tags))).is_err() {
+        tracing::error!("`on_invalidated` panicked");
+    }
+}
 
 pub(crate) struct Core {
     pub(crate) catalogue: Catalogue,
@@ -26,6 +37,7 @@ pub(crate) struct Core {
     pub(crate) engine: Arc<Engine>,
     pub(crate) options: Options,
     pub(crate) warnings: Warnings,
+    pub(crate) on_invalidated: Option<OnInvalidated>,
 }
 
 /// What the layers do besides.
@@ -39,6 +51,9 @@ pub(crate) struct Options {
     pub(crate) request_directives: bool,
     pub(crate) show_keys: bool,
     pub(crate) fence: Option<FenceTimes>,
+    pub(crate) on_unmapped: OnUnmapped,
+    /// The response header in which the tags go to caches outside.
+    pub(crate) forwards: Option<HeaderName>,
     /// Whether writes are refused that the store cannot be told about.
     pub(crate) rejects: bool,
 }
@@ -60,10 +75,21 @@ impl Core {
         Some(Fence::new(all.lease, all.hold))
     }
 
-    /// Invalidates. Where any fences are used at all, those of other writers are respected.
+    /// Invalidates, and tells who wants to know. Where any fences are used at all, those of other writers are respected.
     pub(crate) async fn drop_all(&self, drops: Drops, fence: Option<&Fence>) -> Invalidated {
         let any = self.options.fence.is_some() || self.cascades.any_fence();
-        self.engine.invalidate(drops, fence.or(any.then_some(&Fence::NOBODY))).await
+        let tags = |drops: &Drops| drops.groups.iter().flat_map(|group| group.tags.clone()).collect::<Vec<_>>();
+        let told = self.on_invalidated.as_ref().map(|hook| (hook, tags(&drops)));
+        let report = self.engine.invalidate(drops, fence.or(any.then_some(&Fence::NOBODY))).await;
+        if let Some((hook, tags)) = told {
+            tell(hook, &report, &tags);
+        }
+        report
+    }
+
+    /// Lifts a fence around what was not changed.
+    pub(crate) async fn lift(&self, drops: Drops, fence: &Fence) {
+        self.engine.invalidate(drops, Some(fence)).await;
     }
 
     /// That a change says nothing that would drop nothing.
@@ -73,7 +99,9 @@ impl Core {
             self.catalogue.check(what, data_type)?;
         }
         for (data_type, _) in &change.entities {
-            self.routes.expected.check_named(data_type)?;
+            let of_type =
+                self.cascades.relations(data_type).into_iter().filter(|r| change.include.contains(r)).map(Some);
+            of_type.chain([None]).try_for_each(|r| self.routes.expected.check(data_type, r.as_ref(), &change.all))?;
         }
         change.include.iter().try_for_each(|relation| self.cascades.check_relation(what, types.clone(), relation))
     }
@@ -83,36 +111,5 @@ impl Core {
         for tenant in tenants {
             self.cascades.add_change(drops, tenant, change).await;
         }
-    }
-
-    /// Adds what is at these paths.
-    pub(crate) async fn drop_located(
-        &self,
-        drops: &mut Drops,
-        tenants: &[Tenant],
-        paths: &[String],
-        include: &[Arc<str>],
-    ) {
-        for (data_type, id) in paths.iter().filter_map(|path| self.routes.locate(path)) {
-            self.add_change(drops, tenants, &Change::entity(data_type, id).include(include)).await;
-        }
-    }
-
-    /// Adds what the creation of an entity drops, which the response's `Location` names, if it does.
-    pub(crate) async fn drop_created(
-        &self,
-        drops: &mut Drops,
-        tenants: &[Tenant],
-        mutated: &Mutated,
-        location: Option<&str>,
-    ) {
-        let Some(data_type) = mutated.creates() else { return };
-        let uri = location.and_then(|l| l.parse::<Uri>().ok());
-        let located = uri.as_ref().and_then(|uri| self.routes.locate(uri.path()));
-        let change = match located.filter(|(found, _)| **found == **data_type) {
-            Some((_, id)) => Change::entity(data_type.clone(), id),
-            None => Change::all(data_type.clone()),
-        };
-        self.add_change(drops, tenants, &change.include(mutated.include())).await;
     }
 }

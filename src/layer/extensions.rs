@@ -1,9 +1,9 @@
 //! What handlers say to the cache: tags of a response, and that it is to keep out.
 
-use http::{Extensions, response};
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, response};
 use percent_encoding::percent_decode_str;
 
-use super::core::Core;
+use super::{changes::Reads, core::Core};
 use crate::key::{Tag, Tenant};
 
 /// Entities that a response belongs to, besides those that its path names; in the extensions of the response, where every
@@ -50,6 +50,7 @@ pub(super) fn take_tags(
     core: &Core,
     tenant: &Tenant,
     data_type: &str,
+    reads: &Reads,
 ) -> Result<Vec<Tag>, &'static str> {
     let header = &core.options.tag_header;
     let declared = parts.extensions.remove::<CacheTags>().map_or(vec![], |declared| declared.tags);
@@ -72,13 +73,37 @@ pub(super) fn take_tags(
             None => Err(format!("{entity}={}", String::from_utf8_lossy(&id))),
         }
     };
-    tags.into_iter().map(tag).collect::<Result<_, String>>().map_err(|tag| {
+    let depends = reads.tags(core, tenant);
+    let mut tags = tags.into_iter().map(tag).collect::<Result<Vec<_>, String>>().map_err(|tag| {
         if core.warnings.is_new("tags", data_type) {
             let mend = "mend the tag, or declare the cascade";
             tracing::warn!(%data_type, %tag, "not stored: no cascade drops this type by that tag; {mend}");
         }
         "bad-tags"
-    })
+    })?;
+    tags.extend(depends?);
+    Ok(tags)
+}
+
+/// What other caches cut off.
+const MOST_FORWARDED: usize = 16 << 10;
+
+/// Says the tags to caches outside: the coarse ones first, and as many as have room.
+pub(super) fn forward_tags<'t>(headers: &mut HeaderMap, name: &HeaderName, tags: impl Iterator<Item = &'t Tag>) {
+    let mut tags: Vec<_> = tags.map(Tag::as_bytes).collect();
+    tags.sort_by_key(|tag| !tag.ends_with(b"*"));
+    let between = if *name == "surrogate-key" { &b" "[..] } else { b"," };
+    let mut all: Vec<u8> = vec![];
+    for (i, tag) in tags.iter().enumerate().filter(|(i, tag)| !tags[..*i].contains(tag)) {
+        if all.len() + between.len() + tag.len() > MOST_FORWARDED {
+            break;
+        }
+        all.extend_from_slice(if i == 0 { b"" } else { between });
+        all.extend_from_slice(tag);
+    }
+    if let Ok(value) = HeaderValue::from_bytes(&all) {
+        headers.insert(name, value);
+    }
 }
 
 /// `agent=42`; else what it is instead.

@@ -5,6 +5,7 @@
 
 mod body;
 mod cache_aside;
+mod changes;
 mod core;
 mod extensions;
 mod future;
@@ -14,11 +15,14 @@ mod invalidate;
 mod reading;
 mod serve;
 mod warnings;
+mod write;
 mod writing;
 
-pub(crate) use self::core::{Core, Options};
+pub(crate) use self::core::{Core, OnInvalidated, Options};
 pub use body::CacheBody;
 pub use cache_aside::{CacheAside, CacheAsideLayer};
+pub(crate) use changes::Reads;
+pub use changes::{Changes, changed, depends_on};
 pub use extensions::{CacheTags, NoCache};
 pub use future::ResponseFuture;
 pub(crate) use future::joined;
@@ -26,3 +30,4 @@ pub(crate) use future::joined;
 pub use grpc::{Grpc, GrpcBody, GrpcLayer, GrpcResponseBody};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
 pub(crate) use warnings::Warnings;
+pub(crate) use writing::{Due, Writing};

@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::{
     body::{CacheBody, Piece},
+    changes::Reads,
     serve::{Asked, serve},
 };
 use crate::{
@@ -83,6 +84,8 @@ pub(super) fn settle(
 pub(super) struct Reading {
     pub(super) leader: Leader,
     pub(super) late: Vec<Tag>,
+    /// What it depends on, and how much of that is among its tags: its body may say more.
+    pub(super) known: (Reads, usize),
     pub(super) parts: response::Parts,
     pub(super) forwarded: Forwarded,
     pub(super) life: Lifetime,
@@ -171,7 +174,9 @@ impl Reading {
     /// All of it is there.
     async fn complete<R: Body, E>(mut self, mut client: Client<R, E>, copy: Copy, asked: &Asked) {
         let (data, trailers) = copy.into_parts();
-        if let Err(detail) = (self.accepts)(&data, trailers.as_ref()) {
+        let (reads, known) = &self.known;
+        let accepted = (self.accepts)(&data, trailers.as_ref());
+        if let Err(detail) = accepted.and(if reads.count() > *known { Err("late-tags") } else { Ok(()) }) {
             drop(self.leader);
             (self.forwarded.stored, self.forwarded.detail) = (false, Some(detail));
             return client.end(|| {

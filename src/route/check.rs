@@ -48,16 +48,19 @@ pub(super) struct Cause<'a> {
 /// What writes count on that entries are tagged with.
 #[derive(Debug, Default)]
 pub(crate) struct Expected {
-    /// By data type: the entities that each entry must name.
+    /// By data type: the entities that each entry must name besides its own.
     needed: BTreeMap<String, BTreeSet<Arc<str>>>,
     /// By data type: the entities that some write drops it by.
     useful: BTreeMap<String, BTreeSet<Arc<str>>>,
-    /// Types whose entities cannot be told by id: why.
-    unnamed: BTreeMap<String, ConfigError>,
+    /// Types whose entities cannot be told by id, alone or with one of their relations: of what type entries stay, and why.
+    unnamed: BTreeMap<(String, Option<Arc<str>>), Stays>,
 }
 
+/// Of what type entries stay, and why.
+type Stays = (Arc<str>, ConfigError);
+
 impl Expected {
-    /// An entity that entries of this type must name, and that this one does not.
+    /// An entity that entries of this type must name besides their own, and that this one does not.
     pub(crate) fn missing(&self, data_type: &str, named: impl Fn(&str) -> bool) -> Option<&Arc<str>> {
         self.needed.get(data_type)?.iter().find(|entity| !named(entity))
     }
@@ -69,7 +72,20 @@ impl Expected {
 
     /// Whether entities of this type can be told by id.
     pub(crate) fn check_named(&self, data_type: &str) -> Result<(), ConfigError> {
-        self.unnamed.get(data_type).map_or(Ok(()), |error| Err(error.clone()))
+        self.check(data_type, None, &[])
+    }
+
+    /// Whether a change of one entity of this type finds everything, with this relation, and where these types fall whole.
+    pub(crate) fn check(
+        &self,
+        data_type: &str,
+        relation: Option<&Arc<str>>,
+        all: &[Arc<str>],
+    ) -> Result<(), ConfigError> {
+        match self.unnamed.get(&(data_type.to_owned(), relation.cloned())) {
+            Some((stays, error)) if !all.contains(stays) => Err(error.clone()),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -77,42 +93,50 @@ impl Expected {
 pub(super) struct Check<'a> {
     cascades: &'a Cascades,
     readers: &'a [Reader],
-    /// By type: the parameters that are its resource.
-    homes: BTreeMap<&'a str, Vec<&'a Param>>,
+    /// By type: the parameter that is its resource.
+    homes: BTreeMap<&'a str, Param>,
     expected: Expected,
 }
 
 impl<'a> Check<'a> {
-    pub(super) fn new(cascades: &'a Cascades, readers: &'a [Reader]) -> Self {
-        let mut homes = BTreeMap::<_, Vec<_>>::new();
-        for reader in readers {
-            match reader {
-                Reader::Route(route) => {
-                    let own = cascades.entities.of_type(route.data_type());
-                    let home = route.resource_param().filter(|param| param.entity == own);
-                    homes.entry(route.data_type()).or_default().extend(home);
-                }
-                #[cfg(feature = "grpc")]
-                Reader::Method { .. } => {}
-            }
-        }
+    pub(super) fn new(cascades: &'a Cascades, readers: &'a [Reader], homes: BTreeMap<&'a str, Param>) -> Self {
         Self { cascades, readers, homes, expected: Expected::default() }
     }
 
     /// Whether a parameter names an entity as the routes of its own type do.
     pub(super) fn names(&self, param: &Param, of: &str) -> bool {
-        let homes = self.homes.get(of).map_or(&[][..], Vec::as_slice);
-        param.entity == self.cascades.entities.of_type(of)
-            && (homes.is_empty() || homes.iter().any(|h| param.is_like(h)))
+        match self.homes.get(of) {
+            Some(home) => param.is_like(home),
+            None => param.entity == self.cascades.entities.of_type(of),
+        }
+    }
+
+    /// Whether the parameter that is a type's resource says of what.
+    pub(super) fn is_explicit(&self, of: &str) -> bool {
+        self.homes.get(of).is_none_or(Param::is_explicit)
+    }
+
+    /// Whether the ids of a type are those that are named by this.
+    fn is_own(&self, data_type: &str, named: &Named) -> bool {
+        let of_type = self.cascades.entities.of_type(data_type);
+        match (self.homes.get(data_type), self.homes.get(&*named.of)) {
+            (Some(home), Some(other)) => home.is_like(other),
+            _ => *of_type == *named.entity,
+        }
     }
 
     /// Whether a type has a route whose resource a `Location` can name.
     pub(super) fn has_home(&self, data_type: &str) -> bool {
-        self.homes.get(data_type).is_some_and(|homes| !homes.is_empty())
+        self.homes.contains_key(data_type)
     }
 
     /// Checks one declared change.
     pub(super) fn cause(&mut self, cause: &Cause<'_>) -> Result<(), ConfigError> {
+        self.try_cause(cause).map_err(|(_, error)| error)
+    }
+
+    /// The same; else of what type entries stay, and why.
+    fn try_cause(&mut self, cause: &Cause<'_>) -> Result<(), Stays> {
         let reach =
             |types: &[&str]| types.iter().flat_map(|t| self.cascades.reach(t, cause.include)).collect::<Vec<_>>();
         let reached = reach(&cause.types);
@@ -123,9 +147,11 @@ impl<'a> Check<'a> {
             let Some(named) = any.last() else { continue };
             let of_type = |reader: &&Reader| reader.data_type() == &*one.data_type;
             if let Some(reader) = self.readers.iter().filter(of_type).find(|reader| !self.is_found(reader, named)) {
-                return Err(not_found(cause.what, one, named, reader));
+                return Err((one.data_type.clone(), self.not_found(cause.what, one, named, reader)));
             }
-            self.expected.needed.entry(one.data_type.to_string()).or_default().insert(named.entity.clone());
+            if !self.is_own(&one.data_type, named) {
+                self.expected.needed.entry(one.data_type.to_string()).or_default().insert(named.entity.clone());
+            }
         }
         Ok(())
     }
@@ -150,42 +176,45 @@ impl<'a> Check<'a> {
                     useful.extend(any.into_iter().map(|named| named.entity));
                 }
             }
-            let (what, types) = (format!("invalidation of one `{data_type}`"), vec![data_type]);
-            let by_hand = Cause { what: &what, types, include: &[], all: vec![] };
-            if let Err(error) = self.cause(&by_hand) {
-                self.expected.unnamed.insert(data_type.to_owned(), error);
+            let relations = self.cascades.relations(data_type).into_iter().map(Some);
+            for relation in relations.chain([None]) {
+                let (what, include) = (format!("invalidation of one `{data_type}`"), Vec::from_iter(relation.clone()));
+                let by_hand = Cause { what: &what, types: vec![data_type], include: &include, all: vec![] };
+                if let Err(stays) = self.try_cause(&by_hand) {
+                    self.expected.unnamed.insert((data_type.to_owned(), relation), stays);
+                }
             }
         }
         self.expected
     }
-}
 
-fn not_found(what: &str, one: &Reached, named: &Named, reader: &Reader) -> ConfigError {
-    let (data_type, entity) = (&one.data_type, &named.entity);
-    let how = one.relation.as_ref().map_or(String::new(), |name| format!(", which its relation `{name}` leads to"));
-    let resolve = match &one.relation {
-        Some(relation) if named.resolved.is_none() => format!(", give `{relation}` a resolver"),
-        _ => String::new(),
-    };
-    ConfigError::new(match reader {
-        Reader::Route(route) if route.params().iter().any(|param| param.entity == **entity) => format!(
-            "{what}: it drops `{data_type}`{how} by {entity}, but the `{{{entity}}}` of {} may be another thing's than that \
-             of `{}`: call both parameters after what they name, such as `{{{}_id}}`, or say so with `entities`",
-            route.what(),
-            named.of,
-            named.of
-        ),
-        Reader::Route(route) => format!(
-            "{what}: it drops `{data_type}`{how} by {entity}, but {} does not say which {entity} its entries belong to, \
-             so they would stay: name a path parameter `{entity}_id` (or say with `entities` that one is), let the route \
-             declare tags{resolve}, or drop the type whole with `all` (for a list: a type of its own)",
-            route.what()
-        ),
-        #[cfg(feature = "grpc")]
-        Reader::Method { what: method, .. } => format!(
-            "{what}: it drops `{data_type}`{how} by {entity}, but {method} does not say which {entity} its entries \
-             belong to, so they would stay: describe its `message`{resolve}, or give it a type of its own which the \
-             cascade drops whole with `all`"
-        ),
-    })
+    fn not_found(&self, what: &str, one: &Reached, named: &Named, reader: &Reader) -> ConfigError {
+        let (data_type, entity) = (&one.data_type, &named.entity);
+        let how = one.relation.as_ref().map_or(String::new(), |name| format!(", which its relation `{name}` leads to"));
+        let resolve = match &one.relation {
+            Some(relation) if named.of != one.data_type => format!(", give `{relation}` a resolver"),
+            _ => String::new(),
+        };
+        ConfigError::new(match reader {
+            Reader::Route(route) if route.params().iter().any(|param| param.entity == **entity) => format!(
+                "{what}: it drops `{data_type}`{how} by {entity}, but the `{{{entity}}}` of {} may be another thing's than that \
+                 of `{}`: call both parameters after what they name, such as `{{{}_id}}`, or say so with `entities`",
+                route.what(),
+                named.of,
+                named.of
+            ),
+            Reader::Route(route) => format!(
+                "{what}: it drops `{data_type}`{how} by {entity}, but {} does not say which {entity} its entries belong to, \
+                 so they would stay: name a path parameter `{entity}_id` (or say with `entities` that one is), let the route \
+                 declare tags{resolve}, or drop the type whole with `all` (for a list: a type of its own)",
+                route.what()
+            ),
+            #[cfg(feature = "grpc")]
+            Reader::Method { what: method, .. } => format!(
+                "{what}: it drops `{data_type}`{how} by {entity}, but {method} does not say which {entity} its entries \
+                 belong to, so they would stay: describe its `message`{resolve}, or give it a type of its own which the \
+                 cascade drops whole with `all`"
+            ),
+        })
+    }
 }

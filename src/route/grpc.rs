@@ -33,7 +33,7 @@ pub struct GrpcTarget {
 }
 
 impl GrpcTarget {
-    /// The thing with this id.
+    /// The thing with this id: of the entity that the data type's routes name, where it has any.
     pub fn new(resource: impl Into<String>) -> Self {
         Self { resource: resource.into(), ..Self::default() }
     }
@@ -181,7 +181,9 @@ impl GrpcRoute {
             }
             let include: Arc<[Arc<str>]> = method.include.iter().map(|r| r.as_str().into()).collect();
             if method.mutates {
-                check.cause(&Cause { what: &what, types: vec![data_type], include: &include, all: vec![] })?;
+                // What no message is read of drops its type whole.
+                let all = if method.describe.is_none() { vec![data_type] } else { vec![] };
+                check.cause(&Cause { what: &what, types: vec![data_type], include: &include, all })?;
             }
             let route = Self {
                 data_type: data_type.into(),
@@ -199,6 +201,11 @@ impl GrpcRoute {
             }
         }
         Ok(routes)
+    }
+
+    /// Whether a mutation's message says what it is about.
+    pub(crate) fn is_described(&self) -> bool {
+        self.describe.is_some()
     }
 
     /// The id of what a mutation's message names.

@@ -16,26 +16,26 @@ mod tenant;
 pub use grpc::{GrpcMethod, GrpcTarget};
 #[cfg(feature = "grpc")]
 pub(crate) use grpc::{GrpcRoute, GrpcWanted};
-pub use mutation::Mutation;
 pub(crate) use mutation::{Mutated, MutationRoute};
+pub use mutation::{Mutation, OnUnmapped};
 pub use query::Query;
 pub use read::{Credentials, Route};
 pub(crate) use read::{ReadRoute, Wanted, variant_key};
 pub(crate) use tenant::TenantSource;
 
 use std::{
-    collections::{BTreeMap, btree_map},
+    collections::{BTreeMap, BTreeSet, btree_map},
     sync::Arc,
 };
 
 use http::{Method, Uri};
 
 use crate::{
-    catalog::{Cascades, Catalogue, Entities},
+    catalog::{Cascades, Catalogue, Change, Entities},
     error::ConfigError,
 };
 use check::{Cause, Check, Expected, Reader};
-use pattern::Pattern;
+use pattern::{Param, Pattern};
 
 /// All routes, compiled.
 #[derive(Debug, Default)]
@@ -66,43 +66,60 @@ pub(crate) struct Table<'a> {
     pub(crate) grpc: &'a [GrpcMethod],
 }
 
-/// Which entity the resource of each data type is, where routes say so: the one called like the type, if there is one.
-pub(crate) fn entities(routes: &[Route]) -> BTreeMap<String, String> {
-    let mut entities = BTreeMap::new();
+/// The parameters by which routes name the resource of each data type: the one called like the type, if there is one.
+fn homes(routes: &[Route]) -> BTreeMap<&str, Param> {
+    let mut homes = BTreeMap::new();
     for route in routes {
         let pattern = Pattern::new(&route.path, &route.entities, &Entities::default()).ok();
         let resource = pattern.as_ref().and_then(|p| p.resource(route.resource.as_deref()));
-        let Some(entity) = resource.map(|param| param.entity.clone()) else { continue };
-        match entities.entry(route.data_type.clone()) {
-            btree_map::Entry::Vacant(free) => _ = free.insert(entity),
-            btree_map::Entry::Occupied(mut other) if entity == route.data_type => _ = other.insert(entity),
-            btree_map::Entry::Occupied(_) => {}
+        let Some(param) = resource.cloned() else { continue };
+        match homes.entry(route.data_type.as_str()) {
+            btree_map::Entry::Vacant(free) => _ = free.insert(param),
+            btree_map::Entry::Occupied(mut other) => {
+                if param.entity == route.data_type && other.get().entity != param.entity {
+                    other.insert(param);
+                }
+            }
         }
     }
-    entities
+    homes
+}
+
+/// Which entity the resource of each data type is, where routes say so.
+pub(crate) fn entities(routes: &[Route]) -> BTreeMap<String, String> {
+    homes(routes).into_iter().map(|(data_type, param)| (data_type.to_owned(), param.entity)).collect()
 }
 
 impl Routes {
     pub(crate) fn new(catalogue: &Catalogue, cascades: &Cascades, table: Table<'_>) -> Result<Self, ConfigError> {
         let mut this = Self::default();
-        this.add_reads(catalogue, cascades, table.routes)?;
+        let homes = homes(table.routes);
+        this.add_reads(catalogue, cascades, table.routes, &homes)?;
         let readers = this.declared.reads.iter().cloned().map(Reader::Route);
         #[cfg(feature = "grpc")]
         let readers = readers.chain(table.grpc.iter().filter_map(GrpcMethod::reader));
         let readers: Vec<_> = readers.collect();
-        let mut check = Check::new(cascades, &readers);
+        let mut check = Check::new(cascades, &readers, homes);
         this.add_writes(catalogue, cascades, table.mutations, &mut check)?;
         #[cfg(feature = "grpc")]
         this.add_grpc(catalogue, cascades, table.grpc, &mut check)?;
         this.check_cascades(cascades, &mut check)?;
+        this.check_entities(catalogue, cascades)?;
         this.expected = check.finish(catalogue);
         Ok(this)
     }
 
-    fn add_reads(&mut self, catalogue: &Catalogue, cascades: &Cascades, routes: &[Route]) -> Result<(), ConfigError> {
+    fn add_reads(
+        &mut self,
+        catalogue: &Catalogue,
+        cascades: &Cascades,
+        routes: &[Route],
+        homes: &BTreeMap<&str, Param>,
+    ) -> Result<(), ConfigError> {
         let mut ids = BTreeMap::new();
         for route in routes {
-            let compiled = Arc::new(ReadRoute::new(route, catalogue, &cascades.entities)?);
+            let compiled =
+                Arc::new(ReadRoute::new(route, catalogue, &cascades.entities, homes.get(&*route.data_type))?);
             let what = format!("route {}", compiled.what());
             if let Some(other) = ids.insert(compiled.id().to_vec(), &route.path).filter(|o| *o != &route.path) {
                 return Err(ConfigError::new(format!("{what}: its hash equals that of {other}; rename a parameter")));
@@ -164,6 +181,22 @@ impl Routes {
         Ok(())
     }
 
+    /// A canonical form that is never applied would be worse than none.
+    fn check_entities(&self, catalogue: &Catalogue, cascades: &Cascades) -> Result<(), ConfigError> {
+        let of_routes = self.declared.reads.iter().flat_map(|route| route.params());
+        let of_mutations = self.declared.mutations.iter().flat_map(|mutation| mutation.params());
+        let params: Vec<_> = of_routes.chain(of_mutations).map(|param| &*param.entity).collect();
+        let own: Vec<_> = catalogue.known().map(|data_type| cascades.entities.of_type(data_type)).collect();
+        match cascades.entities.declared().find(|entity| !params.contains(entity) && !own.contains(entity)) {
+            None => Ok(()),
+            Some(unknown) => Err(ConfigError::new(format!(
+                "entity `{unknown}`: nothing names it, so its ids would keep all their spellings; call the path parameter \
+                 `{{{unknown}_id}}` (or say with `entities` that one is), or use one of: {}",
+                params.iter().chain(&own).copied().collect::<BTreeSet<_>>().into_iter().collect::<Vec<_>>().join(", ")
+            ))),
+        }
+    }
+
     #[cfg(feature = "grpc")]
     pub(crate) fn grpc(&self, path: &str) -> Option<&Arc<GrpcRoute>> {
         self.grpc.get(path)
@@ -178,21 +211,37 @@ impl Routes {
         self.reads.at(uri.path()).ok()
     }
 
-    pub(crate) fn write(&self, method: &Method, uri: &Uri) -> Option<Mutated> {
-        if method.is_safe() {
-            return None;
+    /// What an unsafe request changes, as far as that is declared.
+    pub(crate) fn written(&self, method: &Method, uri: &Uri) -> Written {
+        if let Ok(found) = self.writes.at(uri.path()) {
+            let own = found.value.iter().find(|m| m.method == *method);
+            if let Some(route) = own.or_else(|| found.value.iter().find(|m| m.is_for(method))) {
+                return Written::Declared(Mutated::new(route, &found.params));
+            }
         }
-        let found = self.writes.at(uri.path()).ok()?;
-        let own = found.value.iter().find(|m| m.method == *method);
-        let route = own.or_else(|| found.value.iter().find(|m| m.is_for(method)))?;
-        Some(Mutated::new(route, &found.params))
+        self.locate(uri.path()).map_or(Written::Unmapped, Written::Read)
     }
 
-    /// The data type and the id of what a path names, as the read routes know it: how a `Location` names what was created.
-    pub(crate) fn locate(&self, path: &str) -> Option<(&str, Vec<u8>)> {
+    /// A change of what a path names, as the read routes know it; of the whole type, where it does not name one by its id.
+    pub(crate) fn locate(&self, path: &str) -> Option<Change> {
         let found = self.reads.at(path).ok()?;
-        Some((found.value.data_type(), found.value.resource(&found.params)?))
+        let data_type: Arc<str> = found.value.data_type().into();
+        let is_named = self.expected.check_named(&data_type).is_ok();
+        Some(match found.value.own_id(&found.params).filter(|_| is_named) {
+            Some(id) => Change::entity(data_type, id),
+            None => Change::all(data_type),
+        })
     }
+}
+
+/// What an unsafe request changes.
+#[derive(Debug)]
+pub(crate) enum Written {
+    /// What a mutation says.
+    Declared(Mutated),
+    /// What is read under its path (RFC 9111, section 4.4).
+    Read(Change),
+    Unmapped,
 }
 
 fn insert_error(what: &str, error: &matchit::InsertError) -> ConfigError {

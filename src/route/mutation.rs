@@ -139,6 +139,7 @@ pub(crate) struct MutationRoute {
     path: String,
     /// Data types, and the parameters that name their entities.
     targets: Vec<(Arc<str>, Param)>,
+    pattern: Pattern,
     all: Vec<Arc<str>>,
     creates: Option<Arc<str>>,
     include: Arc<[Arc<str>]>,
@@ -167,9 +168,15 @@ impl MutationRoute {
         for data_type in &mutation.mutates {
             let entity = cascades.entities.of_type(data_type);
             let param = pattern.params().iter().find(|param| check.names(param, data_type)).ok_or_else(|| {
+                let called = pattern.params().iter().any(|param| param.entity == entity);
+                let mend = if called || !check.is_explicit(data_type) {
+                    format!("call it `{{{data_type}_id}}` here and in the routes of `{data_type}`")
+                } else {
+                    format!("name one `{entity}_id` (or say with `entities` that one is)")
+                };
                 ConfigError::new(format!(
-                    "{what}: no path parameter says which {entity} of `{data_type}` it mutates; name one \
-                     `{entity}_id` (or say with `entities` that one is), or use all"
+                    "{what}: no path parameter says for certain which {entity} of `{data_type}` it mutates; {mend}, or use \
+                     all"
                 ))
             })?;
             targets.push((data_type.as_str().into(), param.clone()));
@@ -194,6 +201,7 @@ impl MutationRoute {
             method: mutation.method.clone(),
             path: mutation.path.clone(),
             targets,
+            pattern,
             all: mutation.all.iter().map(|t| t.as_str().into()).collect(),
             creates: mutation.creates.as_deref().map(Into::into),
             include,
@@ -209,6 +217,10 @@ impl MutationRoute {
     /// What errors and descriptions call it.
     pub(crate) fn what(&self) -> String {
         format!("{} {}", self.method, self.path)
+    }
+
+    pub(crate) fn params(&self) -> &[Param] {
+        self.pattern.params()
     }
 
     pub(crate) fn targets(&self) -> impl Iterator<Item = &Arc<str>> {
@@ -238,8 +250,25 @@ fn check_method(what: &str, method: &Method) -> Result<(), ConfigError> {
     Ok(())
 }
 
+/// What becomes of a successful unsafe request that no mutation names, whose path no route reads, and of which its handler
+/// says nothing ([`Changes`](crate::Changes)). (Where a route reads its path, what is there falls in any case.)
+///
+/// In a file: `on_unmapped = "ignore"`, `"warn"` or `"drop"`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum OnUnmapped {
+    /// It changes nothing that is cached.
+    Ignore,
+    /// A warning names its route, once (the default).
+    #[default]
+    Warn,
+    /// It drops everything of its tenant. A write that is mapped, and whose tenant is not known, drops everything of all.
+    Drop,
+}
+
 /// What one request mutates: owned, so that it outlives the request.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Mutated {
     route: Arc<MutationRoute>,
     change: Change,
@@ -256,6 +285,15 @@ impl Mutated {
             }
         }
         Self { route: route.clone(), change }
+    }
+
+    /// What is known of it before its handler has run: also what the creation of any entity drops whole.
+    pub(crate) fn change_before(&self, cascades: &Cascades) -> Change {
+        let mut change = self.change.clone();
+        if let Some(data_type) = self.creates() {
+            change.whole.extend(cascades.drops_whole(data_type));
+        }
+        change
     }
 
     /// What the path and the route say of it.

@@ -29,6 +29,11 @@ pub(crate) struct Param {
 }
 
 impl Param {
+    /// Whether its own name says which entity it is, or `entities` does.
+    pub(crate) fn is_explicit(&self) -> bool {
+        self.is_explicit
+    }
+
     /// Whether it evidently names the same entity as another parameter that is called the same.
     pub(crate) fn is_like(&self, other: &Self) -> bool {
         self.entity == other.entity && (self.is_explicit && other.is_explicit || self.place == other.place)

@@ -143,6 +143,8 @@ pub(crate) struct ReadRoute {
     pattern: Pattern,
     /// Position of the resource among the parameters.
     resource: Option<usize>,
+    /// Whether the resource is what the type's other routes call so, too.
+    has_own_id: bool,
     /// Positions of the scope's parameters, sorted by entity.
     scope: Vec<usize>,
     /// What tells this route from others of its type: eight digits of its path's hash.
@@ -195,7 +197,12 @@ pub(crate) fn variant_key(primary: &[u8], names: &[HeaderName], headers: &Header
 }
 
 impl ReadRoute {
-    pub(crate) fn new(route: &Route, catalogue: &Catalogue, entities: &Entities) -> Result<Self, ConfigError> {
+    pub(crate) fn new(
+        route: &Route,
+        catalogue: &Catalogue,
+        entities: &Entities,
+        home: Option<&Param>,
+    ) -> Result<Self, ConfigError> {
         let what = &format!("route GET {}", route.path);
         catalogue.check(what, &route.data_type)?;
         let pattern = Pattern::new(&route.path, &route.entities, entities).map_err(|e| pattern_error(what, &e))?;
@@ -228,6 +235,7 @@ impl ReadRoute {
             Credentials::PerUser(name) => Credential::PerUser(header(name)?),
             Credentials::Declared => Credential::Declared,
         };
+        let has_own_id = resource.zip(home).is_some_and(|(at, home)| params[at].is_like(home));
         let digest = Sha256::digest(route.path.as_bytes());
         let mut type_part = KeyBuf::new();
         push_type(&mut type_part, &route.data_type);
@@ -238,6 +246,7 @@ impl ReadRoute {
             policy: catalogue.policy(&route.data_type),
             pattern,
             resource,
+            has_own_id,
             scope,
             id: digest[..4].iter().flat_map(|b| format!("{b:02x}").into_bytes()).collect(),
             query: route.query.clone(),
@@ -268,9 +277,9 @@ impl ReadRoute {
         &self.id
     }
 
-    /// The id of what a path names, in its canonical form.
-    pub(crate) fn resource(&self, params: &matchit::Params<'_, '_>) -> Option<Vec<u8>> {
-        self.resource_param()?.value(params).map(Cow::into_owned)
+    /// The id of what a path names, in its canonical form, where it is the type's own id (and no slug).
+    pub(crate) fn own_id(&self, params: &matchit::Params<'_, '_>) -> Option<Vec<u8>> {
+        self.resource_param().filter(|_| self.has_own_id)?.value(params).map(Cow::into_owned)
     }
 
     /// What a request looks for, or the reason why the cache must not answer it.

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, fmt, sync::Arc};
 
-use http::{HeaderMap, HeaderName, request};
+use http::{HeaderMap, HeaderName, HeaderValue, request};
 
 use crate::{
     error::ConfigError,
@@ -27,8 +27,10 @@ impl TenantSource {
         match self {
             Self::Header(name) => {
                 let mut values = parts.headers.get_all(name).iter();
-                match (values.next(), values.next()) {
-                    (Some(tenant), None) if !tenant.is_empty() => Ok(tenant.as_bytes().into()),
+                match (values.next().map(HeaderValue::as_bytes), values.next()) {
+                    // Lines that a proxy has joined are several (RFC 9110, section 5.3).
+                    (Some(tenant), None) if tenant.contains(&b',') => Err("several-tenants"),
+                    (Some(tenant), None) if !tenant.is_empty() && tenant.trim_ascii() == tenant => Ok(tenant.into()),
                     (Some(_), None) | (None, _) => Err("no-tenant"),
                     (Some(_), Some(_)) => Err("several-tenants"),
                 }
@@ -61,8 +63,9 @@ impl TenantSource {
     pub(crate) fn tenants(&self, parts: &request::Parts, space: &Space) -> Vec<Tenant> {
         match self {
             Self::Header(name) => {
-                let values = header_values(&parts.headers, name);
-                values.filter(|value| !value.is_empty()).map(|value| space.tenant(value)).collect()
+                let lines = header_values(&parts.headers, name);
+                let named = lines.flat_map(|line| line.split(|&c| c == b',')).map(<[u8]>::trim_ascii);
+                named.filter(|tenant| !tenant.is_empty()).map(|tenant| space.tenant(tenant)).collect()
             }
             Self::Extractor(_) | Self::Single(_) | Self::ByHand => {
                 self.tenant(parts).into_iter().map(|t| space.tenant(t)).collect()
@@ -91,5 +94,5 @@ impl fmt::Debug for TenantSource {
 
 /// Header values joined the way a variant needs them: nothing that is absent looks like something empty.
 pub(crate) fn header_values<'h>(headers: &'h HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'h [u8]> {
-    headers.get_all(name).iter().map(http::HeaderValue::as_bytes)
+    headers.get_all(name).iter().map(HeaderValue::as_bytes)
 }

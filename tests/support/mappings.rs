@@ -406,7 +406,7 @@ impl Mapping {
         let mut seen = BTreeSet::new();
         let mut todo = vec![(data_type.to_owned(), row.clone(), Some(include))];
         while let Some((data_type, row, include)) = todo.pop() {
-            if !seen.insert((data_type.clone(), row.clone())) {
+            if !seen.insert((data_type.clone(), row.clone(), include.is_some())) {
                 continue;
             }
             // By this row's id: its own, and whatever hangs on it by relations.

@@ -60,8 +60,20 @@ impl Service {
         Self::run(command)
     }
 
+    /// Another example that says on its first line where it listens.
+    pub fn of(name: &str, args: &[&str]) -> Self {
+        let mut command = Command::new(example(name));
+        command.args(args);
+        Self::spawn(command)
+    }
+
     fn run(mut command: Command) -> Self {
-        let mut child = command.args(["--listen", "127.0.0.1:0"]).stdout(Stdio::piped()).spawn().unwrap();
+        command.args(["--listen", "127.0.0.1:0"]);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let url = line.trim().strip_prefix("listening on ").expect("the first line names the address").to_owned();

@@ -20,7 +20,8 @@ use crate::{
     key::{Key, Tag},
     layer::{
         body::CacheBody,
-        extensions::{NoCache, take_tags},
+        changes::Reads,
+        extensions::{NoCache, forward_tags, take_tags},
         reading::{Reading, Reply, settle},
         serve::serve,
     },
@@ -46,7 +47,8 @@ impl Miss {
             leader.primary = self.primary.clone();
         }
         let confirmable = self.prepare(request.headers_mut(), leader.as_ref());
-        let result = inner.call(request).await;
+        let reads = Reads::default();
+        let result = reads.scope(async { inner.call(request).await }).await;
         if !matches!(&result, Ok(response) if !response.status().is_server_error())
             && let Some(response) = self.instead(leader.as_ref())
         {
@@ -63,7 +65,7 @@ impl Miss {
             }
         };
         let (mut parts, body) = response.into_parts();
-        let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type());
+        let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type(), &reads);
         let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(self.reason) };
         let confirmed = confirmable.filter(|_| parts.status == StatusCode::NOT_MODIFIED);
         if let Some(stored) = &confirmed {
@@ -77,6 +79,9 @@ impl Miss {
         };
         let late = late.unwrap_or_default();
         let settled = settle(leader, verdict, &mut forwarded);
+        if let (true, Some(header), Some((leader, ..))) = (forwarded.stored, &self.core.options.forwards, &settled) {
+            forward_tags(&mut parts.headers, header, leader.tags().chain(&late));
+        }
         if let Some(stored) = confirmed {
             let kept = settled.map(|(leader, life, names)| {
                 let varied = self.varied(names, &request_headers);
@@ -89,13 +94,13 @@ impl Miss {
             let _ = reply.send(Ok(Response::from_parts(parts, CacheBody::inner(body))));
             return;
         };
-        let varied = self.varied(names, &request_headers);
+        let (varied, limit) = (self.varied(names, &request_headers), self.core.options.body_limit);
         let is_plain = parts.status == StatusCode::OK && !parts.headers.contains_key(header::ETAG);
         let adds_tag = self.core.options.entity_tags && is_plain;
-        let limit = self.core.options.body_limit;
         let accepts = |_: &Bytes, _: Option<&HeaderMap>| Ok(());
-        let reading = Reading { leader, late, parts, forwarded, life, varied, adds_tag, limit, accepts };
-        reading.read(body, &self.asked, reply).await;
+        let known = (reads.clone(), reads.count());
+        let reading = Reading { leader, late, known, parts, forwarded, life, varied, adds_tag, limit, accepts };
+        reads.scope(reading.read(body, &self.asked, reply)).await;
     }
 
     /// Asks for the whole response, or whether the stored one is still good, which is then returned.

@@ -1,4 +1,4 @@
-//! The layer that answers reads from the cache.
+//! The layer that answers reads from the cache, and invalidates after the writes that come through it.
 //!
 //! A hit in this process is answered on the spot: no task, no boxing, no lock held. Everything else goes through the
 //! engine, which tells whether to answer, to wait for another request's call, or to call the inner service. That call
@@ -24,8 +24,10 @@ use super::{
     body::CacheBody,
     core::Core,
     extensions::NoCache,
-    future::{Finish, ResponseFuture, take_ready},
+    future::{self, Finish, ResponseFuture, take_ready},
+    invalidate::{answer, unavailable},
     serve::{Asked, serve},
+    write::Write,
 };
 use crate::{
     http::cache_status::{Forwarded, Handled, Reason},
@@ -116,7 +118,10 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<B>) -> Self::Future {
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        if let Some(write) = Write::of(&self.core, &mut request) {
+            return self.write(write, request);
+        }
         let (parts, body) = request.into_parts();
         let finish = |handled| Some(Finish { handled, tag_header: self.core.options.tag_header.clone() });
         let Some(found) = self.core.routes.read(&parts.uri) else {
@@ -173,6 +178,37 @@ where
 }
 
 impl<S> CacheAside<S> {
+    /// A write that no [`Invalidate`](crate::Invalidate) outside takes care of.
+    fn write<B, R>(&mut self, write: Write, request: Request<B>) -> ResponseFuture<S::Future, R, CacheBody<R>, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+    {
+        let (parts, body) = request.into_parts();
+        let is_read = self.core.routes.read(&parts.uri).is_some();
+        let write = write.whose(&parts);
+        let inner = take_ready(&mut self.inner);
+        let write = write.run(inner, Request::from_parts(parts, body)).in_current_span();
+        let task = self.core.engine.spawn(write);
+        let tag_header = self.core.options.tag_header.clone();
+        ResponseFuture::boxed(Box::pin(async move {
+            let mut response = match future::joined(task).await? {
+                Ok(answered) => answer(answered).map(CacheBody::written),
+                Err(refused) => return Ok(unavailable(refused)),
+            };
+            response.headers_mut().remove(tag_header);
+            if is_read {
+                let status = response.status();
+                let handled = Handled::Forwarded(Forwarded::new(Reason::Method));
+                handled.append(response.headers_mut(), Some(status), None);
+            }
+            Ok(response)
+        }))
+    }
+
     /// What a request of a cacheable route looks for, or why the cache leaves it alone.
     fn wanted<B: Body>(
         &self,

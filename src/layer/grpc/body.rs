@@ -13,7 +13,7 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
-use super::status::is_refusal;
+use super::status::{is_refusal, is_success};
 use crate::layer::{
     body::CacheBody,
     core::Core,
@@ -110,7 +110,6 @@ pin_project! {
 struct Write {
     core: Arc<Core>,
     due: Due,
-    is_fenced: bool,
     held: Option<HeaderMap>,
     refused: bool,
 }
@@ -129,8 +128,7 @@ impl<R: Body> GrpcResponseBody<R> {
 
     /// Invalidates when the trailers say that it was a success, or don't say that it was none.
     pub(super) fn until_trailers(body: CacheBody<R>, core: Arc<Core>, writing: Writing) -> Self {
-        let is_fenced = writing.is_fenced();
-        let write = Write { core, due: Due::arm(writing), is_fenced, held: None, refused: false };
+        let write = Write { core, due: Due::arm(writing), held: None, refused: false };
         Self { body, write: Some(write) }
     }
 }
@@ -139,8 +137,14 @@ impl Write {
     /// Takes the trailers; whether they may go at once, since nothing is to be invalidated.
     fn hold(&mut self, trailers: HeaderMap) -> Option<HeaderMap> {
         self.refused = is_refusal(&trailers);
-        if self.refused && !self.is_fenced {
-            self.due.disarm();
+        let is_idle = self.due.writing().is_none_or(|writing| {
+            let stays = self.refused && writing.changes.is_empty()
+                || is_success(&trailers) && writing.changes.says_nothing()
+                || writing.is_idle();
+            stays && !writing.is_fenced()
+        });
+        if is_idle {
+            self.due.take();
             return Some(trailers);
         }
         self.held = Some(trailers);

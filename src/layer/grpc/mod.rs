@@ -22,7 +22,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, header};
+use http::{HeaderValue, Method, Request, Response, header, request};
 use http_body::Body;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -115,21 +115,16 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let route = self.core.routes.grpc(request.uri().path()).filter(|_| is_grpc(&request)).cloned();
+        let route = self.core.routes.grpc(request.uri().path()).cloned();
         let (parts, body) = request.into_parts();
         let Core { tenants, space, options, .. } = &*self.core;
         let passed = match route {
-            None => None,
-            Some(route) if route.mutates => {
-                let write = Write { tenants: tenants.tenants(&parts, space), route, core: self.core.clone() };
-                let request = Request::from_parts(parts, body);
-                let inner = take_ready(&mut self.inner);
-                let task = self.core.engine.spawn(write.run(inner, request).in_current_span());
-                return ResponseFuture::boxed(Box::pin(future::joined(task)));
-            }
-            Some(route) => match tenants.tenant(&parts) {
-                Err(reason) => Some(reason),
-                Ok(_) if !route.shared && parts.headers.contains_key(header::AUTHORIZATION) => Some("credentials"),
+            // A server answers a call that is framed or spelled in another way, too; only what is answered here must be
+            // what it seems.
+            Some(route) if !route.mutates => match tenants.tenant(&parts) {
+                _ if !is_grpc(&parts) => "not-grpc",
+                Err(reason) => reason,
+                Ok(_) if !route.shared && parts.headers.contains_key(header::AUTHORIZATION) => "credentials",
                 Ok(tenant) => {
                     let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone() };
                     let request = Request::from_parts(parts, body);
@@ -137,8 +132,15 @@ where
                     return ResponseFuture::boxed(Box::pin(read.answer(inner, request)));
                 }
             },
+            route => {
+                let write = Write { tenants: tenants.tenants(&parts, space), route, core: self.core.clone() };
+                let request = Request::from_parts(parts, body);
+                let inner = take_ready(&mut self.inner);
+                let task = self.core.engine.spawn(write.run(inner, request).in_current_span());
+                return ResponseFuture::boxed(Box::pin(future::joined(task)));
+            }
         };
-        let handled = passed.map(|reason| Forwarded::because(Reason::Bypass, reason));
+        let handled = Some(Forwarded::because(Reason::Bypass, passed));
         let finish = Finish { handled, tag_header: options.tag_header.clone() };
         let request = Request::from_parts(parts, GrpcBody::passing(body));
         ResponseFuture::pass(self.inner.call(request), Some(finish), |body| {
@@ -147,8 +149,8 @@ where
     }
 }
 
-fn is_grpc<B>(request: &Request<B>) -> bool {
-    let content_type = request.headers().get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+fn is_grpc(parts: &request::Parts) -> bool {
+    let content_type = parts.headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
     let rest = content_type.strip_prefix(b"application/grpc");
-    *request.method() == Method::POST && rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+    parts.method == Method::POST && rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
 }

@@ -23,6 +23,7 @@ use crate::{
     key::{Key, Tenant},
     layer::{
         body::CacheBody,
+        changes::Reads,
         core::Core,
         extensions::take_tags,
         future,
@@ -142,7 +143,8 @@ impl Read {
         R: Body<Data = Bytes>,
     {
         let start = Instant::now();
-        let response = match inner.call(request).await {
+        let reads = Reads::default();
+        let response = match reads.scope(async { inner.call(request).await }).await {
             Ok(response) => response,
             Err(error) => {
                 drop(leader);
@@ -151,7 +153,7 @@ impl Read {
             }
         };
         let (mut parts, body) = response.into_parts();
-        let late = take_tags(&mut parts, &self.core, &self.tenant, &self.route.data_type);
+        let late = take_tags(&mut parts, &self.core, &self.tenant, &self.route.data_type, &reads);
         let limit = self.core.options.body_limit;
         // With its status in the headers it is an error, and has no message.
         let has_message = parts.status == StatusCode::OK && !parts.headers.contains_key(GRPC_STATUS);
@@ -171,8 +173,10 @@ impl Read {
             return;
         };
         let late = late.unwrap_or_default();
-        let reading = Reading { leader, late, parts, forwarded, life, varied: None, adds_tag: false, limit, accepts };
-        reading.read(body, &Asked::default(), reply).await;
+        let known = (reads.clone(), reads.count());
+        let reading =
+            Reading { leader, late, known, parts, forwarded, life, varied: None, adds_tag: false, limit, accepts };
+        reads.scope(reading.read(body, &Asked::default(), reply)).await;
     }
 }
 

@@ -4,10 +4,19 @@ use http::{HeaderMap, HeaderName};
 
 pub(super) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
-/// Whether a status says that nothing was changed (as a 4xx does): the request was refused before it did anything.
+fn status(headers: &HeaderMap) -> Option<&str> {
+    headers.get(GRPC_STATUS)?.to_str().ok()
+}
+
+/// Whether a status says that the request was refused before it changed anything. Servers, proxies and the framework say the
+/// others, too, and after the handler has run: `OUT_OF_RANGE` and `RESOURCE_EXHAUSTED`, for one, of an answer that is too
+/// large.
 pub(super) fn is_refusal(headers: &HeaderMap) -> bool {
-    let status = headers.get(GRPC_STATUS).and_then(|status| status.to_str().ok());
-    // INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED, RESOURCE_EXHAUSTED, FAILED_PRECONDITION,
-    // OUT_OF_RANGE, UNIMPLEMENTED, UNAUTHENTICATED.
-    matches!(status, Some("3" | "5" | "6" | "7" | "8" | "9" | "11" | "12" | "16"))
+    // INVALID_ARGUMENT, NOT_FOUND, ALREADY_EXISTS, PERMISSION_DENIED, FAILED_PRECONDITION, UNAUTHENTICATED.
+    matches!(status(headers), Some("3" | "5" | "6" | "7" | "9" | "16"))
+}
+
+/// Whether it was a success.
+pub(super) fn is_success(headers: &HeaderMap) -> bool {
+    status(headers) == Some("0")
 }

@@ -1,4 +1,5 @@
-//! A call of a method that mutates.
+//! A call that may mutate: of a method that is declared to, or of one that nothing is said of, whose handler may say what it
+//! changes.
 
 use std::{
     panic::{AssertUnwindSafe, resume_unwind},
@@ -14,13 +15,14 @@ use tower_service::Service;
 use super::{
     body::{GrpcBody, GrpcResponseBody},
     read::{Out, message, out},
-    status::{GRPC_STATUS, is_refusal},
+    status::{GRPC_STATUS, is_refusal, is_success},
 };
 use crate::{
-    catalog::{Change, Drops},
+    catalog::Change,
     key::Tenant,
     layer::{
         body::CacheBody,
+        changes::Changes,
         core::Core,
         writing::{Refused, Writing},
     },
@@ -29,7 +31,8 @@ use crate::{
 
 pub(super) struct Write {
     pub(super) tenants: Vec<Tenant>,
-    pub(super) route: Arc<GrpcRoute>,
+    /// What is declared of its method, if anything is.
+    pub(super) route: Option<Arc<GrpcRoute>>,
     pub(super) core: Arc<Core>,
 }
 
@@ -42,64 +45,80 @@ fn unavailable<R: Body<Data = Bytes>>(_: Refused) -> Out<R> {
     response
 }
 
+/// What a declared call changes: the entity that its message names. A message that cannot be read (compressed, too large,
+/// of another protocol) may name any.
+fn change_of(route: &GrpcRoute, body: Option<&Bytes>) -> Change {
+    let message = body.and_then(message).flatten();
+    let change = match route.resource(message.as_deref()) {
+        None => Change::all(route.data_type.clone()),
+        Some(id) => Change::entity(route.data_type.clone(), id),
+    };
+    change.include(&route.include)
+}
+
 impl Write {
-    async fn add_drops(&self, drops: &mut Drops, id: Option<&str>) {
-        let GrpcRoute { data_type, include, .. } = &*self.route;
-        let change = match id {
-            None => Change::all(data_type.clone()),
-            Some(id) => Change::entity(data_type.clone(), id),
-        };
-        self.core.add_change(drops, &self.tenants, &change.include(include)).await;
-    }
-
-    async fn begin(&self, id: Option<&str>) -> Result<Writing, Refused> {
-        let mut drops = Drops::default();
-        self.add_drops(&mut drops, id).await;
-        Writing::begin(&self.core, drops, std::iter::once(&*self.route.data_type)).await
-    }
-
     pub(super) async fn run<S, B, R>(self, mut inner: S, request: Request<B>) -> Result<Out<R>, S::Error>
     where
         S: Service<Request<GrpcBody<B>>, Response = Response<R>>,
         B: Body<Data = Bytes>,
         R: Body<Data = Bytes>,
     {
-        let (parts, body) = request.into_parts();
-        let body = GrpcBody::read(body, self.core.options.body_limit).await;
-        // When all of it is there: its client sets the pace.
-        if let Err(refused) = Writing::check(&self.core) {
-            return Ok(unavailable(refused));
-        }
-        let message = body.whole().and_then(|body| message(&body)).flatten();
-        let id = self.route.resource(message.as_deref());
-        let mut writing = match self.begin(id.as_deref()).await {
-            Ok(writing) => writing,
-            Err(refused) => return Ok(unavailable(refused)),
+        let (mut parts, body) = request.into_parts();
+        let changes = parts.extensions.get_or_insert_default::<Changes>().clone();
+        self.warn_of_tenant();
+        let mut writing = Writing::new(&self.core, self.tenants.into(), changes.clone());
+        let (body, change) = match &self.route {
+            None => (GrpcBody::passing(body), None),
+            Some(route) => {
+                let body = GrpcBody::read(body, self.core.options.body_limit).await;
+                let change = change_of(route, body.whole().as_ref());
+                // When all of it is there: its client sets the pace.
+                if let Err(refused) = writing.begin(&change, std::iter::once(&*route.data_type)).await {
+                    return Ok(unavailable(refused));
+                }
+                (body, Some(change))
+            }
         };
-        let call = AssertUnwindSafe(async { inner.call(Request::from_parts(parts, body)).await });
-        let mut result = call.catch_unwind().await;
+        let call = changes.scope(async { inner.call(Request::from_parts(parts, body)).await });
+        let mut result = AssertUnwindSafe(call).catch_unwind().await;
         if let Ok(Ok(response)) = &mut result {
-            response.headers_mut().remove(&self.core.options.tag_header);
+            let headers = response.headers_mut();
+            headers.remove(&self.core.options.tag_header);
+            if is_refusal(headers) || is_success(headers) && changes.says_nothing() {
+                writing.cancel().await;
+            } else if let Some(change) = &change {
+                // After it: it may have moved a child here.
+                writing.add(change).await;
+            }
+        } else if let Some(change) = &change {
+            writing.add(change).await;
         }
-        if let Ok(Ok(response)) = &result
-            && is_refusal(response.headers())
-        {
-            writing.cancel().await;
-            return result.unwrap_or_else(|panic| resume_unwind(panic)).map(|r| out(r.map(CacheBody::inner)));
-        }
-        // After it: it may have moved a child here.
-        self.add_drops(&mut writing.drops, id.as_deref()).await;
         match result {
             Ok(Ok(response)) if !response.headers().contains_key(GRPC_STATUS) => {
                 let response = response.map(CacheBody::inner);
                 Ok(response.map(|body| GrpcResponseBody::until_trailers(body, self.core, writing)))
             }
             result => {
-                let report = writing.end().await;
+                let report = (!writing.is_idle()).then_some(writing);
+                let report = match report {
+                    Some(writing) => Some(writing.end().await),
+                    None => None,
+                };
                 let mut response = result.unwrap_or_else(|panic| resume_unwind(panic))?;
-                Writing::report(&self.core, &report, response.headers_mut());
+                if let Some(report) = report {
+                    Writing::report(&self.core, &report, response.headers_mut());
+                }
                 Ok(out(response.map(CacheBody::inner)))
             }
+        }
+    }
+
+    /// A declared write of nobody drops nothing of anybody.
+    fn warn_of_tenant(&self) {
+        let Some(route) = self.route.as_ref().filter(|_| self.tenants.is_empty()) else { return };
+        if self.core.warnings.is_new("no tenant", &route.path) {
+            let mend = "find the tenant as the handler does (`tenant_from`)";
+            tracing::warn!(method = %route.path, "a write of no tenant, which drops nothing of any: {mend}");
         }
     }
 }

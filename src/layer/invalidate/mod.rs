@@ -1,23 +1,20 @@
 //! The layer that makes writes visible: after a mutation, and before its response, everything that it has made stale is
 //! dropped.
 //!
-//! *Unknown is a write.* Whatever is not a clear refusal (4xx) may have committed: a 5xx, an error, a panic and a broken
-//! response body invalidate as well. The handler and the invalidation run in a task of their own, so a client that hangs
+//! *Unknown is a write.* Whatever is not a clear refusal (most of 4xx) may have committed: a 408, a 5xx, an error, a panic and
+//! a broken response body invalidate as well. The handler and the invalidation run in a task of their own, so a client that hangs
 //! up, or an outer time-out, can neither cancel the write half-way nor come between it and the invalidation.
 
 mod body;
-mod locations;
 
 use std::{
     fmt,
-    panic::{AssertUnwindSafe, resume_unwind},
     sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
-use futures_util::FutureExt;
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header};
+use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body::Body;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -26,13 +23,15 @@ use tracing::Instrument;
 use super::{
     core::Core,
     future::{self, ResponseFuture, take_ready},
-    writing::{Refused, Writing},
+    write::{Answered, Write},
+    writing::Refused,
 };
-use crate::{catalog::Drops, key::Tenant, route::Mutated};
 pub use body::InvalidateBody;
-use locations::located;
 
 /// Wraps services in [`Invalidate`]; made by [`Cache::invalidate_layer`](crate::Cache::invalidate_layer).
+///
+/// A [`CacheAsideLayer`](crate::CacheAsideLayer) does the same for the unsafe requests that come through it; whichever layer
+/// of a cache is the outermost one takes care of a write. This one is for routes that are not cached.
 ///
 /// ```
 /// use http::{Request, Response};
@@ -111,89 +110,30 @@ where
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<B>) -> Self::Future {
-        let Some(mutated) = self.core.routes.write(request.method(), request.uri()) else {
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let Some(write) = Write::of(&self.core, &mut request) else {
             return ResponseFuture::pass(self.inner.call(request), None, InvalidateBody::untouched);
         };
         let (parts, body) = request.into_parts();
-        let write = Write {
-            tenants: self.core.tenants.tenants(&parts, &self.core.space),
-            target: mutated.follows_locations().then(|| (parts.uri.clone(), parts.headers.get(header::HOST).cloned())),
-            mutated,
-            core: self.core.clone(),
-        };
+        let write = write.whose(&parts);
         let inner = take_ready(&mut self.inner);
         let write = write.run(inner, Request::from_parts(parts, body)).in_current_span();
         let task = self.core.engine.spawn(write);
-        ResponseFuture::boxed(Box::pin(future::joined(task)))
+        ResponseFuture::boxed(Box::pin(async { Ok(future::joined(task).await?.map_or_else(unavailable, answer)) }))
     }
+}
+
+pub(super) fn answer<R: Body>(Answered { response, again }: Answered<R>) -> Response<InvalidateBody<R>> {
+    response.map(|body| match again {
+        Some(writing) => InvalidateBody::watched(body, writing),
+        None => InvalidateBody::untouched(body),
+    })
 }
 
 /// The answer to a write that the store could not be told about.
-fn unavailable<R>(_: Refused) -> Response<InvalidateBody<R>> {
-    let mut response = Response::new(InvalidateBody::default());
+pub(super) fn unavailable<B: Default>(_: Refused) -> Response<B> {
+    let mut response = Response::new(B::default());
     *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
     response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     response
-}
-
-/// A mutation under way.
-struct Write {
-    tenants: Vec<Tenant>,
-    mutated: Mutated,
-    /// The URI and host of the request, if what the response locates falls too.
-    target: Option<(Uri, Option<HeaderValue>)>,
-    core: Arc<Core>,
-}
-
-impl Write {
-    async fn run<S, B, R>(self, mut inner: S, request: Request<B>) -> Result<Response<InvalidateBody<R>>, S::Error>
-    where
-        S: Service<Request<B>, Response = Response<R>>,
-        R: Body,
-    {
-        let mut writing = match self.begin().await {
-            Ok(writing) => writing,
-            Err(refused) => return Ok(unavailable(refused)),
-        };
-        let result = match AssertUnwindSafe(async { inner.call(request).await }).catch_unwind().await {
-            Ok(Ok(response)) if response.status().is_client_error() => {
-                writing.cancel().await;
-                return Ok(response.map(InvalidateBody::untouched));
-            }
-            other => other,
-        };
-        let headers = result.as_ref().ok().and_then(|result| result.as_ref().ok()).map(Response::headers);
-        self.add_changed(&mut writing.drops, headers).await;
-        let again = writing.drops.clone();
-        let report = writing.end().await;
-        let mut response = result.unwrap_or_else(|panic| resume_unwind(panic))?;
-        Writing::report(&self.core, &report, response.headers_mut());
-        response.extensions_mut().insert(report);
-        let is_whole = response.body().is_end_stream() || response.body().size_hint().exact().is_some();
-        if is_whole {
-            return Ok(response.map(InvalidateBody::untouched));
-        }
-        let again = Writing::unfenced(&self.core, again);
-        Ok(response.map(|body| InvalidateBody::watched(body, again)))
-    }
-
-    /// Before the handler: it may remove the rows that name the children.
-    async fn begin(&self) -> Result<Writing, Refused> {
-        Writing::check(&self.core)?;
-        let mut drops = Drops::default();
-        self.core.add_change(&mut drops, &self.tenants, self.mutated.change()).await;
-        Writing::begin(&self.core, drops, self.mutated.types()).await
-    }
-
-    /// After it: it may have moved a child here, and the response may say what else it is about.
-    async fn add_changed(&self, drops: &mut Drops, response: Option<&HeaderMap>) {
-        self.core.add_change(drops, &self.tenants, self.mutated.change()).await;
-        let location = response.and_then(|headers| headers.get(header::LOCATION)?.to_str().ok());
-        self.core.drop_created(drops, &self.tenants, &self.mutated, location).await;
-        if let (Some((uri, host)), Some(response)) = (&self.target, response) {
-            let paths = located(uri, host.as_ref(), response);
-            self.core.drop_located(drops, &self.tenants, &paths, self.mutated.include()).await;
-        }
-    }
 }
