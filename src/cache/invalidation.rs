@@ -61,7 +61,7 @@ impl Invalidation {
         let tenant = self.core.space.tenant(self.core.tenants.by_hand(Some(&self.tenant))?);
         self.core.check_change("invalidation", &self.change)?;
         if self.everything {
-            self.change.all.extend(self.core.catalogue.known().map(Arc::from));
+            self.change.all.extend(self.core.everything().all);
         }
         let mut drops = Drops::default();
         self.core.add_change(&mut drops, std::slice::from_ref(&tenant), &self.change).await;

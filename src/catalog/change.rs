@@ -66,16 +66,16 @@ impl Cascades {
             drops.add_of(tenant, data_type, data_type, Whose::All);
         }
         for data_type in &change.all {
-            self.add_whole(drops, tenant, data_type, change);
+            self.add_changed(drops, tenant, data_type, Whose::All, change);
         }
         for (data_type, id) in &change.entities {
             let entity = self.entities.of_type(data_type);
             let Some(id) = self.entities.id(entity, id) else {
                 // Nobody knows what a handler made of it.
-                self.add_whole(drops, tenant, data_type, change);
+                self.add_changed(drops, tenant, data_type, Whose::All, change);
                 continue;
             };
-            self.add_entity(drops, tenant, (data_type, &id), change);
+            self.add_changed(drops, tenant, data_type, Whose::Of(entity, &id), change);
             match changed.iter_mut().find(|parents| parents.data_type == *data_type) {
                 Some(parents) => parents.ids.push(id.into_owned()),
                 None => changed.push(Parents { line: None, data_type: data_type.clone(), ids: vec![id.into_owned()] }),
@@ -84,29 +84,18 @@ impl Cascades {
         self.resolve(drops, tenant, changed, change).await;
     }
 
-    /// Adds what needs no resolver: by the entity's own id.
-    fn add_entity(&self, drops: &mut Drops, tenant: &Tenant, (data_type, id): (&Arc<str>, &[u8]), change: &Change) {
-        let (cascade, entity) = (self.of(data_type), self.entities.of_type(data_type));
+    /// Adds what needs no resolver: of an entity, what is found by its id; of one that is not known, the whole type and what
+    /// hangs on it, for everything may have been touched.
+    fn add_changed(&self, drops: &mut Drops, tenant: &Tenant, data_type: &Arc<str>, whose: Whose<'_>, change: &Change) {
+        let cascade = self.of(data_type);
         for data_type in &cascade.types {
-            drops.add_of(tenant, data_type, data_type, Whose::Of(entity, id));
+            drops.add_of(tenant, data_type, data_type, whose);
         }
         for data_type in &cascade.all {
             drops.add_of(tenant, data_type, data_type, Whose::All);
         }
         for relation in cascade.relations.iter().filter(|r| change.includes(r)) {
-            let whose = Whose::Of(entity, id);
             self.add_children(drops, tenant, &relation.name, &relation.child, whose, &mut BTreeSet::new());
-        }
-    }
-
-    /// Adds a whole type and what hangs on it: of an entity that is not known, everything may have been touched.
-    fn add_whole(&self, drops: &mut Drops, tenant: &Tenant, data_type: &Arc<str>, change: &Change) {
-        let cascade = self.of(data_type);
-        for data_type in cascade.types.iter().chain(&cascade.all) {
-            drops.add_of(tenant, data_type, data_type, Whose::All);
-        }
-        for relation in cascade.relations.iter().filter(|r| change.includes(r)) {
-            self.add_children(drops, tenant, &relation.name, &relation.child, Whose::All, &mut BTreeSet::new());
         }
     }
 

@@ -58,6 +58,12 @@ impl Said {
     }
 }
 
+fn push_new(names: &mut Vec<Arc<str>>, name: Arc<str>) {
+    if !names.contains(&name) {
+        names.push(name);
+    }
+}
+
 impl Changes {
     fn said(&self) -> MutexGuard<'_, Said> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -65,35 +71,26 @@ impl Changes {
 
     /// The entity of this data type has changed: its cascade is dropped.
     pub fn mutated(&self, data_type: impl Into<Arc<str>>, id: impl ToString) -> &Self {
-        let (mut said, data_type) = (self.said(), data_type.into());
-        let one = (data_type, id.to_string().into_bytes());
-        if said.change.entities.len() >= MOST {
-            drop(said);
-            return self.all(one.0);
+        let one = (data_type.into(), id.to_string().into_bytes());
+        let change = &mut self.said().change;
+        if change.entities.len() < MOST {
+            change.entities.push(one);
+        } else {
+            push_new(&mut change.all, one.0);
         }
-        said.change.entities.push(one);
-        drop(said);
         self
     }
 
     /// Any entity of this data type may have changed: all entries that the tenant has of it, and of what its cascade drops,
     /// are dropped.
     pub fn all(&self, data_type: impl Into<Arc<str>>) -> &Self {
-        let (mut said, data_type) = (self.said(), data_type.into());
-        if !said.change.all.contains(&data_type) {
-            said.change.all.push(data_type);
-        }
-        drop(said);
+        push_new(&mut self.said().change.all, data_type.into());
         self
     }
 
     /// Follows this relation of the cascades of what has changed.
     pub fn include(&self, relation: impl Into<Arc<str>>) -> &Self {
-        let (mut said, relation) = (self.said(), relation.into());
-        if !said.change.include.contains(&relation) {
-            said.change.include.push(relation);
-        }
-        drop(said);
+        push_new(&mut self.said().change.include, relation.into());
         self
     }
 

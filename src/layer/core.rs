@@ -92,6 +92,11 @@ impl Core {
         self.engine.invalidate(drops, Some(fence)).await;
     }
 
+    /// Any entity of any type may have changed.
+    pub(crate) fn everything(&self) -> Change {
+        Change { all: self.catalogue.known().map(Arc::from).collect(), ..Change::default() }
+    }
+
     /// That a change says nothing that would drop nothing.
     pub(crate) fn check_change(&self, what: &str, change: &Change) -> Result<(), ConfigError> {
         let types = change.entities.iter().map(|(data_type, _)| data_type).chain(&change.all).map(|t| &**t);

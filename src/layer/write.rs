@@ -12,10 +12,12 @@ use std::{
 };
 
 use futures_util::FutureExt;
-use http::{HeaderMap, Method, Request, Response, StatusCode, header, request};
+use http::{HeaderMap, Method, Request, Response, StatusCode, header};
 use http_body::Body;
 use smallvec::SmallVec;
+use tokio::task::JoinHandle;
 use tower_service::Service;
+use tracing::Instrument;
 
 use super::{
     changes::Changes,
@@ -46,6 +48,9 @@ pub(super) struct Answered<R> {
     pub(super) response: Response<R>,
     pub(super) again: Option<Writing>,
 }
+
+/// What a write comes to.
+type Ran<R, E> = Result<Result<Answered<R>, Refused>, E>;
 
 /// How a handler ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,19 +97,24 @@ impl Write {
         })
     }
 
-    /// Whose it is: every tenant that the request may be about.
-    pub(super) fn whose(mut self, parts: &request::Parts) -> Self {
-        let core = &self.writing.core;
-        self.writing.tenants = core.tenants.tenants(parts, &core.space).into();
-        self
+    /// Runs it in a task of its own, in which nothing can come between the handler and the invalidation.
+    pub(super) fn spawn<S, B, R>(mut self, inner: S, request: Request<B>) -> JoinHandle<Ran<R, S::Error>>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body + Send + 'static,
+    {
+        let core = self.writing.core.clone();
+        let (parts, body) = request.into_parts();
+        // Every tenant that the request may be about.
+        self.writing.tenants = core.tenants.tenants(&parts, &core.space).into();
+        core.engine.spawn(self.run(inner, Request::from_parts(parts, body)).in_current_span())
     }
 
     /// Calls the handler, and drops what it has made stale; or says that it was not called.
-    pub(super) async fn run<S, B, R>(
-        mut self,
-        mut inner: S,
-        request: Request<B>,
-    ) -> Result<Result<Answered<R>, Refused>, S::Error>
+    async fn run<S, B, R>(mut self, mut inner: S, request: Request<B>) -> Ran<R, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>>,
         R: Body,
@@ -173,14 +183,12 @@ impl Write {
                     }
                 }
             }
-            Written::Read(change) => {
-                let change = change.clone();
-                self.writing.add(&change).await;
-            }
+            // All of it was known before: no relation follows, whose children might be others now.
+            Written::Read(_) => {}
             Written::Unmapped if is_said => {}
             Written::Unmapped => return self.unmapped(outcome).await,
         }
-        self.owned(is_said).await;
+        self.owned().await;
     }
 
     /// What the creation of an entity drops, which the response's `Location` names, if it does.
@@ -203,10 +211,7 @@ impl Write {
     async fn unmapped(&mut self, outcome: Outcome) {
         let core = self.writing.core.clone();
         match core.options.on_unmapped {
-            OnUnmapped::Drop => {
-                self.writing.add_everything().await;
-                self.owned(false).await;
-            }
+            OnUnmapped::Drop => self.writing.add(&core.everything()).await,
             OnUnmapped::Warn if outcome == Outcome::Done && core.warnings.is_new("unmapped", &self.label()) => {
                 tracing::warn!(
                     request = self.label(),
@@ -219,9 +224,9 @@ impl Write {
     }
 
     /// That it is known whose things have changed.
-    async fn owned(&self, is_said: bool) {
+    async fn owned(&self) {
         let core = &self.writing.core;
-        if !self.writing.tenants.is_empty() || matches!(self.written, Written::Unmapped) && !is_said {
+        if !self.writing.tenants.is_empty() {
             return;
         }
         let on_unmapped = core.options.on_unmapped;

@@ -62,12 +62,6 @@ impl Writing {
         self.core.add_change(&mut self.drops, &self.tenants, change).await;
     }
 
-    /// Adds everything that the tenants have.
-    pub(super) async fn add_everything(&mut self) {
-        let change = Change { all: self.core.catalogue.known().map(Arc::from).collect(), ..Change::default() };
-        self.add(&change).await;
-    }
-
     /// Adds what the handler said. What nobody can read is everything.
     pub(super) async fn add_said(&mut self, said: &Said) {
         if said.is_empty() {
@@ -77,7 +71,7 @@ impl Writing {
             if self.core.warnings.is_new("changes", &error.to_string()) {
                 tracing::warn!(%error, "dropping everything of the tenant, for the handler says what nobody knows");
             }
-            return self.add_everything().await;
+            return self.add(&self.core.everything()).await;
         }
         self.add(&said.change).await;
     }

@@ -187,12 +187,8 @@ impl<S> CacheAside<S> {
         B: Send + 'static,
         R: Body<Data = Bytes> + Send + 'static,
     {
-        let (parts, body) = request.into_parts();
-        let is_read = self.core.routes.read(&parts.uri).is_some();
-        let write = write.whose(&parts);
-        let inner = take_ready(&mut self.inner);
-        let write = write.run(inner, Request::from_parts(parts, body)).in_current_span();
-        let task = self.core.engine.spawn(write);
+        let is_read = self.core.routes.read(request.uri()).is_some();
+        let task = write.spawn(take_ready(&mut self.inner), request);
         let tag_header = self.core.options.tag_header.clone();
         ResponseFuture::boxed(Box::pin(async move {
             let mut response = match future::joined(task).await? {

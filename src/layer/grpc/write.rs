@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use http::{HeaderValue, Request, Response, header};
+use http::{HeaderMap, HeaderValue, Request, Response, header};
 use http_body::Body;
 use tower_service::Service;
 
@@ -81,16 +81,15 @@ impl Write {
         };
         let call = changes.scope(async { inner.call(Request::from_parts(parts, body)).await });
         let mut result = AssertUnwindSafe(call).catch_unwind().await;
-        if let Ok(Ok(response)) = &mut result {
-            let headers = response.headers_mut();
+        let mut headers = result.as_mut().ok().and_then(|result| result.as_mut().ok()).map(Response::headers_mut);
+        if let Some(headers) = &mut headers {
             headers.remove(&self.core.options.tag_header);
-            if is_refusal(headers) || is_success(headers) && changes.says_nothing() {
-                writing.cancel().await;
-            } else if let Some(change) = &change {
-                // After it: it may have moved a child here.
-                writing.add(change).await;
-            }
+        }
+        let stays = |headers: &mut HeaderMap| is_refusal(headers) || is_success(headers) && changes.says_nothing();
+        if headers.is_some_and(stays) {
+            writing.cancel().await;
         } else if let Some(change) = &change {
+            // After it: it may have moved a child here.
             writing.add(change).await;
         }
         match result {
@@ -99,11 +98,7 @@ impl Write {
                 Ok(response.map(|body| GrpcResponseBody::until_trailers(body, self.core, writing)))
             }
             result => {
-                let report = (!writing.is_idle()).then_some(writing);
-                let report = match report {
-                    Some(writing) => Some(writing.end().await),
-                    None => None,
-                };
+                let report = if writing.is_idle() { None } else { Some(writing.end().await) };
                 let mut response = result.unwrap_or_else(|panic| resume_unwind(panic))?;
                 if let Some(report) = report {
                     Writing::report(&self.core, &report, response.headers_mut());

@@ -18,7 +18,6 @@ use http::{HeaderValue, Request, Response, StatusCode, header};
 use http_body::Body;
 use tower_layer::Layer;
 use tower_service::Service;
-use tracing::Instrument;
 
 use super::{
     core::Core,
@@ -114,11 +113,7 @@ where
         let Some(write) = Write::of(&self.core, &mut request) else {
             return ResponseFuture::pass(self.inner.call(request), None, InvalidateBody::untouched);
         };
-        let (parts, body) = request.into_parts();
-        let write = write.whose(&parts);
-        let inner = take_ready(&mut self.inner);
-        let write = write.run(inner, Request::from_parts(parts, body)).in_current_span();
-        let task = self.core.engine.spawn(write);
+        let task = write.spawn(take_ready(&mut self.inner), request);
         ResponseFuture::boxed(Box::pin(async { Ok(future::joined(task).await?.map_or_else(unavailable, answer)) }))
     }
 }
