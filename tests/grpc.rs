@@ -30,7 +30,7 @@ use tonic::{
 };
 use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, Canonical, Cascade, Changes, DataType, GrpcMethod, GrpcTarget, Ttl, changed, depends_on,
+    Cache, Canonical, Cascade, Changes, DataType, GrpcMethod, GrpcTarget, OnUnmapped, Ttl, changed, depends_on,
 };
 
 fn cache() -> Cache {
@@ -525,7 +525,8 @@ fn noted(more: impl Fn(tower_cache_aside::CacheBuilder) -> tower_cache_aside::Ca
         .grpc(GrpcMethod::read(GET, "agent").message(target))
         .grpc(GrpcMethod::read("/agents.v1.Agents/List", "list"))
         .grpc(GrpcMethod::mutation(UPDATE, "agent").message(target))
-        .cascade(Cascade::new("agent").all(["list"]));
+        .cascade(Cascade::new("agent").all(["list"]).relation("twin", "agent"))
+        .resolver("twin", |_, _| async { Ok::<_, Infallible>(vec!["1".to_owned()]) });
     more(builder).build().unwrap()
 }
 
@@ -579,6 +580,58 @@ async fn a_write_is_a_write_however_it_is_framed() {
     }
 }
 
+/// Where the status is a part of the body, the client knows of it before it has been read here: the head waits.
+#[tokio::test]
+async fn a_write_is_not_acknowledged_before_it_is_dropped() {
+    let cache = noted(|builder| builder);
+    for (content_type, falls) in [("application/grpc-web+proto", true), ("application/grpc+proto", false)] {
+        let inner = service_fn(move |request: Request<_>| async move {
+            let _: Request<_> = request;
+            let mut response = answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]);
+            response.headers_mut().insert("content-type", content_type.parse().unwrap());
+            Ok::<_, Infallible>(response)
+        });
+        let service = cache.grpc_layer().layer(inner);
+        let message = framed(&prost::Message::encode_to_vec(&GetAgent { id: "1".into() }));
+        let stored = cache.grpc_layer().layer(service_fn(|request: Request<_>| async move {
+            let _: Request<_> = request;
+            Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]))
+        }));
+        let read = async || {
+            let (parts, body) = stored.clone().oneshot(call(GET, message.clone())).await.unwrap().into_parts();
+            body.collect().await.unwrap();
+            status(&MetadataMap::from_headers(parts.headers)).starts_with("hit")
+        };
+        read().await;
+        let mut body = service.clone().oneshot(call(UPDATE, message.clone())).await.unwrap().into_body();
+        assert_eq!(!read().await, falls, "{content_type}: at the head");
+        while body.frame().await.is_some() {}
+        assert!(!read().await, "{content_type}: at the end");
+    }
+}
+
+/// Calls that a layer of HTTP sees on their way are the other layer's: a read is no write of nobody knows what.
+#[tokio::test]
+async fn reads_are_no_writes_to_the_layers_of_http() {
+    let cache = noted(|builder| builder.on_unmapped(OnUnmapped::Drop));
+    let inner = service_fn(|request: Request<_>| async move {
+        let _: Request<_> = request;
+        Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]))
+    });
+    let service = cache.invalidate_layer().layer(cache.grpc_layer().layer(inner));
+    let read = async |path: &str| {
+        let message = framed(&prost::Message::encode_to_vec(&GetAgent { id: "1".into() }));
+        let (parts, body) = service.clone().oneshot(call(path, message)).await.unwrap().into_parts();
+        body.collect().await.unwrap();
+        status(&MetadataMap::from_headers(parts.headers)).starts_with("hit")
+    };
+    read(GET).await;
+    assert!(read(GET).await && !read("/agents.v1.Agents/List").await);
+    assert!(read(GET).await);
+    read("/agents.v1.Agents/Unknown").await;
+    assert!(!read(GET).await, "what nobody has declared may be a write");
+}
+
 /// Handlers of any call say what they change, and those of reads what they depend on.
 #[tokio::test]
 async fn handlers_of_calls_say_what_they_change() {
@@ -595,6 +648,7 @@ async fn handlers_of_calls_say_what_they_change() {
         }
         match &*what {
             "one" => _ = changes.unwrap().mutated("agent", 1),
+            "include" => _ = changes.unwrap().include("twin"),
             "function" => changed("agent", 1),
             "user" => changed("user", 7),
             "nothing" => _ = changes.unwrap().nothing(),
@@ -637,6 +691,7 @@ async fn handlers_of_calls_say_what_they_change() {
         (JOB, "user", "", [true, true]),
         (UPDATE, "", "", [false, true]),
         (UPDATE, "one", "", [true, true]),
+        (UPDATE, "include", "", [true, true]),
         (UPDATE, "nothing", "", [false, false]),
         (UPDATE, "nothing", "fail", [false, true]),
         (UPDATE, "", "refuse", [false, false]),

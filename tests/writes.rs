@@ -359,6 +359,77 @@ async fn a_write_of_no_tenant_is_said() {
     assert!(!web.send(of(Method::GET)).await.is_hit(), "anybody's may be stale");
 }
 
+/// What is only said is of a tenant, too.
+#[tokio::test]
+async fn what_is_said_of_no_tenant_is_said() {
+    let logs = Logs::capture();
+    for (policy, hits, warned) in
+        [(OnUnmapped::Ignore, true, 0), (OnUnmapped::Warn, true, 1), (OnUnmapped::Drop, false, 2)]
+    {
+        let cache = tenants().on_unmapped(policy).build().unwrap();
+        let web = answering(&cache, |_| async {
+            rename(1).await;
+            Ok(status(204))
+        });
+        let of = || with(Method::GET, "/tasks/1", &[("x-tenant-id", "a")]);
+        web.send(of()).await;
+        web.send(request(Method::POST, "/jobs/1")).await;
+        assert_eq!(web.send(of()).await.is_hit(), hits, "{policy:?}");
+        assert_eq!(logs.count("a write of no tenant"), warned, "{policy:?}");
+    }
+}
+
+/// A request that names many tenants costs no more time than one, and one that names more than it can mean asks nobody.
+#[tokio::test(start_paused = true)]
+async fn many_tenants_wait_no_longer_than_one() {
+    let asked = Arc::new(AtomicU64::new(0));
+    let count = asked.clone();
+    let cache = tenants()
+        .mutation(Mutation::put("/projects/{project_id}", "project").include("tasks"))
+        .data_type(DataType::new("project", Ttl::Standard))
+        .cascade(Cascade::new("project").relation("tasks", "task"))
+        .resolver("tasks", move |_, _| {
+            count.fetch_add(1, Ordering::SeqCst);
+            std::future::pending::<io::Result<Vec<String>>>()
+        })
+        .resolver_timeout(Duration::from_secs(3))
+        .build()
+        .unwrap();
+    let web = answering(&cache, |_| async { Ok(status(204)) });
+    let names = |n: usize| (0..n).map(|i| format!("t{i}")).collect::<Vec<_>>().join(", ");
+    for (tenants, questions) in [("t0", 2), ("t0, t0,t0", 2), (&names(16), 32), (&names(17), 0)] {
+        for tenant in ["t0", "other"] {
+            web.send(with(Method::GET, "/tasks/1", &[("x-tenant-id", tenant)])).await;
+        }
+        let (start, before) = (tokio::time::Instant::now(), asked.load(Ordering::SeqCst));
+        web.send(with(Method::PUT, "/projects/1", &[("x-tenant-id", tenants)])).await;
+        assert_eq!(asked.load(Ordering::SeqCst) - before, questions, "{tenants}");
+        assert!(start.elapsed() < Duration::from_secs(7), "{tenants}: {:?}", start.elapsed());
+        let hits =
+            async |tenant: &str| web.send(with(Method::GET, "/tasks/1", &[("x-tenant-id", tenant)])).await.is_hit();
+        assert!(!hits("t0").await && hits("other").await, "{tenants}");
+    }
+}
+
+/// Methods that only read, unless a mutation says otherwise.
+#[tokio::test]
+async fn methods_that_read_write_only_where_that_is_declared() {
+    let report = Method::from_bytes(b"REPORT").unwrap();
+    let cache = tasks()
+        .mutation(Mutation::new(report.clone(), "/tasks/{task_id}").mutates("task"))
+        .mutation(Mutation::any("/projects/{project_id}").mutates("project"));
+    let web = answering(&cache.build().unwrap(), |_| async { Ok(status(200)) });
+    for (method, path, falls) in [
+        (report.clone(), "/tasks/10", &["/tasks/10", "/tasks"][..]),
+        (Method::from_bytes(b"QUERY").unwrap(), "/tasks/10", &[]),
+        (report, "/projects/1", &[]),
+        (Method::from_bytes(b"LOCK").unwrap(), "/projects/1", &["/projects/1", "/projects"]),
+    ] {
+        let fallen = dropped(&web, async |web| _ = web.send(request(method.clone(), path)).await).await;
+        assert_eq!(fallen, falls, "{method} {path}");
+    }
+}
+
 /// An unsafe method that no mutation names drops what is read under its path, by its cascade.
 #[tokio::test]
 async fn unmapped_methods_drop_what_is_read_there() {
@@ -513,6 +584,8 @@ async fn handlers_say_what_they_change() {
             "nothing" => _ = changes.nothing(),
             "nothing but" => _ = changes.nothing().mutated("task", 20),
             "repository" => rename(20).await,
+            "include alone" => _ = changes.include("tasks"),
+            "include unknown" => _ = changes.include("friends"),
             "unknown" => _ = changes.mutated("tsak", 1),
             "unknown relation" => _ = changes.mutated("task", 10).include("friends"),
             "many" => (0..10_001).for_each(|id| _ = changes.mutated("task", id + 1_000)),
@@ -551,6 +624,9 @@ async fn handlers_say_what_they_change() {
         // With what the route declares.
         ("/projects/1", "one", "", &["/projects/1", "/projects", "/tasks/10", "/tasks"]),
         ("/projects/1", "include", "", &["/projects/1", "/projects", "/tasks/10", "/tasks"]),
+        ("/projects/1", "include alone", "", &["/projects/1", "/projects", "/tasks/10", "/tasks"]),
+        ("/projects/1", "include alone", "refuse", &[]),
+        ("/projects/1", "include unknown", "", &PATHS),
         ("/projects/1", "one", "refuse", &["/tasks/10", "/tasks"]),
         ("/projects/1", "nothing", "", &[]),
         ("/projects/1", "nothing but", "", &["/tasks/20", "/tasks"]),
@@ -601,6 +677,50 @@ async fn what_is_said_late_is_dropped_late() {
     gate.notify_one();
     while web.get("/tasks/10").await.is_hit() {
         tokio::task::yield_now().await;
+    }
+}
+
+/// Two caches around one handler both hear what it says.
+#[tokio::test]
+async fn every_cache_around_a_handler_hears_it() {
+    let (outer, inner) = (tasks().build().unwrap(), tasks().build().unwrap());
+    let web = answering(&inner, |_| async {
+        rename(10).await;
+        Ok(status(204))
+    });
+    let inside = service_fn(move |request| {
+        let web = web.clone();
+        async move {
+            let mut response = web.start(request).await?;
+            response.headers_mut().remove("cache-status");
+            Ok(response)
+        }
+    });
+    let both = Web::around(&outer, inside);
+    let fallen = dropped(&both, async |web| _ = web.send(request(Method::POST, "/jobs")).await).await;
+    assert_eq!(fallen, ["/tasks/10", "/tasks"]);
+}
+
+/// A fence that is held stands around what only the handler knew, too: a replica of the database may lag.
+#[tokio::test]
+async fn what_is_said_is_fenced_as_what_is_declared() {
+    let second = Duration::from_secs(1);
+    for hold in [Duration::ZERO, 600 * second] {
+        let cache = Cache::builder("test")
+            .single_tenant("t")
+            .data_type(DataType::new("task", Ttl::Standard))
+            .route(Route::new("/tasks/{task_id}", "task"))
+            .cascade(Cascade::new("task").fenced(10 * second).hold(hold));
+        let web = answering(&cache.build().unwrap(), |_| async {
+            rename(10).await;
+            Ok(status(204))
+        });
+        for write in [request(Method::POST, "/jobs"), with(Method::PUT, "/tasks/10", &[])] {
+            web.get("/tasks/10").await;
+            web.send(write).await;
+            web.get("/tasks/10").await;
+            assert_eq!(web.get("/tasks/10").await.is_hit(), hold.is_zero(), "{hold:?}");
+        }
     }
 }
 
@@ -700,6 +820,101 @@ async fn reads_say_what_they_depend_on() {
     assert_eq!((value().await, value().await), (1, 1));
 }
 
+/// Where writes drop a type by another entity, it must be said as well.
+#[tokio::test]
+async fn a_dependency_is_one_that_writes_find() {
+    let cache = tasks()
+        .data_type(DataType::new("agent", Ttl::Standard))
+        .data_type(DataType::new("conversation", Ttl::Standard))
+        .route(Route::new("/agents/{agent_id}/conversations/{conversation_id}", "conversation"))
+        .cascade(Cascade::new("agent").relation("conversations", "conversation"))
+        .mutation(Mutation::put("/agents/{agent_id}", "agent").include("conversations"))
+        .mutation(Mutation::put("/agents/{agent_id}/conversations/{conversation_id}", "conversation"))
+        .build()
+        .unwrap();
+    let web = Web::new(&cache, |request| async move {
+        depends_on("conversation", 7);
+        if request.uri().path() == "/tasks/2" {
+            depends_on("agent", 42);
+        }
+        Ok(ok("text"))
+    });
+    assert_eq!(web.get("/tasks/1").await.cache_status(), "fwd=uri-miss; detail=bad-tags");
+    for (path, falls) in [("/agents/42", true), ("/agents/42/conversations/7", true), ("/agents/1", false)] {
+        web.get("/tasks/2").await;
+        assert!(web.get("/tasks/2").await.is_hit());
+        web.put(path).await;
+        assert_eq!(web.get("/tasks/2").await.is_hit(), !falls, "{path}");
+    }
+}
+
+/// What is made of a value of the cache falls with that value, whoever has loaded it.
+#[tokio::test]
+async fn a_response_depends_on_the_values_that_it_is_made_of() {
+    let cache = tasks()
+        .data_type(DataType::new("report", Ttl::Standard))
+        .data_type(DataType::new("name", Ttl::Standard))
+        .route(Route::new("/reports/{report_id}", "report"))
+        .mutation(Mutation::put("/tasks/{task_id}", "task"))
+        .build()
+        .unwrap();
+    async fn name(cache: &Cache, id: &str) -> u64 {
+        let of_user = async || {
+            depends_on("task", 10);
+            Ok::<_, io::Error>(Some(1))
+        };
+        let value = cache.entry::<u64>("name", id).tenant("t").fetch(move || async move { of_user().await });
+        value.unwrap().await.unwrap().0.unwrap()
+    }
+    let inner = cache.clone();
+    let web = Web::new(&cache, move |request| {
+        let cache = inner.clone();
+        async move {
+            let path = request.uri().path().to_owned();
+            let loads = [name(&cache, path.rsplit('/').next().unwrap()), name(&cache, "9")];
+            let [one, other] = futures_util::future::join_all(loads).await[..] else { unreachable!() };
+            Ok(ok(format!("{one} {other}")))
+        }
+    });
+    let drops: [(&str, Box<dyn Fn() -> _>); 3] = [
+        ("a thing that the value depends on", Box::new(|| cache.invalidate("t").mutated("task", "10"))),
+        ("the value", Box::new(|| cache.invalidate("t").mutated("name", "9"))),
+        ("its type", Box::new(|| cache.invalidate("t").all("name"))),
+    ];
+    for (what, drop) in drops {
+        // One loads the value, one finds it, and several wait for the same.
+        for report in ["/reports/1", "/reports/2", "/reports/9"] {
+            web.get(report).await;
+            assert!(web.get(report).await.is_hit(), "{report}");
+        }
+        drop().run().await.unwrap();
+        for report in ["/reports/1", "/reports/2", "/reports/9"] {
+            assert!(!web.get(report).await.is_hit(), "{report} {what}");
+        }
+        futures_util::future::join_all(["/reports/3", "/reports/4"].map(|path| web.get(path))).await;
+        drop().run().await.unwrap();
+        for report in ["/reports/3", "/reports/4"] {
+            assert!(!web.get(report).await.is_hit(), "{report} {what}");
+        }
+    }
+    // What is another tenant's, no write of this one drops.
+    let other = cache_of_tenants();
+    let inner = other.clone();
+    let web = Web::new(&other, move |_| {
+        let value = inner.entry::<u64>("task", "1").tenant("b").fetch(|| async { Ok::<_, io::Error>(Some(1)) });
+        async move {
+            value.unwrap().await.unwrap();
+            Ok(ok("text"))
+        }
+    });
+    let reply = web.send(with(Method::GET, "/tasks/1", &[("x-tenant-id", "a")])).await;
+    assert_eq!(reply.cache_status(), "fwd=uri-miss; detail=bad-tags");
+}
+
+fn cache_of_tenants() -> Cache {
+    tenants().build().unwrap()
+}
+
 // ---- caches outside --------------------------------------------------------------------------------------------------
 
 /// What a response is tagged with outside is what its invalidation says.
@@ -787,6 +1002,33 @@ impl Store for Between {
     fn clear(&self) -> StoreFuture<'_, ()> {
         self.inner.clear()
     }
+}
+
+/// What the origin confirms is still made of what it was made of.
+#[tokio::test]
+async fn a_confirmation_keeps_what_the_response_depends_on() {
+    let now = Arc::new(AtomicU64::new(1_000_000));
+    let clock = now.clone();
+    let cache = tasks()
+        .data_type(DataType::new("page", Duration::from_secs(100)).freshness(Freshness::Response))
+        .route(Route::new("/pages/{page_id}", "page"))
+        .clock(move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)))
+        .build()
+        .unwrap();
+    let web = Web::new(&cache, move |request| async move {
+        let is_known = request.headers().contains_key("if-none-match");
+        if !is_known {
+            depends_on("task", 10);
+        }
+        let response = Response::builder().header("etag", "\"1\"").header("cache-control", "max-age=5");
+        Ok(response.status(if is_known { 304 } else { 200 }).body(full("text")).unwrap())
+    });
+    web.get("/pages/1").await;
+    now.fetch_add(6_000, Ordering::SeqCst);
+    assert!(!web.get("/pages/1").await.is_hit());
+    assert!(web.get("/pages/1").await.is_hit());
+    cache.invalidate("t").mutated("task", "10").run().await.unwrap();
+    assert!(!web.get("/pages/1").await.is_hit());
 }
 
 /// An expired entry that the origin confirms is stored anew only under the generations under which it was valid.

@@ -255,12 +255,19 @@ where
         total: start.elapsed(),
     };
     let engine = &core.engine;
+    // What this value becomes a part of depends on what this value depends on.
+    let whole = Reads::current();
+    let mut ask = Ask { whole: whole.clone(), value: PhantomData::<fn() -> V> };
+    let tags = place.as_ref().map(|(_, tags)| tags.clone());
     let found = match place {
         None => Obtained::Load(None),
-        Some((key, tags)) => match engine.peek(key.as_bytes(), engine.now()).and_then(|e| decode(&e)) {
-            Some(value) => Obtained::Answer(value),
-            None => engine.obtain(key, &tags, &policy, &mut Ask(PhantomData::<fn() -> V>)).await,
-        },
+        Some((key, tags)) => {
+            let held = engine.peek(key.as_bytes(), engine.now());
+            match held.map(|entry| ask.judge(&entry, engine::Source::Store)) {
+                Some(Use::Answer(value)) => Obtained::Answer(value),
+                _ => engine.obtain(key, &tags, &policy, &mut ask).await,
+            }
+        }
     };
     let leader = match found {
         Obtained::Answer(value) | Obtained::AnswerAndReload(value, _) => {
@@ -272,8 +279,9 @@ where
     let lookup = start.elapsed();
     let ttl = policy.jittered();
     let fills = core.clone();
+    let reads = Reads::default();
+    let parts = reads.clone();
     let task = engine.spawn(async move {
-        let reads = Reads::default();
         let loaded = reads.scope(load()).await?;
         if let (Some(leader), Ok(late)) = (leader, reads.tags(&fills, &tenant)) {
             store(&fills.engine, leader, late, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
@@ -281,18 +289,36 @@ where
         Ok(loaded)
     });
     let loaded = joined(task).await?;
+    if let Some(whole) = whole {
+        match &tags {
+            Some(tags) => whole.add_tags(tags.iter()),
+            None => whole.spoil(),
+        }
+        whole.add_all(&parts);
+    }
     let report = report(Some(&loaded), lookup);
     Ok((loaded.value, report))
 }
 
 /// An entry of another shape than ours is loaded anew.
-struct Ask<V>(PhantomData<fn() -> V>);
+struct Ask<V> {
+    /// What the value becomes a part of.
+    whole: Option<Reads>,
+    value: PhantomData<fn() -> V>,
+}
 
 impl<V: DeserializeOwned> Asker for Ask<V> {
     type Answer = V;
 
-    fn judge(&mut self, entry: &Entry, _: engine::Source) -> Use<V> {
-        decode(entry).map_or(Use::Useless, Use::Answer)
+    fn judge(&mut self, entry: &Entry, source: engine::Source) -> Use<V> {
+        let Some(value) = decode(entry) else { return Use::Useless };
+        if let Some(whole) = &self.whole {
+            whole.add_tags(entry.stamps.iter().map(|stamp| &stamp.tag));
+            if source == engine::Source::Stale {
+                whole.spoil();
+            }
+        }
+        Use::Answer(value)
     }
 }
 

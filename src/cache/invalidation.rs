@@ -64,7 +64,9 @@ impl Invalidation {
             self.change.all.extend(self.core.everything().all);
         }
         let mut drops = Drops::default();
-        self.core.add_change(&mut drops, std::slice::from_ref(&tenant), &self.change).await;
+        self.core
+            .add_change(&mut drops, std::slice::from_ref(&tenant), &self.change, self.core.cascades.patience)
+            .await;
         Ok(self.core.drop_all(drops, None).await)
     }
 }

@@ -48,7 +48,7 @@ pub(crate) struct Cascades {
     cascades: BTreeMap<Arc<str>, Arc<Compiled>>,
     pub(crate) entities: Entities,
     /// How long resolvers may take, all that one write asks for together.
-    pub(super) patience: Duration,
+    pub(crate) patience: Duration,
 }
 
 /// What a mutation finds of one data type.

@@ -47,6 +47,11 @@ impl Change {
         Self { all: vec![data_type.into()], ..Self::default() }
     }
 
+    /// Whether it says that anything has changed.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.entities.is_empty() && self.all.is_empty() && self.whole.is_empty()
+    }
+
     #[must_use]
     pub(crate) fn include(mut self, relations: &[Arc<str>]) -> Self {
         self.include.extend_from_slice(relations);
@@ -60,7 +65,9 @@ impl Change {
 
 impl Cascades {
     /// Adds what a change drops, as the relations are now.
-    pub(crate) async fn add_change(&self, drops: &mut Drops, tenant: &Tenant, change: &Change) {
+    ///
+    /// What resolvers have not answered at the deadline is everything of the tenant that they could have.
+    pub(crate) async fn add_change(&self, drops: &mut Drops, tenant: &Tenant, change: &Change, deadline: Instant) {
         let mut changed: Vec<Parents> = vec![];
         for data_type in &change.whole {
             drops.add_of(tenant, data_type, data_type, Whose::All);
@@ -81,7 +88,7 @@ impl Cascades {
                 None => changed.push(Parents { line: None, data_type: data_type.clone(), ids: vec![id.into_owned()] }),
             }
         }
-        self.resolve(drops, tenant, changed, change).await;
+        self.resolve(drops, tenant, changed, change, deadline).await;
     }
 
     /// Adds what needs no resolver: of an entity, what is found by its id; of one that is not known, the whole type and what
@@ -126,8 +133,14 @@ impl Cascades {
 
     /// Adds what resolvers know, level by level, each entity once. All questions of a level are asked at once, each for all
     /// of its parents.
-    async fn resolve(&self, drops: &mut Drops, tenant: &Tenant, mut parents: Vec<Parents>, change: &Change) {
-        let deadline = Instant::now() + self.patience;
+    async fn resolve(
+        &self,
+        drops: &mut Drops,
+        tenant: &Tenant,
+        mut parents: Vec<Parents>,
+        change: &Change,
+        deadline: Instant,
+    ) {
         // One that is found again as a child follows all of its relations, if it has not done so already.
         let is_done = |p: &&Parents| self.of(&p.data_type).relations.iter().all(|relation| change.includes(relation));
         let ids = |p: &Parents| p.ids.iter().map(|id| (p.data_type.clone(), id.clone())).collect::<Vec<_>>();

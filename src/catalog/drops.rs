@@ -33,6 +33,13 @@ impl Drops {
         }
     }
 
+    /// Adds what another drops.
+    pub(crate) fn add_all(&mut self, other: Self) {
+        for Group { line, data_type, tags, .. } in other.groups {
+            tags.into_iter().for_each(|tag| self.add(&line, &data_type, tag));
+        }
+    }
+
     /// Adds the entries of `data_type` that `whose` says, under this line of the report.
     pub(super) fn add_of(&mut self, tenant: &Tenant, line: &Arc<str>, data_type: &Arc<str>, whose: Whose<'_>) {
         let head = tenant.head();

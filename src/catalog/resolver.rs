@@ -37,6 +37,9 @@ impl Resolver {
         ids: &[Vec<u8>],
         deadline: Instant,
     ) -> Result<Vec<String>, ResolverError> {
+        if Instant::now() >= deadline {
+            return Err("no time is left".into());
+        }
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec());
         let (tenant, ids) = (text(tenant)?, ids.iter().map(|id| text(id)).collect::<Result<_, _>>()?);
         // The write is committed already: whatever becomes of the user's code, the invalidation goes on.

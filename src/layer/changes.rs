@@ -45,17 +45,18 @@ task_local! {
 pub struct Changes(Arc<Mutex<Said>>);
 
 /// What was said.
-#[derive(Clone, Default)]
-pub(super) struct Said {
-    pub(super) change: Change,
+#[derive(Default)]
+struct Said {
+    change: Change,
     /// What the route declares was not changed.
-    pub(super) nothing: bool,
+    nothing: bool,
 }
 
-impl Said {
-    pub(super) fn is_empty(&self) -> bool {
-        self.change.entities.is_empty() && self.change.all.is_empty()
-    }
+/// How much of what was said somebody has heard: several caches may listen to one handler.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Heard {
+    entities: usize,
+    all: usize,
 }
 
 fn push_new(names: &mut Vec<Arc<str>>, name: Arc<str>) {
@@ -88,7 +89,7 @@ impl Changes {
         self
     }
 
-    /// Follows this relation of the cascades of what has changed.
+    /// Follows this relation of the cascades of what has changed, by this and by what the route declares.
     pub fn include(&self, relation: impl Into<Arc<str>>) -> &Self {
         push_new(&mut self.said().change.include, relation.into());
         self
@@ -101,19 +102,24 @@ impl Changes {
         self
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.said().is_empty()
-    }
-
-    /// Whether the handler says that nothing of what is declared has changed, and nothing else has.
-    #[cfg(feature = "grpc")]
-    pub(super) fn says_nothing(&self) -> bool {
+    /// Whether nothing has been said since that was heard.
+    pub(super) fn is_silent(&self, heard: Heard) -> bool {
         let said = self.said();
-        said.nothing && said.is_empty()
+        said.change.entities.len() == heard.entities && said.change.all.len() == heard.all
     }
 
-    pub(super) fn take(&self) -> Said {
-        std::mem::take(&mut *self.said())
+    /// Whether the handler says that what is declared was not changed.
+    pub(super) fn says_nothing(&self) -> bool {
+        self.said().nothing
+    }
+
+    /// What has been said since.
+    pub(super) fn hear(&self, heard: &mut Heard) -> Change {
+        let change = &self.said().change;
+        let since = std::mem::replace(heard, Heard { entities: change.entities.len(), all: change.all.len() });
+        let entities = change.entities[since.entities..].to_vec();
+        let all = change.all[since.all..].to_vec();
+        Change { entities, all, include: change.include.clone(), ..Change::default() }
     }
 
     /// Polls the handler so that [`changed`] finds these.
@@ -148,27 +154,66 @@ pub fn changed(data_type: impl Into<Arc<str>>, id: impl ToString) {
 /// that loads it: it then falls as if it were an entry of that entity itself, without a cascade that says so. Where nothing
 /// is to be cached, it does nothing.
 ///
-/// The data type must be declared, and the id have a canonical form; else the response is not stored.
+/// The data type must be declared, and the id have a canonical form; else the response is not stored. Where cascades drop
+/// entries of that type by another entity (conversations by their agent), say that it depends on that one, too. A value of
+/// [`Cache::entry`](crate::Cache::entry) needs no word: what is made of it falls with it.
 pub fn depends_on(data_type: impl Into<Arc<str>>, id: impl ToString) {
     let _ = READS.try_with(|reads| {
-        let mut said = reads.said();
         let one = (data_type.into(), id.to_string());
-        if said.len() <= MOST_READ && !said.contains(&one) {
-            said.push(one);
-        }
+        push_bounded(&mut reads.said().things, one);
     });
 }
 
-/// Data types and ids.
-type Things = Vec<(Arc<str>, String)>;
+fn push_bounded<T: PartialEq>(some: &mut Vec<T>, one: T) {
+    if some.len() <= MOST_READ && !some.contains(&one) {
+        some.push(one);
+    }
+}
 
 /// What a load says that it depends on.
 #[derive(Clone, Default)]
-pub(crate) struct Reads(Arc<Mutex<Things>>);
+pub(crate) struct Reads(Arc<Mutex<Dependencies>>);
+
+/// A data type and an id.
+type Thing = (Arc<str>, String);
+
+#[derive(Clone, Default)]
+struct Dependencies {
+    things: Vec<Thing>,
+    /// Those of the values that it is made of.
+    tags: Vec<Tag>,
+    /// It is made of a value that is stale, or that no write finds.
+    is_spoiled: bool,
+}
 
 impl Reads {
-    fn said(&self) -> MutexGuard<'_, Things> {
+    fn said(&self) -> MutexGuard<'_, Dependencies> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Those of the load in whose task this runs, if it is one.
+    pub(crate) fn current() -> Option<Self> {
+        READS.try_with(Self::clone).ok()
+    }
+
+    /// It is made of a value that has these tags.
+    pub(crate) fn add_tags<'t>(&self, tags: impl Iterator<Item = &'t Tag>) {
+        let mut said = self.said();
+        tags.for_each(|tag| push_bounded(&mut said.tags, tag.clone()));
+    }
+
+    /// It is made of a value that is stale, or that no write finds.
+    pub(crate) fn spoil(&self) {
+        self.said().is_spoiled = true;
+    }
+
+    /// It is made of a value that depends on all this.
+    pub(crate) fn add_all(&self, other: &Self) {
+        let Dependencies { things, tags, is_spoiled } = other.said().clone();
+        let mut said = self.said();
+        things.into_iter().for_each(|one| push_bounded(&mut said.things, one));
+        tags.into_iter().for_each(|tag| push_bounded(&mut said.tags, tag));
+        said.is_spoiled |= is_spoiled;
     }
 
     /// Polls the load so that [`depends_on`] finds these.
@@ -177,30 +222,55 @@ impl Reads {
     }
 
     pub(crate) fn count(&self) -> usize {
-        self.said().len()
+        let said = self.said();
+        said.things.len() + said.tags.len() + usize::from(said.is_spoiled)
     }
 
-    /// The tags of what it depends on: those of that entity's own entries.
+    /// The tags of what it depends on: those of the values that it is made of, and of that entity's own entries.
     pub(crate) fn tags(&self, core: &Core, tenant: &Tenant) -> Result<Vec<Tag>, &'static str> {
-        let said = self.said();
-        let mut tags = vec![];
-        for (data_type, id) in &*said {
-            let entity = core.cascades.entities.of_type(data_type);
-            let id = core.cascades.entities.id(entity, id.as_bytes());
-            let is_known = core.catalogue.check("depends_on", data_type).is_ok() && said.len() <= MOST_READ;
-            let Some(id) = id.filter(|_| is_known) else {
+        let Dependencies { things, mut tags, is_spoiled } = self.said().clone();
+        if is_spoiled {
+            return Err("stale-part");
+        }
+        let is_others = tags.iter().any(|tag| tag.tenant() != tenant.head());
+        if is_others || things.len().max(tags.len()) > MOST_READ {
+            if core.warnings.is_new("depends_on", "") {
+                tracing::warn!("not stored, for it depends on another tenant's things, or on more than 1,000");
+            }
+            return Err("bad-tags");
+        }
+        for (data_type, id) in &things {
+            let Some(of_thing) = thing_tags(core, tenant, &things, (data_type, id)) else {
                 if core.warnings.is_new("depends_on", data_type) {
-                    let mend = "declare the type, give a canonical id, and at most 1,000 of them";
+                    let mend = "declare the type, give a canonical id, and where cascades drop the type by another entity, \
+                                say that it depends on that one, too";
                     tracing::warn!(%data_type, "not stored, for it depends on what no write could name: {mend}");
                 }
                 return Err("bad-tags");
             };
-            for tag in [Tag::entity(tenant.head(), data_type, entity, &id), Tag::all(tenant.head(), data_type)] {
-                if !tags.contains(&tag) {
-                    tags.push(tag);
-                }
-            }
+            tags.extend(of_thing);
         }
         Ok(tags)
     }
+}
+
+/// The tags by which writes find what depends on a thing: its own, and those of the entities by which cascades drop its
+/// type. `None` if some would not find it.
+fn thing_tags(core: &Core, tenant: &Tenant, things: &[Thing], (data_type, id): (&str, &str)) -> Option<Vec<Tag>> {
+    core.catalogue.check("depends_on", data_type).ok()?;
+    let entities = &core.cascades.entities;
+    let own = entities.of_type(data_type);
+    let tag = |entity: &str, id: &str| {
+        let id = entities.id(entity, id.as_bytes())?;
+        Some(Tag::entity(tenant.head(), data_type, entity, &id))
+    };
+    let mut tags = vec![tag(own, id)?, Tag::all(tenant.head(), data_type)];
+    for needed in core.routes.expected.needed(data_type).filter(|needed| &***needed != own) {
+        let named: Vec<_> = things.iter().filter(|(other, _)| entities.of_type(other) == &**needed).collect();
+        if named.is_empty() {
+            return None;
+        }
+        tags.extend(named.into_iter().map(|(_, id)| tag(needed, id)).collect::<Option<Vec<_>>>()?);
+    }
+    Some(tags)
 }

@@ -6,7 +6,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use futures_util::future::join_all;
 use http::HeaderName;
+use tokio::time::Instant;
 
 use super::warnings::Warnings;
 use crate::{
@@ -17,6 +19,9 @@ use crate::{
     route::{OnUnmapped, Routes, TenantSource},
     store::Fence,
 };
+
+/// Of more tenants than this in one request, children are not looked for: everything of theirs falls.
+const MOST_TENANTS: usize = 16;
 
 /// Who wants to know of invalidations.
 pub(crate) type OnInvalidated = Arc<dyn Fn(&Invalidated, &[Tag]) + Send + Sync>;
@@ -111,10 +116,32 @@ impl Core {
         change.include.iter().try_for_each(|relation| self.cascades.check_relation(what, types.clone(), relation))
     }
 
-    /// Adds what a change drops, as the relations are now.
-    pub(crate) async fn add_change(&self, drops: &mut Drops, tenants: &[Tenant], change: &Change) {
-        for tenant in tenants {
-            self.cascades.add_change(drops, tenant, change).await;
+    /// The same of what a handler says, whose relations may be those of what the route declares.
+    pub(crate) fn check_said(&self, change: &Change) -> Result<(), ConfigError> {
+        let known = || self.cascades.declared().map(|t| &**t);
+        let by_relation = |relation| self.cascades.check_relation("changes", known(), relation);
+        change.include.iter().try_for_each(|relation| by_relation(relation))?;
+        let of_types = |relation: &&Arc<str>| {
+            let types = change.entities.iter().map(|(data_type, _)| data_type).chain(&change.all);
+            types.into_iter().any(|data_type| self.cascades.relations(data_type).contains(relation))
+        };
+        let include = change.include.iter().filter(of_types).cloned().collect();
+        self.check_change("changes", &Change { include, ..change.clone() })
+    }
+
+    /// Adds what a change drops, as the relations are now. Resolvers may take so long, for all tenants at once; where more
+    /// are named than a request can mean, they are not asked.
+    pub(crate) async fn add_change(&self, drops: &mut Drops, tenants: &[Tenant], change: &Change, within: Duration) {
+        let within = if tenants.len() > MOST_TENANTS { Duration::ZERO } else { within };
+        let deadline = Instant::now() + within;
+        if let [tenant] = tenants {
+            return self.cascades.add_change(drops, tenant, change, deadline).await;
         }
+        let of_each = tenants.iter().map(async |tenant| {
+            let mut drops = Drops::default();
+            self.cascades.add_change(&mut drops, tenant, change, deadline).await;
+            drops
+        });
+        join_all(of_each).await.into_iter().for_each(|of_tenant| drops.add_all(of_tenant));
     }
 }

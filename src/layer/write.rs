@@ -12,7 +12,7 @@ use std::{
 };
 
 use futures_util::FutureExt;
-use http::{HeaderMap, Method, Request, Response, StatusCode, header};
+use http::{HeaderMap, Request, Response, StatusCode, header};
 use http_body::Body;
 use smallvec::SmallVec;
 use tokio::task::JoinHandle;
@@ -27,7 +27,7 @@ use super::{
 use crate::{
     catalog::Change,
     http::locations::Target,
-    route::{Mutated, OnUnmapped, Written},
+    route::{Mutated, Written},
 };
 
 /// By which cache an unsafe request is taken care of already: several layers of one cache may see it.
@@ -39,8 +39,6 @@ pub(super) struct Write {
     writing: Writing,
     written: Written,
     target: Target,
-    /// Method and path, for warnings.
-    what: (Method, String),
 }
 
 /// A response after its write, and what is to be dropped once more when its body is over: it may still be written.
@@ -61,13 +59,6 @@ enum Outcome {
     Unknown,
 }
 
-/// Whether a method may change anything. (Of the registered ones these are safe, besides those that the `http` crate knows:
-/// RFC 4918, RFC 3253, RFC 5323, and `QUERY`.)
-fn is_unsafe(method: &Method) -> bool {
-    let is_safe = method.is_safe() || matches!(method.as_str(), "PROPFIND" | "REPORT" | "SEARCH" | "QUERY");
-    !is_safe && *method != Method::CONNECT
-}
-
 /// Whether a status says that the request was refused before it changed anything. Nothing else is evidence: 408 and 499 are
 /// said while a handler goes on, 406 and 416 after it, and 424 of one part of several.
 fn refuses(status: StatusCode) -> bool {
@@ -78,9 +69,7 @@ impl Write {
     /// An unsafe request that no other layer of this cache takes care of; it is then claimed, and its handler may say what
     /// it changes.
     pub(super) fn of<B>(core: &Arc<Core>, request: &mut Request<B>) -> Option<Self> {
-        if !is_unsafe(request.method()) {
-            return None;
-        }
+        let written = core.routes.written(request.method(), request.uri())?;
         let cache = Arc::as_ptr(core) as usize;
         let claimed = request.extensions_mut().get_or_insert_default::<Claimed>();
         if claimed.0.contains(&cache) {
@@ -89,11 +78,11 @@ impl Write {
         claimed.0.push(cache);
         let changes = request.extensions_mut().get_or_insert_default::<Changes>().clone();
         let (uri, method) = (request.uri(), request.method());
+        let what = format!("{method} {}", uri.path());
         Some(Self {
-            written: core.routes.written(method, uri),
+            written,
             target: Target::new(uri, request.headers()),
-            what: (method.clone(), uri.path().to_owned()),
-            writing: Writing::new(core, Arc::default(), changes),
+            writing: Writing::new(core, Arc::default(), changes, what),
         })
     }
 
@@ -131,8 +120,8 @@ impl Write {
             Some(status) if !status.is_client_error() && !status.is_server_error() => Outcome::Done,
             _ => Outcome::Unknown,
         };
-        self.add_changed(outcome, response.map(Response::headers)).await;
-        if self.writing.drops_nothing() {
+        self.ended(outcome, response.map(Response::headers)).await;
+        if self.writing.is_idle() {
             let response = result.unwrap_or_else(|panic| resume_unwind(panic))?;
             let again = (outcome != Outcome::Refused && streams(response.body())).then_some(self.writing);
             return Ok(Ok(Answered { response, again }));
@@ -161,34 +150,25 @@ impl Write {
         }
     }
 
-    /// After it: it may have moved a child here, and the response and the handler may say what else has changed.
-    async fn add_changed(&mut self, outcome: Outcome, response: Option<&HeaderMap>) {
-        let said = self.writing.changes.take();
-        if outcome == Outcome::Refused || outcome == Outcome::Done && said.nothing {
-            self.writing.cancel().await;
-            return self.writing.add_said(&said).await;
+    /// After it: the response may say what else has changed.
+    async fn ended(&mut self, outcome: Outcome, response: Option<&HeaderMap>) {
+        if outcome == Outcome::Refused || outcome == Outcome::Done && self.writing.changes.says_nothing() {
+            return self.writing.cancel().await;
         }
-        let is_said = said.nothing || !said.is_empty();
-        self.writing.add_said(&said).await;
         match &self.written {
             Written::Declared(mutated) => {
-                let mutated = mutated.clone();
-                self.writing.add(mutated.change()).await;
-                if let Some(change) = self.created(&mutated, response) {
-                    self.writing.add(&change).await;
-                }
-                if let (true, Some(headers)) = (mutated.follows_locations(), response) {
-                    for change in self.located(headers) {
-                        self.writing.add(&change.include(mutated.include())).await;
-                    }
-                }
+                let created = self.created(mutated, response);
+                let located = response.filter(|_| mutated.follows_locations()).map(|headers| self.located(headers));
+                let located = located.into_iter().flatten().map(|change| change.include(mutated.include()));
+                let changes: Vec<_> = [mutated.change().clone()].into_iter().chain(created).chain(located).collect();
+                changes.into_iter().for_each(|change| self.writing.declare(change));
             }
-            // All of it was known before: no relation follows, whose children might be others now.
-            Written::Read(_) => {}
-            Written::Unmapped if is_said => {}
-            Written::Unmapped => return self.unmapped(outcome).await,
+            Written::Read(change) => self.writing.declare(change.clone()),
+            Written::Unmapped if self.writing.is_silent() && !self.writing.changes.says_nothing() => {
+                self.writing.is_unmapped(outcome == Outcome::Done);
+            }
+            Written::Unmapped => {}
         }
-        self.owned().await;
     }
 
     /// What the creation of an entity drops, which the response's `Location` names, if it does.
@@ -205,49 +185,6 @@ impl Write {
         let named = [header::LOCATION, header::CONTENT_LOCATION].into_iter().flat_map(|name| headers.get_all(name));
         let paths = named.filter_map(|reference| self.target.own_path(reference));
         paths.filter_map(|path| self.writing.core.routes.locate(&path)).collect()
-    }
-
-    /// Nobody has said what this changes.
-    async fn unmapped(&mut self, outcome: Outcome) {
-        let core = self.writing.core.clone();
-        match core.options.on_unmapped {
-            OnUnmapped::Drop => self.writing.add(&core.everything()).await,
-            OnUnmapped::Warn if outcome == Outcome::Done && core.warnings.is_new("unmapped", &self.label()) => {
-                tracing::warn!(
-                    request = self.label(),
-                    "a write that nothing is said of: what it makes stale stays. Declare a mutation, say it with `Changes` \
-                     (`nothing`, if so), or choose `on_unmapped`"
-                );
-            }
-            OnUnmapped::Warn | OnUnmapped::Ignore => {}
-        }
-    }
-
-    /// That it is known whose things have changed.
-    async fn owned(&self) {
-        let core = &self.writing.core;
-        if !self.writing.tenants.is_empty() {
-            return;
-        }
-        let on_unmapped = core.options.on_unmapped;
-        if on_unmapped != OnUnmapped::Ignore && core.warnings.is_new("no tenant", &self.label()) {
-            tracing::warn!(
-                request = self.label(),
-                "a write of no tenant, which drops nothing of any: find the tenant as the handler does (`tenant_from`), or \
-                 choose `on_unmapped`"
-            );
-        }
-        if on_unmapped == OnUnmapped::Drop && core.engine.clear().await.is_err() {
-            tracing::error!("everything was to be dropped, and the store could not be told");
-        }
-    }
-
-    /// The route, as far as a path tells: ids are left out, so that it is warned of once.
-    fn label(&self) -> String {
-        let (method, path) = &self.what;
-        let is_id = |part: &&str| part.len() > 24 || part.bytes().any(|c| c.is_ascii_digit() || c == b'%');
-        let parts: Vec<_> = path.split('/').map(|part| if is_id(&part) { "…" } else { part }).collect();
-        format!("{method} {}", parts.join("/"))
     }
 }
 

@@ -3,40 +3,67 @@
 use std::{
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use futures_util::FutureExt;
 use http::{HeaderMap, HeaderName, HeaderValue};
-use tokio::{runtime::Handle, task::JoinHandle};
+use tokio::{runtime::Handle, task::JoinHandle, time::Instant};
 
 use super::{
-    changes::{Changes, Said},
+    changes::{Changes, Heard},
     core::Core,
 };
 use crate::{
     catalog::{Change, Drops},
     engine::Invalidated,
     key::Tenant,
+    route::OnUnmapped,
     store::Fence,
 };
 
 const REPORT: HeaderName = HeaderName::from_static("cache-invalidated");
 
+/// As much of a path is said in warnings.
+const MOST_PARTS: usize = 12;
+
 /// A write that has not begun, since the store cannot be told about it.
 pub(super) struct Refused;
 
 /// A write under way: whose it is, what it will drop, what its handler says, and the fence around that.
+#[derive(Clone)]
 pub(crate) struct Writing {
     pub(super) core: Arc<Core>,
     pub(super) tenants: Arc<[Tenant]>,
     pub(super) changes: Changes,
+    heard: Heard,
+    /// Method and path, for warnings.
+    what: Arc<str>,
+    /// What is known to be stale after it.
+    declared: Vec<Change>,
+    /// What was, before it.
     drops: Drops,
     fence: Option<Fence>,
+    /// It makes things stale of a tenant that nobody knows.
+    is_nobodys: bool,
+    /// How long resolvers may take.
+    patience: Duration,
 }
 
 impl Writing {
-    pub(crate) fn new(core: &Arc<Core>, tenants: Arc<[Tenant]>, changes: Changes) -> Self {
-        Self { core: core.clone(), tenants, changes, drops: Drops::default(), fence: None }
+    pub(crate) fn new(core: &Arc<Core>, tenants: Arc<[Tenant]>, changes: Changes, what: impl Into<Arc<str>>) -> Self {
+        Self {
+            core: core.clone(),
+            tenants,
+            changes,
+            heard: Heard::default(),
+            what: what.into(),
+            declared: vec![],
+            drops: Drops::default(),
+            fence: None,
+            is_nobodys: false,
+            patience: core.cascades.patience,
+        }
     }
 
     /// Before the handler runs: adds what is known to be stale after it, for it may remove the rows that name the children;
@@ -51,6 +78,7 @@ impl Writing {
             return Err(Refused);
         }
         self.add(change).await;
+        self.patience = core.cascades.patience;
         self.fence = core.fence(types);
         let Some(fence) = &self.fence else { return Ok(()) };
         let raised = core.engine.fence(self.drops.clone(), fence).await;
@@ -58,22 +86,33 @@ impl Writing {
     }
 
     /// Adds what a change drops, as the relations are now.
-    pub(super) async fn add(&mut self, change: &Change) {
-        self.core.add_change(&mut self.drops, &self.tenants, change).await;
-    }
-
-    /// Adds what the handler said. What nobody can read is everything.
-    pub(super) async fn add_said(&mut self, said: &Said) {
-        if said.is_empty() {
+    async fn add(&mut self, change: &Change) {
+        if self.tenants.is_empty() {
+            self.is_nobodys |= !change.is_empty();
             return;
         }
-        if let Err(error) = self.core.check_change("changes", &said.change) {
-            if self.core.warnings.is_new("changes", &error.to_string()) {
-                tracing::warn!(%error, "dropping everything of the tenant, for the handler says what nobody knows");
+        let start = Instant::now();
+        self.core.add_change(&mut self.drops, &self.tenants, change, self.patience).await;
+        self.patience = self.patience.saturating_sub(start.elapsed());
+    }
+
+    /// Adds what a handler said or extended. What nobody can read is everything.
+    async fn add_said(&mut self, change: &Change) {
+        let core = self.core.clone();
+        match core.check_said(change) {
+            Ok(()) => self.add(change).await,
+            Err(error) => {
+                if core.warnings.is_new("changes", &error.to_string()) {
+                    tracing::warn!(%error, "dropping everything of the tenant, for the handler says what nobody knows");
+                }
+                self.add(&core.everything()).await;
             }
-            return self.add(&self.core.everything()).await;
         }
-        self.add(&said.change).await;
+    }
+
+    /// After the handler: this has changed. (It is looked for once more: it may have moved a child here.)
+    pub(super) fn declare(&mut self, change: Change) {
+        self.declared.push(change);
     }
 
     #[cfg(feature = "grpc")]
@@ -81,41 +120,93 @@ impl Writing {
         self.fence.is_some()
     }
 
-    /// Whether anything is to be dropped so far.
-    pub(super) fn drops_nothing(&self) -> bool {
-        self.drops.groups.is_empty()
+    /// Whether its handler has said nothing of what it changed.
+    pub(super) fn is_silent(&self) -> bool {
+        self.changes.is_silent(self.heard)
     }
 
     /// Whether there is nothing to do, as far as the handler has said.
     pub(super) fn is_idle(&self) -> bool {
-        self.drops_nothing() && self.changes.is_empty()
+        let knows_nothing = self.declared.is_empty() && self.drops.groups.is_empty() && !self.is_nobodys;
+        knows_nothing && self.is_silent()
     }
 
     /// The same once more, without the fence.
     pub(super) fn again(&self) -> Self {
-        Self {
-            core: self.core.clone(),
-            tenants: self.tenants.clone(),
-            changes: self.changes.clone(),
-            drops: self.drops.clone(),
-            fence: None,
-        }
+        Self { fence: None, patience: self.core.cascades.patience, ..self.clone() }
     }
 
-    /// Drops everything, what the handler has said since included, and lifts the fence.
+    /// Drops everything, what the handler has said included, and lifts the fence.
     pub(crate) async fn end(mut self) -> Invalidated {
-        let said = self.changes.take();
-        self.add_said(&said).await;
-        if self.drops_nothing() {
+        let said = self.changes.hear(&mut self.heard);
+        for change in std::mem::take(&mut self.declared) {
+            match &said.include[..] {
+                [] => self.add(&change).await,
+                relations => self.add_said(&change.include(relations)).await,
+            }
+        }
+        if !said.is_empty() {
+            self.add_said(&said).await;
+        }
+        if self.is_nobodys {
+            self.blame_nobody().await;
+        }
+        if self.drops.groups.is_empty() {
             return Invalidated::default();
         }
-        let report = self.core.drop_all(self.drops, self.fence.as_ref()).await;
+        let fence = self.held().await;
+        let report = self.core.drop_all(self.drops, fence.as_ref()).await;
         tracing::debug!(%report, "invalidated");
         report
     }
 
-    /// Of what is known, nothing was changed; but a fence is up.
+    /// The fence that is to stand for a moment after the invalidation: also around what was not known before the handler ran.
+    async fn held(&mut self) -> Option<Fence> {
+        let own = self.fence.take();
+        let of_types = self.core.fence(self.drops.groups.iter().map(|group| &*group.data_type));
+        let Some(held) = of_types.filter(|fence| !fence.hold.is_zero()) else { return own };
+        let fence = Fence { writer: own.map_or(held.writer, |own| own.writer), ..held };
+        // Where it cannot be raised, nothing can be dropped either, and this process reads nothing of it.
+        let _ = self.core.engine.fence(self.drops.clone(), &fence).await;
+        Some(fence)
+    }
+
+    /// Something of somebody is stale, and nobody knows whose.
+    async fn blame_nobody(&self) {
+        let Core { options, warnings, engine, .. } = &*self.core;
+        let request = route_of(&self.what);
+        if options.on_unmapped != OnUnmapped::Ignore && warnings.is_new("no tenant", &request) {
+            tracing::warn!(
+                request,
+                "a write of no tenant, which drops nothing of any: find the tenant as the handler does (`tenant_from`), or \
+                 choose `on_unmapped`"
+            );
+        }
+        if options.on_unmapped == OnUnmapped::Drop && engine.clear().await.is_err() {
+            tracing::error!("everything was to be dropped, and the store could not be told");
+        }
+    }
+
+    /// A success that nobody has said anything of.
+    pub(super) fn is_unmapped(&mut self, is_done: bool) {
+        let Core { options, warnings, .. } = &*self.core;
+        match options.on_unmapped {
+            OnUnmapped::Drop if !self.tenants.is_empty() => self.declare(self.core.everything()),
+            OnUnmapped::Warn if is_done && warnings.is_new("unmapped", &route_of(&self.what)) => {
+                tracing::warn!(
+                    request = route_of(&self.what),
+                    "a write that nothing is said of: what it makes stale stays. Declare a mutation, say it with `Changes` \
+                     (`nothing`, if so), or choose `on_unmapped`"
+                );
+            }
+            OnUnmapped::Drop | OnUnmapped::Warn | OnUnmapped::Ignore => {}
+        }
+    }
+
+    /// Of what is known, nothing was changed; but a fence may be up.
     pub(super) async fn cancel(&mut self) {
+        self.declared.clear();
+        self.is_nobodys = false;
         let drops = std::mem::take(&mut self.drops);
         if let Some(fence) = self.fence.take() {
             self.core.lift(drops, &fence).await;
@@ -128,6 +219,13 @@ impl Writing {
             headers.insert(REPORT, value);
         }
     }
+}
+
+/// The route, as far as a path tells: ids are left out, so that it is warned of once.
+fn route_of(what: &str) -> String {
+    let is_id = |part: &&str| part.len() > 24 || part.bytes().any(|c| c.is_ascii_digit() || c == b'%');
+    let parts = what.split('/').map(|part| if is_id(&part) { "…" } else { part });
+    parts.take(MOST_PARTS).collect::<Vec<_>>().join("/")
 }
 
 /// An invalidation that is due when a response body is over. Dropped before, it runs all the same.

@@ -60,9 +60,14 @@ pub(crate) struct Expected {
 type Stays = (Arc<str>, ConfigError);
 
 impl Expected {
+    /// The entities that entries of this type must name besides their own.
+    pub(crate) fn needed(&self, data_type: &str) -> impl Iterator<Item = &Arc<str>> {
+        self.needed.get(data_type).into_iter().flatten()
+    }
+
     /// An entity that entries of this type must name besides their own, and that this one does not.
     pub(crate) fn missing(&self, data_type: &str, named: impl Fn(&str) -> bool) -> Option<&Arc<str>> {
-        self.needed.get(data_type)?.iter().find(|entity| !named(entity))
+        self.needed(data_type).find(|entity| !named(entity))
     }
 
     /// Whether some write drops entries of this type by this entity.

@@ -16,6 +16,7 @@ mod tenant;
 pub use grpc::{GrpcMethod, GrpcTarget};
 #[cfg(feature = "grpc")]
 pub(crate) use grpc::{GrpcRoute, GrpcWanted};
+use mutation::is_unsafe;
 pub(crate) use mutation::{Mutated, MutationRoute};
 pub use mutation::{Mutation, OnUnmapped};
 pub use query::Query;
@@ -211,15 +212,24 @@ impl Routes {
         self.reads.at(uri.path()).ok()
     }
 
-    /// What an unsafe request changes, as far as that is declared.
-    pub(crate) fn written(&self, method: &Method, uri: &Uri) -> Written {
+    /// What a request changes, as far as that is declared; `None` if it may change nothing, or nothing that is not seen to
+    /// elsewhere.
+    pub(crate) fn written(&self, method: &Method, uri: &Uri) -> Option<Written> {
+        if method.is_safe() {
+            return None;
+        }
+        let is_unsafe = is_unsafe(method);
         if let Ok(found) = self.writes.at(uri.path()) {
             let own = found.value.iter().find(|m| m.method == *method);
-            if let Some(route) = own.or_else(|| found.value.iter().find(|m| m.is_for(method))) {
-                return Written::Declared(Mutated::new(route, &found.params));
+            let any = || found.value.iter().find(|m| is_unsafe && m.is_for(method));
+            if let Some(route) = own.or_else(any) {
+                return Some(Written::Declared(Mutated::new(route, &found.params)));
             }
         }
-        self.locate(uri.path()).map_or(Written::Unmapped, Written::Read)
+        // The layer of gRPC knows which of its calls are reads.
+        #[cfg(feature = "grpc")]
+        let is_unsafe = is_unsafe && self.grpc(uri.path()).is_none();
+        is_unsafe.then(|| self.locate(uri.path()).map_or(Written::Unmapped, Written::Read))
     }
 
     /// A change of what a path names, as the read routes know it; of the whole type, where it does not name one by its id.

@@ -64,8 +64,9 @@ impl Mutation {
         }
     }
 
-    /// A mutation by every method that is not safe (all but `GET`, `HEAD`, `OPTIONS` and `TRACE`) and has no mutation of
-    /// its own. In a file: `method = "*"`.
+    /// A mutation by every method that has no mutation of its own, and is not safe: all but `GET`, `HEAD`, `OPTIONS` and
+    /// `TRACE`, and `QUERY`, `SEARCH`, `REPORT`, `PROPFIND` and `CONNECT`, which must be declared each for itself. In a file:
+    /// `method = "*"`.
     pub fn any(path: impl Into<String>) -> Self {
         let any = Method::from_bytes(ANY.as_bytes()).unwrap_or(Method::POST);
         Self::new(any, path)
@@ -234,6 +235,13 @@ impl MutationRoute {
     pub(crate) fn include(&self) -> &[Arc<str>] {
         &self.include
     }
+}
+
+/// Whether a method may change anything, where nothing is said of it. (Of the registered ones these are safe, besides those
+/// that the `http` crate knows: RFC 4918, RFC 3253, RFC 5323, and `QUERY`.)
+pub(super) fn is_unsafe(method: &Method) -> bool {
+    let is_safe = method.is_safe() || matches!(method.as_str(), "PROPFIND" | "REPORT" | "SEARCH" | "QUERY");
+    !is_safe && *method != Method::CONNECT
 }
 
 /// Methods are compared with their case (RFC 9110, section 9.1).

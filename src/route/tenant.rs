@@ -1,6 +1,6 @@
 //! Whose request it is: the isolation boundary of every key and tag.
 
-use std::{borrow::Cow, fmt, sync::Arc};
+use std::{borrow::Cow, collections::BTreeSet, fmt, sync::Arc};
 
 use http::{HeaderMap, HeaderName, HeaderValue, request};
 
@@ -65,7 +65,8 @@ impl TenantSource {
             Self::Header(name) => {
                 let lines = header_values(&parts.headers, name);
                 let named = lines.flat_map(|line| line.split(|&c| c == b',')).map(<[u8]>::trim_ascii);
-                named.filter(|tenant| !tenant.is_empty()).map(|tenant| space.tenant(tenant)).collect()
+                let named: BTreeSet<_> = named.filter(|tenant| !tenant.is_empty()).collect();
+                named.into_iter().map(|tenant| space.tenant(tenant)).collect()
             }
             Self::Extractor(_) | Self::Single(_) | Self::ByHand => {
                 self.tenant(parts).into_iter().map(|t| space.tenant(t)).collect()

@@ -6,7 +6,7 @@ use std::{convert::Infallible, sync::Arc};
 use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
-use tower::{Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
+use tower::{Layer, Service, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_cache_aside::{Cache, Invalidated};
 
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
@@ -61,7 +61,15 @@ impl Web {
         Fut: Future<Output = Result<Response<Body>, std::io::Error>> + Send + 'static,
     {
         let handler = Arc::new(handler);
-        let inner = service_fn(move |request| handler(request));
+        Self::around(cache, service_fn(move |request| handler(request)))
+    }
+
+    pub fn around<S>(cache: &Cache, inner: S) -> Self
+    where
+        S: Service<Request<Full<Bytes>>, Response = Response<Body>, Error = std::io::Error>,
+        S: Clone + Send + Sync + 'static,
+        S::Future: Send,
+    {
         let layered = cache.invalidate_layer().layer(cache.layer().layer(inner));
         Self(BoxCloneSyncService::new(layered.map_response(|r| r.map(UnsyncBoxBody::new))))
     }

@@ -68,10 +68,10 @@ impl Miss {
         let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type(), &reads);
         let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(self.reason) };
         let confirmed = confirmable.filter(|_| parts.status == StatusCode::NOT_MODIFIED);
-        if let Some(stored) = &confirmed {
-            parts.status = stored.status;
-            parts.headers = updated_headers(&stored.headers, &parts.headers);
-        }
+        let late = match &confirmed {
+            Some(stored) => late.map(|late| update(stored, &mut parts, late, leader.as_ref())),
+            None => late,
+        };
         let size = if confirmed.is_some() { 0 } else { body.size_hint().lower() };
         let verdict = match &late {
             Err(reason) => Verdict::Alone(reason),
@@ -171,6 +171,14 @@ impl Miss {
             sealed.store().await;
         }
     }
+}
+
+/// Makes the head of a confirmation that of the stored response, which is still made of what it was made of.
+fn update(stored: &StoredResponse, parts: &mut response::Parts, late: Vec<Tag>, leader: Option<&Leader>) -> Vec<Tag> {
+    parts.status = stored.status;
+    parts.headers = updated_headers(&stored.headers, &parts.headers);
+    let stamps = leader.and_then(Leader::stale).into_iter().flat_map(|stale| stale.entry.stamps.iter());
+    late.into_iter().chain(stamps.map(|stamp| stamp.tag.clone())).collect()
 }
 
 /// For how long, under which tags and for which variant a confirmed response is kept.

@@ -138,9 +138,8 @@ impl Write {
     fn hold(&mut self, trailers: HeaderMap) -> Option<HeaderMap> {
         self.refused = is_refusal(&trailers);
         let is_idle = self.due.writing().is_none_or(|writing| {
-            let stays = self.refused && writing.changes.is_empty()
-                || is_success(&trailers) && writing.changes.says_nothing()
-                || writing.is_idle();
+            let stays = self.refused || is_success(&trailers) && writing.changes.says_nothing();
+            let stays = stays && writing.is_silent() || writing.is_idle();
             stays && !writing.is_fenced()
         });
         if is_idle {

@@ -22,7 +22,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, header, request};
+use http::{Method, Request, Response, header, request};
 use http_body::Body;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -150,7 +150,5 @@ where
 }
 
 fn is_grpc(parts: &request::Parts) -> bool {
-    let content_type = parts.headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-    let rest = content_type.strip_prefix(b"application/grpc");
-    parts.method == Method::POST && rest.is_some_and(|rest| matches!(rest.first(), None | Some(b'+' | b';')))
+    parts.method == Method::POST && status::is_plain(&parts.headers)
 }

@@ -15,7 +15,7 @@ use tower_service::Service;
 use super::{
     body::{GrpcBody, GrpcResponseBody},
     read::{Out, message, out},
-    status::{GRPC_STATUS, is_refusal, is_success},
+    status::{GRPC_STATUS, is_plain, is_refusal, is_success},
 };
 use crate::{
     catalog::Change,
@@ -65,8 +65,8 @@ impl Write {
     {
         let (mut parts, body) = request.into_parts();
         let changes = parts.extensions.get_or_insert_default::<Changes>().clone();
-        self.warn_of_tenant();
-        let mut writing = Writing::new(&self.core, self.tenants.into(), changes.clone());
+        let what = format!("{} {}", parts.method, parts.uri.path());
+        let mut writing = Writing::new(&self.core, self.tenants.into(), changes.clone(), what);
         let (body, change) = match &self.route {
             None => (GrpcBody::passing(body), None),
             Some(route) => {
@@ -88,12 +88,16 @@ impl Write {
         let stays = |headers: &mut HeaderMap| is_refusal(headers) || is_success(headers) && changes.says_nothing();
         if headers.is_some_and(stays) {
             writing.cancel().await;
-        } else if let Some(change) = &change {
-            // After it: it may have moved a child here.
-            writing.add(change).await;
+        } else if let Some(change) = change {
+            writing.declare(change);
         }
         match result {
             Ok(Ok(response)) if !response.headers().contains_key(GRPC_STATUS) => {
+                if !is_plain(response.headers()) {
+                    // What it ends with is a part of its body (grpc-web), which tells the client before it tells anybody here.
+                    let again = writing.again();
+                    std::mem::replace(&mut writing, again).end().await;
+                }
                 let response = response.map(CacheBody::inner);
                 Ok(response.map(|body| GrpcResponseBody::until_trailers(body, self.core, writing)))
             }
@@ -105,15 +109,6 @@ impl Write {
                 }
                 Ok(out(response.map(CacheBody::inner)))
             }
-        }
-    }
-
-    /// A declared write of nobody drops nothing of anybody.
-    fn warn_of_tenant(&self) {
-        let Some(route) = self.route.as_ref().filter(|_| self.tenants.is_empty()) else { return };
-        if self.core.warnings.is_new("no tenant", &route.path) {
-            let mend = "find the tenant as the handler does (`tenant_from`)";
-            tracing::warn!(method = %route.path, "a write of no tenant, which drops nothing of any: {mend}");
         }
     }
 }
