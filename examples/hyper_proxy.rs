@@ -8,7 +8,7 @@
 use std::{convert::Infallible, net::SocketAddr, process::ExitCode, time::Duration};
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Response, StatusCode, Uri, header, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, header, uri::PathAndQuery};
 use http_body_util::{BodyExt, Empty, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use hyper_util::{
@@ -100,13 +100,21 @@ fn redirect<B>(mut request: Request<B>, upstream: &Uri) -> Request<B> {
         *request.uri_mut() = uri;
     }
     *request.version_mut() = http::Version::HTTP_11;
-    for hop in [header::CONNECTION, header::TE, header::TRANSFER_ENCODING] {
-        request.headers_mut().remove(hop);
-    }
     if let Some(host) = upstream.authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok()) {
         request.headers_mut().insert(header::HOST, host);
     }
     request
+}
+
+/// What is for the next hop alone (RFC 9110, section 7.6.1): what the sender says is, and what always is. (hyper speaks of an
+/// upgrade anew.)
+fn strip_hops(headers: &mut HeaderMap) {
+    let named = headers.get_all(header::CONNECTION).iter().filter_map(|line| line.to_str().ok());
+    let named: Vec<_> = named.flat_map(|line| line.split(',')).map(|name| name.trim().to_ascii_lowercase()).collect();
+    let always = ["connection", "keep-alive", "proxy-authorization", "proxy-connection", "te", "transfer-encoding"];
+    for name in named.iter().map(String::as_str).filter(|name| *name != "upgrade").chain(always) {
+        headers.remove(name);
+    }
 }
 
 fn bad_gateway() -> Response<Body> {
@@ -127,7 +135,9 @@ async fn run(args: Args) -> Result<(), String> {
         async move { client.request(request).await }
     });
     let cached = cache.invalidate_layer().layer(cache.layer().layer(origin.clone()));
-    let proxy = service_fn(move |request: Request<Incoming>| {
+    let proxy = service_fn(move |mut request: Request<Incoming>| {
+        // Before the cache sees it: what the origin does not get, no response depends on.
+        strip_hops(request.headers_mut());
         let pass = uncached.iter().any(|prefix| request.uri().path().starts_with(prefix.as_str()));
         let (cached, origin) = (cached.clone(), origin.clone());
         async move {

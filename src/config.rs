@@ -12,7 +12,7 @@ use serde::{
 
 use crate::{
     catalog::{Canonical, Cascade, DataType, Policy, Tier, Ttl},
-    route::{Mutation, OnUnmapped, Route},
+    route::{Hosts, Mutation, OnUnmapped, Route},
     units::{bytes, duration},
 };
 
@@ -29,6 +29,10 @@ use without_redis::RedisTable;
 pub struct Config {
     /// The request header that names the tenant.
     pub tenant_header: Option<String>,
+    /// How far the host of a request tells its response from others.
+    pub hosts: Option<Hosts>,
+    /// Headers by which the service knows its users, besides the usual ones.
+    pub credential_headers: Vec<String>,
     /// The version of what entries hold.
     pub version: Option<String>,
     /// How many bytes the in-process store may take.
@@ -58,6 +62,8 @@ pub struct Config {
     pub fence: Option<Duration>,
     /// The routes whose responses are cached.
     pub routes: Vec<Route>,
+    /// Paths that routes match, and that are not cached.
+    pub uncached: Vec<String>,
     /// The routes that mutate.
     pub mutations: Vec<Mutation>,
     /// What mutations drop.
@@ -96,6 +102,7 @@ impl Config {
             *own = other.or_else(|| own.take());
         }
         replace(&mut self.tenant_header, other.tenant_header);
+        replace(&mut self.hosts, other.hosts);
         replace(&mut self.version, other.version);
         replace(&mut self.memory, other.memory);
         replace(&mut self.body_limit, other.body_limit);
@@ -107,7 +114,9 @@ impl Config {
         replace(&mut self.fence, other.fence);
         self.types.extend(other.types);
         self.entities.extend(other.entities);
+        self.credential_headers.extend(other.credential_headers);
         self.routes.extend(other.routes);
+        self.uncached.extend(other.uncached);
         self.mutations.extend(other.mutations);
         self.cascades.extend(other.cascades);
     }

@@ -35,12 +35,7 @@ const CLEAN: [bool; 256] = {
 /// Appends `part`, escaped.
 pub(crate) fn push_escaped(buf: &mut KeyBuf, part: &[u8]) {
     if part.len() > MAX_PART {
-        buf.push(b'~');
-        for byte in Sha256::digest(part) {
-            buf.push(HEX[usize::from(byte >> 4)]);
-            buf.push(HEX[usize::from(byte & 15)]);
-        }
-        return;
+        return push_secret(buf, part);
     }
     let mut rest = part;
     while let Some(at) = rest.iter().position(|&c| !CLEAN[usize::from(c)]) {
@@ -50,6 +45,15 @@ pub(crate) fn push_escaped(buf: &mut KeyBuf, part: &[u8]) {
         rest = &rest[at + 1..];
     }
     buf.extend_from_slice(rest);
+}
+
+/// Appends the hash of a part that is not to be read in the names of keys.
+pub(crate) fn push_secret(buf: &mut KeyBuf, part: &[u8]) {
+    buf.push(b'~');
+    for byte in Sha256::digest(part) {
+        buf.push(HEX[usize::from(byte >> 4)]);
+        buf.push(HEX[usize::from(byte & 15)]);
+    }
 }
 
 /// What the keys and tags of one service begin with: services that share a store share nothing else.

@@ -66,6 +66,7 @@
 //! - `redis`: `store::RedisStore`, the shared store of a fleet, with a coherent tier in each process.
 //! - `redis-cluster`, `redis-tls`: clusters, `rediss://`.
 //! - `grpc`: `GrpcLayer`, for unary calls of tonic services.
+//! - `axum`: which route a request is, and under which prefix, as axum's router says.
 //! - `lz4`: compress large bodies for the shared store.
 //! - `toml`: read the [`Config`] from a file.
 
@@ -97,12 +98,12 @@ pub use engine::Invalidated;
 pub use error::ConfigError;
 pub use key::{Key, Tag};
 pub use layer::{
-    CacheAside, CacheAsideLayer, CacheBody, CacheTags, Changes, Invalidate, InvalidateBody, InvalidateLayer, NoCache,
-    ResponseFuture, changed, depends_on,
+    Bodies, CacheAside, CacheAsideLayer, CacheBody, CacheTags, Changes, Invalidate, InvalidateBody, InvalidateLayer,
+    NoBodies, NoCache, ReadBody, RequestBody, ResponseFuture, changed, depends_on,
 };
 #[cfg(feature = "grpc")]
-pub use layer::{Grpc, GrpcBody, GrpcLayer, GrpcResponseBody};
-pub use route::{Credentials, Mutation, OnUnmapped, Query, Route};
+pub use layer::{Grpc, GrpcLayer, GrpcResponseBody};
+pub use route::{BodyKey, Credentials, Hosts, Mutation, OnUnmapped, Query, Route};
 #[cfg(feature = "grpc")]
 pub use route::{GrpcMethod, GrpcTarget};
 
@@ -126,4 +127,7 @@ pub mod docs {
 
     #[doc = include_str!("../docs/redis.md")]
     pub mod redis {}
+
+    #[doc = include_str!("../docs/security.md")]
+    pub mod security {}
 }

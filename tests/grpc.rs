@@ -3,6 +3,7 @@
 
 #[path = "../examples/tonic_agents/service.rs"]
 mod service;
+mod support;
 
 use std::{
     convert::Infallible,
@@ -20,6 +21,7 @@ use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use prost::Message;
 use service::{Agents, AgentsClient, GET, GetAgent, UPDATE, UpdateAgent, WATCH};
+use support::example;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tonic::{
@@ -30,7 +32,8 @@ use tonic::{
 };
 use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, Canonical, Cascade, Changes, DataType, GrpcMethod, GrpcTarget, OnUnmapped, Ttl, changed, depends_on,
+    Cache, Canonical, Cascade, Changes, Credentials, DataType, GrpcMethod, GrpcTarget, NoCache, OnUnmapped, Ttl,
+    changed, depends_on,
 };
 
 fn cache() -> Cache {
@@ -192,7 +195,7 @@ async fn a_warm_entry_is_not_for_who_is_not_let_in() {
     };
     for (shared, code) in [(false, Some(Code::Unauthenticated)), (true, None)] {
         let agents = Agents::default();
-        let cache = cache_with(|read| if shared { read.shared() } else { read });
+        let cache = cache_with(|read| if shared { read.credentials(Credentials::Shared) } else { read });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let guarded = InterceptedService::new(agents.clone(), guard);
@@ -608,6 +611,156 @@ async fn a_write_is_not_acknowledged_before_it_is_dropped() {
         while body.frame().await.is_some() {}
         assert!(!read().await, "{content_type}: at the end");
     }
+}
+
+/// What HTTP takes for somebody's own, gRPC does, too: of the request and of the response.
+#[tokio::test]
+async fn what_is_somebodys_own_is_not_shared() {
+    const NONE: &[(&str, &str)] = &[];
+    let declared = |credentials: Credentials| {
+        let target = |bytes: &[u8]| Some(GrpcTarget::new(GetAgent::decode(bytes).ok()?.id));
+        let get = GrpcMethod::read(GET, "agent").message(target).credentials(credentials);
+        let builder = Cache::builder("test").tenant_header("x-tenant-id").credential_headers(["x-session"]);
+        builder.data_type(DataType::new("agent", Ttl::Standard)).grpc(get).build().unwrap()
+    };
+    // Credentials, metadata of the request and of the response, whether the handler keeps the cache out; and what is said of
+    // the second of two.
+    for (credentials, asks, says, no_cache, expected) in [
+        (Credentials::Bypass, NONE, NONE, false, "hit"),
+        (Credentials::Bypass, &[("authorization", "x")], NONE, false, "fwd=bypass; detail=credentials"),
+        (Credentials::Bypass, &[("cookie", "a=b")], NONE, false, "fwd=bypass; detail=credentials"),
+        (Credentials::Bypass, &[("x-api-key", "x")], NONE, false, "fwd=bypass; detail=credentials"),
+        (Credentials::Bypass, &[("x-session", "x")], NONE, false, "fwd=bypass; detail=credentials"),
+        (Credentials::Shared, &[("authorization", "x"), ("cookie", "a=b")], NONE, false, "hit"),
+        (Credentials::Declared, &[("authorization", "x")], NONE, false, "fwd=uri-miss; detail=credentials"),
+        (Credentials::Declared, &[("authorization", "x")], &[("cache-control", "public")], false, "hit"),
+        (Credentials::per_user("x-user"), &[("x-user", "ada")], NONE, false, "hit"),
+        (Credentials::per_user("x-user"), NONE, NONE, false, "fwd=bypass; detail=no-user"),
+        (Credentials::Bypass, NONE, &[("set-cookie", "a=b")], false, "fwd=uri-miss; detail=set-cookie"),
+        (Credentials::Bypass, NONE, &[("cache-control", "no-store")], false, "fwd=uri-miss; detail=no-store"),
+        (Credentials::Bypass, NONE, &[("cache-control", "private")], false, "fwd=uri-miss; detail=private"),
+        (Credentials::Bypass, NONE, &[("vary", "accept-language")], false, "fwd=uri-miss; detail=vary"),
+        (Credentials::Bypass, NONE, NONE, true, "fwd=uri-miss; detail=no-cache"),
+    ] {
+        let cache = declared(credentials.clone());
+        let inner = service_fn(move |request: Request<_>| async move {
+            let _: Request<_> = request;
+            let mut response = answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]);
+            for (name, value) in says {
+                response.headers_mut().append(*name, value.parse().unwrap());
+            }
+            response.headers_mut().append("cache-tag", "agent=1".parse().unwrap());
+            if no_cache {
+                response.extensions_mut().insert(NoCache);
+            }
+            Ok::<_, Infallible>(response)
+        });
+        let service = cache.grpc_layer().layer(inner);
+        let send = async |more: &[(&'static str, &str)], passes: bool| {
+            let mut request = call(GET, framed(&prost::Message::encode_to_vec(&GetAgent { id: "1".into() })));
+            for (name, value) in more {
+                request.headers_mut().append(*name, value.parse().unwrap());
+            }
+            if passes {
+                request.extensions_mut().insert(NoCache);
+            }
+            let (parts, body) = service.clone().oneshot(request).await.unwrap().into_parts();
+            body.collect().await.unwrap();
+            assert!(!parts.headers.contains_key("cache-tag"), "what is declared is not the client's");
+            status(&MetadataMap::from_headers(parts.headers))
+        };
+        send(asks, false).await;
+        let found = send(asks, false).await;
+        assert!(found.starts_with(expected), "{credentials:?} {asks:?} {says:?}: {found}");
+        if let Some((_, user)) = asks.iter().find(|(name, _)| *name == "x-user") {
+            assert!(!send(&[("x-user", "grace")], false).await.starts_with("hit"), "it is {user}'s");
+        }
+        if found.starts_with("hit") {
+            assert!(send(asks, true).await.starts_with("fwd=bypass; detail=no-cache"));
+        }
+    }
+}
+
+/// Clients that balance by themselves name each server; a method may say that its answers name the host.
+#[tokio::test]
+async fn a_host_is_no_part_of_a_call_unless_it_is_asked_for() {
+    for per_host in [false, true] {
+        let cache = cache_with(|read| if per_host { read.per_host() } else { read });
+        let inner = service_fn(|request: Request<_>| async move {
+            let _: Request<_> = request;
+            Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]))
+        });
+        let service = cache.grpc_layer().layer(inner);
+        let send = async |authority: &str| {
+            let mut request = call(GET, framed(&prost::Message::encode_to_vec(&GetAgent { id: "1".into() })));
+            *request.uri_mut() = format!("http://{authority}{GET}").parse().unwrap();
+            let (parts, body) = service.clone().oneshot(request).await.unwrap().into_parts();
+            body.collect().await.unwrap();
+            status(&MetadataMap::from_headers(parts.headers)).starts_with("hit")
+        };
+        assert!(!send("10.0.0.1:50051").await && send("10.0.0.1:50051").await);
+        assert_eq!(send("10.0.0.2:50051").await, !per_host);
+    }
+}
+
+/// The example serves clients of any language, and stays until it is stopped.
+#[tokio::test]
+async fn the_example_serves_others() {
+    let mut child = std::process::Command::new(example("tonic_agents"))
+        .args(["--listen", "127.0.0.1:0"])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
+    let url = line.trim().strip_prefix("listening on ").expect("the first line names the address").to_owned();
+    let channel = Endpoint::from_shared(url).unwrap().connect().await.unwrap();
+    let mut client = AgentsClient::new(channel, "t");
+    client.update("1", "Ada").await.unwrap();
+    for is_hit in [false, true] {
+        let reply = client.get("1").await.unwrap();
+        assert_eq!((reply.get_ref().name.as_str(), status(reply.metadata()).starts_with("hit")), ("Ada", is_hit));
+    }
+    assert_eq!(client.get("none").await.unwrap_err().code(), Code::NotFound);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// A body that never says anything is no message, and takes no room.
+#[tokio::test]
+async fn a_message_of_nothing_is_passed_on() {
+    let cache = noted(|builder| builder.body_limit(1_000));
+    let inner = service_fn(|request: Request<_>| async move {
+        let _: Request<_> = request;
+        Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]))
+    });
+    for path in [GET, UPDATE] {
+        let nothing = futures_util::stream::repeat_with(|| Ok::<_, std::io::Error>(Frame::data(Bytes::new())));
+        let request = call(path, Bytes::new()).map(|_| StreamBody::new(nothing));
+        let response = cache.grpc_layer().layer(inner).oneshot(request).await.unwrap();
+        assert!(response.into_body().collect().await.is_ok(), "{path}");
+    }
+}
+
+/// A mutation whose answer breaks may be committed: its client hears of that when all is dropped.
+#[tokio::test]
+async fn a_broken_answer_waits_for_the_invalidation() {
+    let cache = noted(|builder| builder);
+    let inner = service_fn(|request: Request<_>| async move {
+        let _: &Request<_> = &request;
+        let last = if request.uri().path() == GET { Ok(trailers("0")) } else { Err(std::io::Error::other("lost")) };
+        Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), last]))
+    });
+    let service = cache.grpc_layer().layer(inner);
+    let message = framed(&prost::Message::encode_to_vec(&GetAgent { id: "1".into() }));
+    let send = async |path: &str| {
+        let (parts, body) = service.clone().oneshot(call(path, message.clone())).await.unwrap().into_parts();
+        (status(&MetadataMap::from_headers(parts.headers)).starts_with("hit"), body.collect().await.is_ok())
+    };
+    send(GET).await;
+    assert_eq!(send(GET).await, (true, true));
+    assert!(!send(UPDATE).await.1);
+    assert!(!send(GET).await.0);
 }
 
 /// Calls that a layer of HTTP sees on their way are the other layer's: a read is no write of nobody knows what.

@@ -198,7 +198,7 @@ async fn what_the_client_has_is_not_sent_again() {
     );
     let miss = bench.get(&[]).await;
     let tag = miss.header("etag").to_owned();
-    assert!(tag.starts_with('"'), "a strong tag is computed: {tag}");
+    assert!(tag.starts_with("W/\""), "a weak tag is computed: what is outside may compress it: {tag}");
     assert_eq!(bench.get(&[]).await.header("etag"), tag);
     for condition in [("if-none-match", tag.as_str()), ("if-none-match", "*"), ("if-modified-since", modified)] {
         let reply = bench.get(&[condition]).await;

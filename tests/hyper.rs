@@ -117,6 +117,14 @@ async fn origin(request: Request<Incoming>, n: u64) -> Response<Body> {
             let response = response.status(101).header("connection", "upgrade").header("upgrade", "echo");
             response.body(full("")).unwrap()
         }
+        "/headers" => {
+            let names: Vec<_> = request.headers().keys().map(http::HeaderName::as_str).collect();
+            Response::new(full(names.join(" ")))
+        }
+        "/language" => {
+            let language = request.headers().get("accept-language").map_or("none", |v| v.to_str().unwrap()).to_owned();
+            response.header("vary", "accept-language").body(full(language)).unwrap()
+        }
         "/odd" => response.status(299).body(full(n.to_string())).unwrap(),
         "/echo" => {
             let body = request.into_body().collect().await.unwrap().to_bytes();
@@ -260,5 +268,43 @@ fn mistakes_on_the_command_line_are_one_clear_line() {
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!((output.status.code(), stderr.trim_end().lines().count()), (Some(2), 1), "{args:?}: {stderr}");
         assert!(stderr.contains(says), "{args:?}: {stderr}");
+    }
+}
+
+/// What is for the next hop alone, or for this proxy, the origin does not get (RFC 9110, sections 7.6.1 and 11.7.1).
+#[tokio::test]
+async fn what_is_for_the_proxy_is_not_passed_on() {
+    let proxy = Proxy::start(&[]).await;
+    let address = proxy.url.trim_start_matches("http://").to_owned();
+    let mut stream = TcpStream::connect(&address).await.unwrap();
+    let request = format!(
+        "GET /headers HTTP/1.1\r\nHost: {address}\r\nConnection: close, X-Secret, keep-alive\r\nX-Secret: 1\r\nX-Open: 1\r\n\
+         Proxy-Authorization: Basic eDp5\r\nKeep-Alive: 5\r\nTE: trailers\r\nProxy-Connection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    let (head, names) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    assert!(names.contains("x-open"), "{names}");
+    for hop in ["x-secret", "proxy-authorization", "keep-alive", "te ", "proxy-connection", "connection"] {
+        assert!(!names.contains(hop), "{hop}: {names}");
+    }
+}
+
+/// What the origin does not get, its response does not depend on: nobody can store it for others.
+#[tokio::test]
+async fn a_variant_is_of_what_the_origin_has_seen() {
+    let proxy = Proxy::start(&[]).await;
+    let address = proxy.url.trim_start_matches("http://").to_owned();
+    for (connection, language) in [("close, accept-language", "none"), ("close", "de"), ("close", "de")] {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        let request = format!(
+            "GET /language HTTP/1.1\r\nHost: {address}\r\nAccept-Language: de\r\nConnection: {connection}\r\n\r\n"
+        );
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.ends_with(&format!("\r\n\r\n{language}")), "{answer}");
     }
 }

@@ -1,12 +1,13 @@
 //! A tonic server behind the cache, and a client that shows what happens: a miss, a hit, a mutation, and the miss after it.
 //!
-//! `cargo run --release --example tonic_agents`
-#![allow(clippy::print_stdout)]
+//! `cargo run --release --example tonic_agents`, or with `--listen 127.0.0.1:50051` for clients of any language.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod service;
 
-use std::error::Error;
+use std::{error::Error, net::SocketAddr, process::ExitCode};
 
+use lexopt::{Arg, ValueExt};
 use prost::Message;
 use service::{Agent, Agents, AgentsClient, GET, GetAgent, UPDATE, UpdateAgent};
 use tokio::net::TcpListener;
@@ -37,16 +38,66 @@ fn show(what: &str, response: &Response<Agent>) {
     println!("{what:28} {name:8} v{version}  {}  dropped: {}", said("cache-status"), said("cache-invalidated"));
 }
 
+const USAGE: &str = "\
+A tonic server behind the cache.
+
+Usage: tonic_agents [--listen ADDR]
+
+    [--listen 127.0.0.1:50051]  # serves until it is stopped, for clients of any language; port 0 picks a free one, and the
+                                # first line on stdout is: listening on http://ADDR
+                                # without it, a client of its own shows what happens
+";
+
+/// Where to listen, if not for a client of its own; `None` if only the usage was asked for.
+fn parse() -> Result<Option<Option<SocketAddr>>, lexopt::Error> {
+    let (mut parser, mut listen) = (lexopt::Parser::from_env(), None);
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Arg::Long("listen") => listen = Some(parser.value()?.parse()?),
+            Arg::Long("help") | Arg::Short('h') => return Ok(None),
+            other => return Err(other.unexpected()),
+        }
+    }
+    Ok(Some(listen))
+}
+
 #[tokio::main]
-async fn main() -> Result<(), Box<dyn Error>> {
+async fn main() -> ExitCode {
+    let result = match parse() {
+        Ok(None) => {
+            print!("{USAGE}");
+            return ExitCode::SUCCESS;
+        }
+        Ok(Some(listen)) => run(listen).await.map_err(|e| e.to_string()),
+        Err(error) => Err(format!("{error}; --help lists the flags")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("{reason}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+async fn run(listen: Option<SocketAddr>) -> Result<(), Box<dyn Error>> {
     let agents = Agents::default();
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let address = listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 0)));
+    let listener =
+        TcpListener::bind(address).await.map_err(|e| format!("--listen: cannot listen on {address}: {e}"))?;
     let address = listener.local_addr()?;
     // Authorization, if there is any, goes outside the cache: a hit never reaches what is inside.
     let server = Server::builder().layer(cache()?.grpc_layer()).add_service(agents.clone());
-    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-    println!("serving on http://{address}");
+    let serving = server.serve_with_incoming(TcpListenerStream::new(listener));
+    println!("listening on http://{address}");
+    if listen.is_some() {
+        return Ok(serving.await?);
+    }
+    tokio::spawn(serving);
+    show_all(address, &agents).await
+}
 
+async fn show_all(address: SocketAddr, agents: &Agents) -> Result<(), Box<dyn Error>> {
     let channel = Endpoint::from_shared(format!("http://{address}"))?.connect().await?;
     let mut acme = AgentsClient::new(channel.clone(), "acme");
     let mut other = AgentsClient::new(channel, "other");

@@ -20,7 +20,7 @@ use crate::{
     error::ConfigError,
     key::{Space, Tag},
     layer::{Core, OnInvalidated, Options, Warnings},
-    route::{Mutation, OnUnmapped, Route, Routes, Table, TenantSource, entities},
+    route::{Hosts, Identity, Mutation, OnUnmapped, Route, Routes, Table, TenantSource, UserFrom, entities},
     store::{MemoryStore, Store},
 };
 
@@ -36,6 +36,7 @@ pub struct CacheBuilder {
     service: String,
     config: Config,
     tenant: Option<TenantSource>,
+    user: Option<UserFrom>,
     resolvers: Resolvers,
     patience: Duration,
     store: Option<Arc<dyn Store>>,
@@ -57,6 +58,7 @@ impl CacheBuilder {
             service,
             config: Config::default(),
             tenant: None,
+            user: None,
             resolvers: Resolvers::new(),
             patience: PATIENCE,
             store: None,
@@ -91,6 +93,30 @@ impl CacheBuilder {
         F: Fn(&request::Parts) -> Option<String> + Send + Sync + 'static,
     {
         self.tenant = Some(TenantSource::Extractor(Arc::new(extract)));
+        self
+    }
+
+    /// How far the host of a request tells its response from those for other hosts; by default each has its own.
+    pub fn hosts(mut self, hosts: Hosts) -> Self {
+        self.config.hosts = Some(hosts);
+        self
+    }
+
+    /// Headers by which this service knows who asks, besides `authorization`, `cookie`, `proxy-authorization`, `x-api-key`,
+    /// `x-auth-token`, `x-forwarded-user`, `x-forwarded-client-cert` and others of their kind. Requests that have any bypass the
+    /// cache where a route says nothing else ([`Credentials`](crate::Credentials)). The one that names the tenant is none of them.
+    pub fn credential_headers<T: Into<String>>(mut self, names: impl IntoIterator<Item = T>) -> Self {
+        self.config.credential_headers.extend(names.into_iter().map(Into::into));
+        self
+    }
+
+    /// The user is what this closure finds in the request (a session that an outer layer has put into its extensions, the
+    /// subject of a client certificate), for routes whose responses are [each user's own](crate::Credentials::User).
+    pub fn user_from<F>(mut self, extract: F) -> Self
+    where
+        F: Fn(&request::Parts) -> Option<String> + Send + Sync + 'static,
+    {
+        self.user = Some(Arc::new(extract));
         self
     }
 
@@ -135,6 +161,13 @@ impl CacheBuilder {
     /// Declares a cacheable route.
     pub fn route(mut self, route: Route) -> Self {
         self.config.routes.push(route);
+        self
+    }
+
+    /// A path that routes match and that is not cached: `/users/me` beside a route `/users/{user_id}`. (Within a router of
+    /// axum, the feature `axum` knows that these are two routes.)
+    pub fn uncached(mut self, path: impl Into<String>) -> Self {
+        self.config.uncached.push(path.into());
         self
     }
 
@@ -215,7 +248,7 @@ impl CacheBuilder {
         self
     }
 
-    /// Gives responses without an `ETag` a strong one, so that clients can ask whether what they have is still good; by
+    /// Gives responses without an `ETag` a weak one, so that clients can ask whether what they have is still good; by
     /// default on.
     pub fn entity_tags(mut self, on: bool) -> Self {
         self.entity_tags = on;
@@ -276,20 +309,24 @@ impl CacheBuilder {
     /// # Errors
     /// The first mistake found, with the route or data type it is about and the mend.
     pub fn build(self) -> Result<Cache, ConfigError> {
-        let Config { types, tier, routes, mutations, cascades, .. } = &self.config;
+        let Config { types, tier, routes, uncached, mutations, cascades, .. } = &self.config;
         let space = Space::new(&self.service, self.config.version.as_deref().unwrap_or_default())?;
         let options = self.options()?;
         let catalogue = Catalogue::new(types, tier.unwrap_or_default())?;
         let known = Entities::new(self.config.entities.clone(), entities(routes));
         let cascades = Cascades::new(&catalogue, cascades, &self.resolvers, known, self.patience)?;
+        let (tenants, hosts) = (self.tenants()?, self.config.hosts.clone().unwrap_or_default().checked()?);
+        let identity = Identity::new(&self.config.credential_headers, &tenants, self.user.clone())?;
         let table = Table {
             routes,
+            uncached,
             mutations,
+            identity: &identity,
             #[cfg(feature = "grpc")]
             grpc: &self.grpc,
         };
         let routes = Routes::new(&catalogue, &cascades, table)?;
-        let (tenants, clock, on_invalidated) = (self.tenants()?, self.clock.clone(), self.on_invalidated.clone());
+        let (clock, on_invalidated) = (self.clock.clone(), self.on_invalidated.clone());
         let says_tier = tier.is_some();
         let store = self.make_store(options.body_limit as u64)?;
         if !store.is_shared() {
@@ -297,7 +334,19 @@ impl CacheBuilder {
         }
         let engine = Arc::new(Engine::new(store, clock));
         let warnings = Warnings::default();
-        let core = Core { catalogue, cascades, routes, tenants, space, engine, options, warnings, on_invalidated };
+        let core = Core {
+            catalogue,
+            cascades,
+            routes,
+            tenants,
+            identity,
+            hosts,
+            space,
+            engine,
+            options,
+            warnings,
+            on_invalidated,
+        };
         Ok(Cache(Arc::new(core)))
     }
 

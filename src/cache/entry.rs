@@ -284,18 +284,17 @@ where
     let task = engine.spawn(async move {
         let loaded = reads.scope(load()).await?;
         if let (Some(leader), Ok(late)) = (leader, reads.tags(&fills, &tenant)) {
+            let leader = leader.made_of(reads.stamps());
             store(&fills.engine, leader, late, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
         }
         Ok(loaded)
     });
-    let loaded = joined(task).await?;
+    let loaded = joined(task).await;
+    // That there was an error may depend on all that, too.
     if let Some(whole) = whole {
-        match &tags {
-            Some(tags) => whole.add_tags(tags.iter()),
-            None => whole.spoil(),
-        }
-        whole.add_all(&parts);
+        whole.add_loaded(tags.as_deref(), &parts);
     }
+    let loaded = loaded?;
     let report = report(Some(&loaded), lookup);
     Ok((loaded.value, report))
 }
@@ -313,7 +312,7 @@ impl<V: DeserializeOwned> Asker for Ask<V> {
     fn judge(&mut self, entry: &Entry, source: engine::Source) -> Use<V> {
         let Some(value) = decode(entry) else { return Use::Useless };
         if let Some(whole) = &self.whole {
-            whole.add_tags(entry.stamps.iter().map(|stamp| &stamp.tag));
+            whole.add_stamps(&entry.stamps);
             if source == engine::Source::Stale {
                 whole.spoil();
             }

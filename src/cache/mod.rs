@@ -32,12 +32,12 @@ impl Cache {
 
     /// The layer that answers the configured [`Route`](crate::Route)s from this cache.
     pub fn layer(&self) -> CacheAsideLayer {
-        CacheAsideLayer { core: self.0.clone() }
+        CacheAsideLayer::new(self.0.clone())
     }
 
     /// The layer that invalidates after the configured [`Mutation`](crate::Mutation)s.
     pub fn invalidate_layer(&self) -> InvalidateLayer {
-        InvalidateLayer { core: self.0.clone() }
+        InvalidateLayer::new(self.0.clone())
     }
 
     /// The layer for tonic's servers: reads and mutations of gRPC methods. (Feature `grpc`.)

@@ -18,7 +18,7 @@ use crate::key::Tenant;
 const MAX_CHILDREN: usize = 1_000;
 
 /// What was changed, as far as it is known.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Change {
     /// Entities by data type and id, which need not be in its canonical form yet.
     pub(crate) entities: Vec<(Arc<str>, Vec<u8>)>,
@@ -28,6 +28,8 @@ pub(crate) struct Change {
     pub(crate) whole: Vec<Arc<str>>,
     /// The relations that follow.
     pub(crate) include: Vec<Arc<str>>,
+    /// Those of them that resolvers could not be asked for before the handler ran: the rows that name the children may be gone.
+    pub(crate) late: Vec<Arc<str>>,
 }
 
 /// Entities of one type whose children are to be found, under one line of the report (`None` for the changed ones
@@ -102,6 +104,8 @@ impl Cascades {
             drops.add_of(tenant, data_type, data_type, Whose::All);
         }
         for relation in cascade.relations.iter().filter(|r| change.includes(r)) {
+            let is_late = relation.resolver.is_some() && change.late.contains(&relation.name);
+            let whose = if is_late { Whose::All } else { whose };
             self.add_children(drops, tenant, &relation.name, &relation.child, whose, &mut BTreeSet::new());
         }
     }
@@ -150,7 +154,8 @@ impl Cascades {
             let level: Vec<_> = parents.iter().map(|parents| (parents, self.of(&parents.data_type))).collect();
             // Children's own relations always follow: they are part of what the mutation asked for.
             let followed = level.iter().flat_map(|(parents, cascade)| {
-                let followed = cascade.relations.iter().filter(|r| parents.line.is_some() || change.includes(r));
+                let is_followed = |r: &&Relation| change.includes(r) && !change.late.contains(&r.name);
+                let followed = cascade.relations.iter().filter(move |r| parents.line.is_some() || is_followed(r));
                 followed.map(move |relation| (*parents, relation))
             });
             let asked = followed.filter_map(|(parents, relation)| {

@@ -23,6 +23,8 @@ pub(crate) struct Leader {
     /// The key without request headers that responses turned out to vary by.
     pub(crate) primary: Key,
     pub(super) flight: Arc<Flight>,
+    /// Under which generations the values were valid that the result is made of.
+    pub(super) parts: Vec<Stamp>,
     /// How many of the flight's tags the request names; the rest an earlier response declared.
     pub(super) named: usize,
     pub(super) mark: Mark,
@@ -43,6 +45,12 @@ impl Leader {
     /// The tags that the request names.
     pub(crate) fn tags(&self) -> impl Iterator<Item = &Tag> {
         self.flight.tags()[..self.named].iter()
+    }
+
+    /// The result is made of values that were stored under these generations.
+    pub(crate) fn made_of(mut self, parts: Vec<Stamp>) -> Self {
+        self.parts = parts;
+        self
     }
 
     /// Makes an entry of what was loaded and gives it to the followers. `late` are tags that only the response
@@ -75,6 +83,11 @@ impl Leader {
             let generations = proven?;
             stamps.extend(declared.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
         }
+        // A part may be older than its tag's generation: of a tier that has not heard of the write yet.
+        let is_older = |part: &Stamp| stamps.iter().any(|s| s.tag == part.tag && s.generation != part.generation);
+        if self.parts.iter().any(is_older) {
+            return None;
+        }
         let entry = Entry::new(payload, stamps.into(), self.flight.began(), life);
         let entry = Arc::new(Entry { varied, ..entry });
         self.flight.land(Landed::Done(entry.clone()));
@@ -84,6 +97,11 @@ impl Leader {
     /// The response is its own request's alone: the followers call the origin at once, each for itself.
     pub(crate) fn unshareable(mut self) {
         self.engine.remember_unshared(&self.key);
+        self.land(Landed::Unshareable);
+    }
+
+    /// The same, but the next one may be another: who waits tries again, together.
+    pub(crate) fn decline(mut self) {
         self.land(Landed::Unshareable);
     }
 

@@ -112,6 +112,7 @@ impl Engine {
             key: key.clone(),
             primary: key.clone(),
             flight,
+            parts: vec![],
             named: tags.len(),
             mark,
             policy: Box::new(policy.clone()),

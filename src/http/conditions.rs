@@ -10,8 +10,9 @@ use sha2::{Digest, Sha256};
 
 use super::directives::{date, single};
 
-/// What the entity tags begin with that the cache computes: the origin does not know them.
-const OWN_TAG: &str = "\"tca-";
+/// What the entity tags begin with that the cache computes: the origin does not know them. They are weak, for a layer outside may
+/// compress what they name, and give two representations the same one.
+const OWN_TAG: &str = "W/\"tca-";
 
 /// Under which condition a client wants the response.
 #[derive(Clone, Debug, Default)]

@@ -19,10 +19,12 @@ const HEURISTIC: [u16; 12] = [200, 203, 204, 206, 300, 301, 308, 404, 405, 410, 
 pub(crate) enum Verdict {
     /// For so long, and for requests that have the same of these headers.
     Store(Lifetime, Box<[HeaderName]>),
-    /// Not stored, but good for everybody who waits for it.
-    Share(&'static str),
-    /// For nobody but its own request.
+    /// Not stored, but good for everybody who waits for it and has the same of these headers.
+    Share(&'static str, Box<[HeaderName]>),
+    /// For nobody but its own request, and the next one will hardly be another.
     Alone(&'static str),
+    /// For nobody but its own request, which may have been refused for what it is.
+    Decline(&'static str),
     /// The origin failed: those who wait try themselves.
     Fail(&'static str),
 }
@@ -57,6 +59,11 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Verdict
         return Verdict::Alone(reason);
     }
     let Some(names) = varies_by(headers, exchange.keyed) else { return Verdict::Alone("vary") };
+    // With others is shared only what might have been stored for them: what a status says of the resource, not of who asks.
+    let unstored = |names| match HEURISTIC.contains(&status.as_u16()) {
+        true => Verdict::Share("status", names),
+        false => Verdict::Decline("status"),
+    };
     let own = policy.jittered();
     let stricter = |ttl: Option<Duration>| match (ttl, says) {
         (Some(ttl), Some(says)) => Some(ttl.min(says)),
@@ -67,18 +74,19 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Verdict
         (Some(says), _) if by_response => Some(says),
         (_, Some(negative)) => stricter(negative.ttl.duration()),
         _ if by_response => match heuristic(exchange, status, headers, &directives) {
-            None if !status.is_success() => return Verdict::Share("status"),
+            None if !status.is_success() => return unstored(names),
             None => own,
             Some(heuristic) => Some(heuristic),
         },
-        _ if !status.is_success() => return Verdict::Share("status"),
+        _ if !status.is_success() => return unstored(names),
         _ => stricter(own),
     };
     let age = age(headers, exchange.now);
     let fresh = if directives.no_cache || age.is_none() { Some(Duration::ZERO) } else { fresh };
     let age = age.unwrap_or_default();
     // What must be validated is no use when the origin fails; `s-maxage` says so too (section 5.2.2.10).
-    let strict = directives.no_cache || directives.must_revalidate || directives.s_maxage.is_some();
+    let strict = directives.no_cache || directives.must_revalidate || directives.proxy_revalidate;
+    let strict = strict || directives.s_maxage.is_some();
     let window = |own: Option<Duration>, says: Option<u64>| match (own, says.map(Duration::from_secs)) {
         _ if strict => Duration::ZERO,
         (Some(own), Some(says)) if !by_response => own.min(says),
@@ -94,8 +102,14 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Verdict
         load: exchange.took,
     };
     let is_stale = fresh.is_some_and(|fresh| fresh <= age);
+    if is_stale && status.is_server_error() {
+        return Verdict::Fail("status");
+    }
+    if is_stale && !status.is_success() && !HEURISTIC.contains(&status.as_u16()) {
+        return Verdict::Decline("status");
+    }
     if is_stale && life.validate.is_zero() {
-        return Verdict::Share("stale");
+        return Verdict::Share("stale", names);
     }
     Verdict::Store(life, names)
 }
@@ -109,6 +123,11 @@ fn varies_by(headers: &HeaderMap, keyed: &[HeaderName]) -> Option<Box<[HeaderNam
             names.push(name);
         }
     }
+    // What is encoded is not for everybody, also where nobody says so (precompressed files).
+    let is_encoded = list(headers, header::CONTENT_ENCODING).any(|coding| !coding.eq_ignore_ascii_case("identity"));
+    if is_encoded && !keyed.contains(&header::ACCEPT_ENCODING) {
+        names.push(header::ACCEPT_ENCODING);
+    }
     names.sort_by(|a, b| a.as_str().cmp(b.as_str()));
     names.dedup();
     Some(names.into())
@@ -121,24 +140,41 @@ fn forbidden(
     headers: &HeaderMap,
     directives: &ResponseDirectives,
 ) -> Option<&'static str> {
-    let policy = exchange.policy;
     if matches!(status, StatusCode::PARTIAL_CONTENT | StatusCode::NOT_MODIFIED) || status.is_informational() {
         return Some("status");
     }
-    if exchange.no_cache {
-        return Some("no-cache");
-    }
-    if headers.contains_key(header::SET_COOKIE) && !policy.stores_cookies {
-        return Some("set-cookie");
-    }
-    let can_validate = policy.freshness == Freshness::Response;
     // In a 200 it means nothing, but is more likely a mistake of the handler's than none.
-    if headers.contains_key(header::CONTENT_RANGE) && !can_validate {
+    if headers.contains_key(header::CONTENT_RANGE) && exchange.policy.freshness != Freshness::Response {
         return Some("partial");
     }
     if directives.must_understand && status.canonical_reason().is_none() {
         return Some("must-understand");
     }
+    if let Some(reason) = reserved(exchange, headers, directives) {
+        return Some(reason);
+    }
+    let media_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    for stream in [&b"text/event-stream"[..], b"multipart/x-mixed-replace", b"application/grpc"] {
+        if media_type.get(..stream.len()).is_some_and(|start| start.eq_ignore_ascii_case(stream)) {
+            return Some("stream");
+        }
+    }
+    None
+}
+
+/// Why a response is for nobody but its own request, whatever the protocol: it says so.
+pub(crate) fn reserved(
+    exchange: &Exchange<'_>,
+    headers: &HeaderMap,
+    directives: &ResponseDirectives,
+) -> Option<&'static str> {
+    if exchange.no_cache {
+        return Some("no-cache");
+    }
+    if headers.contains_key(header::SET_COOKIE) && !exchange.policy.stores_cookies {
+        return Some("set-cookie");
+    }
+    let can_validate = exchange.policy.freshness == Freshness::Response;
     for (forbids, detail) in [
         (directives.no_store, "no-store"),
         (directives.private, "private"),
@@ -149,16 +185,7 @@ fn forbidden(
         }
     }
     let is_public = directives.public || directives.must_revalidate || directives.s_maxage.is_some();
-    if exchange.needs_public && !is_public {
-        return Some("credentials");
-    }
-    let media_type = headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-    for stream in [&b"text/event-stream"[..], b"multipart/x-mixed-replace", b"application/grpc"] {
-        if media_type.get(..stream.len()).is_some_and(|start| start.eq_ignore_ascii_case(stream)) {
-            return Some("stream");
-        }
-    }
-    None
+    (exchange.needs_public && !is_public).then_some("credentials")
 }
 
 /// A tenth of the time since it was last modified (section 4.2.2).
@@ -224,7 +251,9 @@ mod tests {
             Verdict::Store(_, names) => {
                 format!("by {}", names.iter().map(HeaderName::as_str).collect::<Vec<_>>().join(","))
             }
-            Verdict::Share(reason) => format!("shared: {reason}"),
+            Verdict::Share(reason, names) if names.is_empty() => format!("shared: {reason}"),
+            Verdict::Share(reason, names) => format!("shared: {reason} by {names:?}"),
+            Verdict::Decline(reason) => format!("declined: {reason}"),
             Verdict::Alone(reason) => format!("no: {reason}"),
             Verdict::Fail(reason) => format!("failed: {reason}"),
         }
@@ -255,6 +284,13 @@ mod tests {
             (404, &[], "shared: status"),
             (404, &[("cache-control", "max-age=5")], "shared: status"),
             (301, &[], "shared: status"),
+            (302, &[], "declined: status"),
+            (401, &[], "declined: status"),
+            (429, &[], "declined: status"),
+            (404, &[("vary", "accept")], "shared: status by [\"accept\"]"),
+            (200, &[("cache-control", "max-age=0"), ("vary", "accept")], "shared: stale by [\"accept\"]"),
+            (200, &[("content-encoding", "gzip")], "by accept-encoding"),
+            (200, &[("content-encoding", "identity")], "3600"),
             (206, &[], "no: status"),
             (500, &[("cache-control", "max-age=5")], "failed: status"),
             (200, &[("set-cookie", "a=b")], "no: set-cookie"),
@@ -285,7 +321,12 @@ mod tests {
             (502, &[modified], "failed: status"),
             (599, &[("cache-control", "max-age=5")], "5"),
             (599, &[("cache-control", "max-age=5, must-understand")], "no: must-understand"),
-            (403, &[modified], "shared: status"),
+            (403, &[modified], "declined: status"),
+            (401, &[("cache-control", "max-age=0")], "declined: status"),
+            (401, &[("cache-control", "no-cache"), ("etag", "\"a\"")], "declined: status"),
+            (401, &[("cache-control", "max-age=5")], "5"),
+            (503, &[("cache-control", "max-age=0")], "failed: status"),
+            (404, &[("cache-control", "max-age=0"), ("etag", "\"a\"")], "0"),
             (599, &[modified], "failed: status"),
             (599, &[modified, ("cache-control", "public")], "100"),
             (200, &[("cache-control", "max-age=5, no-cache"), ("etag", "\"a\"")], "0"),
@@ -298,6 +339,32 @@ mod tests {
     }
 
     #[test]
+    fn only_some_words_make_a_response_everybodys() {
+        let targeted = HeaderName::from_static("tower-cache-control");
+        for (control, is_public) in [
+            ("public", true),
+            ("s-maxage=5", true),
+            ("must-revalidate", true),
+            ("proxy-revalidate", false),
+            ("max-age=5", false),
+        ] {
+            let response = http::Response::builder().header("cache-control", control).body(()).unwrap();
+            let data_type = DataType::new("page", Ttl::Standard);
+            let exchange = Exchange {
+                policy: &data_type.policy,
+                keyed: &[],
+                no_cache: false,
+                needs_public: true,
+                targeted: &targeted,
+                now: SystemTime::UNIX_EPOCH,
+                took: Duration::ZERO,
+            };
+            let verdict = show(&judge(&exchange, &response.into_parts().0));
+            assert_eq!(verdict != "no: credentials", is_public, "{control}");
+        }
+    }
+
+    #[test]
     fn negative_answers_have_a_ttl_of_their_own() {
         let data_type = || DataType::new("page", Ttl::Standard).negative([404, 410], Duration::from_secs(10));
         for (status, headers, expected) in [
@@ -305,7 +372,7 @@ mod tests {
             (410, &[], "10"),
             (404, &[("cache-control", "max-age=5")], "5"),
             (404, &[("cache-control", "no-store")], "no: no-store"),
-            (403, &[], "shared: status"),
+            (403, &[], "declined: status"),
             (200, &[], "3600"),
         ] {
             assert_eq!(show(&judge_as(data_type(), status, headers)), expected, "{status} {headers:?}");

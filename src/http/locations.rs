@@ -11,10 +11,11 @@ const NOWHERE: &str = "nowhere.invalid";
 pub(crate) struct Target(Option<Uri<String>>);
 
 impl Target {
-    pub(crate) fn new(uri: &http::Uri, headers: &HeaderMap) -> Self {
+    /// `path` is that of the request as its client sees it.
+    pub(crate) fn new(uri: &http::Uri, path: &str, headers: &HeaderMap) -> Self {
         let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
         let host = uri.authority().map(http::uri::Authority::as_str).or(host).unwrap_or(NOWHERE);
-        Self(Uri::parse(format!("http://{host}{}", uri.path())).ok())
+        Self(Uri::parse(format!("http://{host}{path}")).ok())
     }
 
     /// The path that this reference names, in its normal form.
@@ -25,7 +26,8 @@ impl Target {
     /// The same, if it is on the host of the request. Behind a proxy that ends TLS the scheme is another one.
     pub(crate) fn own_path(&self, reference: &HeaderValue) -> Option<String> {
         let (own, named) = (self.0.as_ref()?.normalize(), self.resolve(reference)?);
-        let is_own = own.authority().map(|a| a.as_str()) == named.authority().map(|a| a.as_str());
+        let host = |uri: &Uri<String>| uri.authority().map(|authority| without_port(authority.as_str()).to_owned());
+        let is_own = host(&own) == host(&named);
         is_own.then(|| named.path().as_str().to_owned())
     }
 
@@ -33,6 +35,11 @@ impl Target {
         let reference = UriRef::parse(reference.to_str().ok()?).ok()?;
         Some(reference.resolve_against(self.0.as_ref()?).ok()?.normalize())
     }
+}
+
+/// Without a port that is the usual one, of either scheme.
+fn without_port(authority: &str) -> &str {
+    authority.strip_suffix(":443").or_else(|| authority.strip_suffix(":80")).unwrap_or(authority)
 }
 
 #[cfg(test)]
@@ -43,7 +50,7 @@ mod tests {
     fn references_are_resolved_as_the_rfc_has_it() {
         let mut headers = HeaderMap::new();
         headers.insert(header::HOST, HeaderValue::from_static("Example.com:80"));
-        let target = Target::new(&"/teams/7/agents".parse().unwrap(), &headers);
+        let target = Target::new(&"/agents".parse().unwrap(), "/teams/7/agents", &headers);
         for (reference, path, is_own) in [
             ("/agents/1", Some("/agents/1"), true),
             ("agents/1", Some("/teams/7/agents/1"), true),
@@ -64,7 +71,10 @@ mod tests {
             assert_eq!(target.path(&value).as_deref(), path, "{reference}");
             assert_eq!(target.own_path(&value).is_some(), is_own, "{reference}");
         }
-        let target = Target::new(&"/agents".parse().unwrap(), &HeaderMap::new());
+        let target = Target::new(&"/agents".parse().unwrap(), "/agents", &HeaderMap::new());
+        headers.insert(header::HOST, HeaderValue::from_static("example.com:443"));
+        let secure = Target::new(&"/agents".parse().unwrap(), "/agents", &headers);
+        assert!(secure.own_path(&HeaderValue::from_static("https://example.com/agents/1")).is_some());
         let elsewhere = HeaderValue::from_static("http://example.com/agents/1");
         assert_eq!((target.own_path(&elsewhere), target.path(&elsewhere).as_deref()), (None, Some("/agents/1")));
     }

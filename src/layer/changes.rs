@@ -11,6 +11,7 @@ use super::core::Core;
 use crate::{
     catalog::Change,
     key::{Tag, Tenant},
+    store::Stamp,
 };
 
 /// More ids of one request are not kept one by one: their types fall whole.
@@ -89,7 +90,8 @@ impl Changes {
         self
     }
 
-    /// Follows this relation of the cascades of what has changed, by this and by what the route declares.
+    /// Follows this relation of the cascades of what has changed, by this and by what the route declares. Where it has a
+    /// resolver, all children of the tenant fall: it could only be asked now, and the rows that name them may be gone.
     pub fn include(&self, relation: impl Into<Arc<str>>) -> &Self {
         push_new(&mut self.said().change.include, relation.into());
         self
@@ -182,6 +184,8 @@ struct Dependencies {
     things: Vec<Thing>,
     /// Those of the values that it is made of.
     tags: Vec<Tag>,
+    /// And under which generations those were valid that came from the cache.
+    stamps: Vec<Stamp>,
     /// It is made of a value that is stale, or that no write finds.
     is_spoiled: bool,
 }
@@ -202,17 +206,34 @@ impl Reads {
         tags.for_each(|tag| push_bounded(&mut said.tags, tag.clone()));
     }
 
+    /// It is made of a value that was stored under these generations.
+    pub(crate) fn add_stamps(&self, stamps: &[Stamp]) {
+        self.add_tags(stamps.iter().map(|stamp| &stamp.tag));
+        let mut said = self.said();
+        stamps.iter().for_each(|stamp| push_bounded(&mut said.stamps, stamp.clone()));
+    }
+
+    /// Under which generations the values were valid that it is made of.
+    pub(crate) fn stamps(&self) -> Vec<Stamp> {
+        self.said().stamps.clone()
+    }
+
     /// It is made of a value that is stale, or that no write finds.
     pub(crate) fn spoil(&self) {
         self.said().is_spoiled = true;
     }
 
-    /// It is made of a value that depends on all this.
-    pub(crate) fn add_all(&self, other: &Self) {
-        let Dependencies { things, tags, is_spoiled } = other.said().clone();
+    /// It is made of a value that was loaded, has these tags if any write can find it, and depends on all this.
+    pub(crate) fn add_loaded(&self, tags: Option<&[Tag]>, other: &Self) {
+        match tags {
+            Some(tags) => self.add_tags(tags.iter()),
+            None => self.spoil(),
+        }
+        let Dependencies { things, tags, stamps, is_spoiled } = other.said().clone();
         let mut said = self.said();
         things.into_iter().for_each(|one| push_bounded(&mut said.things, one));
         tags.into_iter().for_each(|tag| push_bounded(&mut said.tags, tag));
+        stamps.into_iter().for_each(|stamp| push_bounded(&mut said.stamps, stamp));
         said.is_spoiled |= is_spoiled;
     }
 
@@ -223,17 +244,17 @@ impl Reads {
 
     pub(crate) fn count(&self) -> usize {
         let said = self.said();
-        said.things.len() + said.tags.len() + usize::from(said.is_spoiled)
+        said.things.len() + said.tags.len() + said.stamps.len() + usize::from(said.is_spoiled)
     }
 
     /// The tags of what it depends on: those of the values that it is made of, and of that entity's own entries.
     pub(crate) fn tags(&self, core: &Core, tenant: &Tenant) -> Result<Vec<Tag>, &'static str> {
-        let Dependencies { things, mut tags, is_spoiled } = self.said().clone();
+        let Dependencies { things, mut tags, stamps, is_spoiled } = self.said().clone();
         if is_spoiled {
             return Err("stale-part");
         }
         let is_others = tags.iter().any(|tag| tag.tenant() != tenant.head());
-        if is_others || things.len().max(tags.len()) > MOST_READ {
+        if is_others || things.len().max(tags.len()).max(stamps.len()) > MOST_READ {
             if core.warnings.is_new("depends_on", "") {
                 tracing::warn!("not stored, for it depends on another tenant's things, or on more than 1,000");
             }

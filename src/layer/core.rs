@@ -16,7 +16,7 @@ use crate::{
     engine::{Engine, Invalidated},
     error::ConfigError,
     key::{Space, Tag, Tenant},
-    route::{OnUnmapped, Routes, TenantSource},
+    route::{Hosts, Identity, Known, OnUnmapped, Routes, TenantSource},
     store::Fence,
 };
 
@@ -38,6 +38,8 @@ pub(crate) struct Core {
     pub(crate) cascades: Cascades,
     pub(crate) routes: Routes,
     pub(crate) tenants: TenantSource,
+    pub(crate) identity: Identity,
+    pub(crate) hosts: Hosts,
     pub(crate) space: Space,
     pub(crate) engine: Arc<Engine>,
     pub(crate) options: Options,
@@ -66,6 +68,26 @@ pub(crate) struct Options {
 impl Core {
     pub(crate) fn policy(&self, data_type: &str) -> Policy {
         self.catalogue.policy(data_type)
+    }
+
+    /// What identifies a request besides its route.
+    pub(crate) fn known(&self) -> Known<'_> {
+        Known { tenants: &self.tenants, space: &self.space, identity: &self.identity, hosts: &self.hosts }
+    }
+
+    /// A path that no route reads. If one would, but for a prefix, somebody has taken pains for nothing.
+    pub(crate) fn unmatched(&self, path: &str) {
+        if !self.warnings.looks_again() {
+            return;
+        }
+        if let Some(prefix) = self.routes.prefix_of(path).filter(|prefix| self.warnings.is_new("prefix", prefix)) {
+            tracing::warn!(
+                path,
+                prefix,
+                "no route reads this path, but one would without the prefix, or with it: routes are written as clients see \
+                 them; say `mounted_at` where a router hides the prefix, or use the feature `axum`"
+            );
+        }
     }
 
     /// The time as dates in headers have it.

@@ -13,6 +13,7 @@ mod future;
 mod grpc;
 mod invalidate;
 mod reading;
+mod request;
 mod serve;
 mod warnings;
 mod write;
@@ -27,7 +28,8 @@ pub use extensions::{CacheTags, NoCache};
 pub use future::ResponseFuture;
 pub(crate) use future::joined;
 #[cfg(feature = "grpc")]
-pub use grpc::{Grpc, GrpcBody, GrpcLayer, GrpcResponseBody};
+pub use grpc::{Grpc, GrpcLayer, GrpcResponseBody};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
+pub use request::{Bodies, NoBodies, ReadBody, RequestBody};
 pub(crate) use warnings::Warnings;
 pub(crate) use writing::{Due, Writing};

@@ -55,7 +55,7 @@ pub(super) fn settle(
     let Some(leader) = leader else {
         forwarded.detail = Some(match verdict {
             Verdict::Store(..) => "store-unavailable",
-            Verdict::Share(why) | Verdict::Alone(why) | Verdict::Fail(why) => why,
+            Verdict::Share(why, _) | Verdict::Alone(why) | Verdict::Decline(why) | Verdict::Fail(why) => why,
         });
         return None;
     };
@@ -64,13 +64,18 @@ pub(super) fn settle(
             forwarded.stored = true;
             Some((leader, life, names))
         }
-        Verdict::Share(why) => {
+        Verdict::Share(why, names) => {
             forwarded.detail = Some(why);
-            Some((leader, Lifetime::fresh_for(Some(Duration::ZERO)), Box::default()))
+            Some((leader, Lifetime::fresh_for(Some(Duration::ZERO)), names))
         }
         Verdict::Alone(why) => {
             forwarded.detail = Some(why);
             leader.unshareable();
+            None
+        }
+        Verdict::Decline(why) => {
+            forwarded.detail = Some(why);
+            leader.decline();
             None
         }
         Verdict::Fail(why) => {
@@ -194,7 +199,8 @@ impl Reading {
             trailers: trailers.clone(),
         };
         let keep = self.forwarded.stored;
-        let sealed = self.leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
+        let leader = self.leader.made_of(self.known.0.stamps());
+        let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
         self.forwarded.stored = keep && sealed.as_ref().is_some_and(Sealed::is_kept);
         client.end(|| {
             let handled = Handled::Forwarded(self.forwarded);

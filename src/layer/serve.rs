@@ -80,7 +80,7 @@ impl Asked {
             return false;
         };
         let says = ResponseDirectives::of(&stored.headers, targeted);
-        let strict = says.must_revalidate || says.no_cache || says.s_maxage.is_some();
+        let strict = says.must_revalidate || says.proxy_revalidate || says.no_cache || says.s_maxage.is_some();
         !strict && entry.ttl(now).is_some_and(|ttl| -ttl <= most as i64) && self.accepts(entry, now)
     }
 }

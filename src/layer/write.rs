@@ -8,7 +8,10 @@
 
 use std::{
     panic::{AssertUnwindSafe, resume_unwind},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use futures_util::FutureExt;
@@ -22,29 +25,64 @@ use tracing::Instrument;
 use super::{
     changes::Changes,
     core::Core,
-    writing::{Refused, Writing},
+    writing::{Due, Refused, Writing},
 };
 use crate::{
     catalog::Change,
     http::locations::Target,
-    route::{Mutated, Written},
+    route::{Mutated, Place, Written},
 };
 
-/// By which cache an unsafe request is taken care of already: several layers of one cache may see it.
+/// By which caches an unsafe request is taken care of already, and as what: several layers of one cache may see it, and one
+/// of them may know more, be it the path or the route.
 #[derive(Clone, Debug, Default)]
-struct Claimed(SmallVec<[usize; 2]>);
+struct Claimed(SmallVec<[Claim; 2]>);
+
+#[derive(Clone, Debug)]
+struct Claim {
+    cache: usize,
+    /// What is known to change; nothing if nobody has said anything.
+    change: Option<Change>,
+    /// Whether a layer inside knows better.
+    is_known_inside: Arc<AtomicBool>,
+}
+
+impl Claimed {
+    /// Claims it for a cache, unless that knows as much already.
+    fn claim(&mut self, cache: usize, written: &Written) -> Option<Arc<AtomicBool>> {
+        let change = match written {
+            Written::Declared(mutated) => Some(mutated.change()),
+            Written::Read(change) => Some(change),
+            Written::Unmapped => None,
+        };
+        let mut own = self.0.iter().filter(|claim| claim.cache == cache).peekable();
+        let is_first = own.peek().is_none();
+        if !is_first && (change.is_none() || own.clone().any(|claim| claim.change.as_ref() == change)) {
+            return None;
+        }
+        own.for_each(|outer| outer.is_known_inside.store(true, Ordering::Release));
+        let claim = Claim { cache, change: change.cloned(), is_known_inside: Arc::default() };
+        let is_known_inside = claim.is_known_inside.clone();
+        self.0.push(claim);
+        Some(is_known_inside)
+    }
+}
 
 /// An unsafe request.
 pub(super) struct Write {
     writing: Writing,
     written: Written,
     target: Target,
+    place: Place<'static>,
+    /// A layer inside knows better what it changes, and says so in the response.
+    is_known_inside: Arc<AtomicBool>,
 }
 
-/// A response after its write, and what is to be dropped once more when its body is over: it may still be written.
+/// A response after its write, and what is to be dropped once more when its body is over (or was dropped unread, hence the
+/// order): it may still be written.
 pub(super) struct Answered<R> {
     pub(super) response: Response<R>,
-    pub(super) again: Option<Writing>,
+    pub(super) again: Option<Due>,
 }
 
 /// What a write comes to.
@@ -68,21 +106,20 @@ fn refuses(status: StatusCode) -> bool {
 impl Write {
     /// An unsafe request that no other layer of this cache takes care of; it is then claimed, and its handler may say what
     /// it changes.
-    pub(super) fn of<B>(core: &Arc<Core>, request: &mut Request<B>) -> Option<Self> {
-        let written = core.routes.written(request.method(), request.uri())?;
-        let cache = Arc::as_ptr(core) as usize;
+    pub(super) fn of<B>(core: &Arc<Core>, request: &mut Request<B>, mount: Option<&str>) -> Option<Self> {
+        let place = Place::new(request.uri(), request.extensions(), mount);
+        let written = core.routes.written(request.method(), &place)?;
+        let place = place.into_owned();
         let claimed = request.extensions_mut().get_or_insert_default::<Claimed>();
-        if claimed.0.contains(&cache) {
-            return None;
-        }
-        claimed.0.push(cache);
+        let is_known_inside = claimed.claim(Arc::as_ptr(core) as usize, &written)?;
         let changes = request.extensions_mut().get_or_insert_default::<Changes>().clone();
-        let (uri, method) = (request.uri(), request.method());
-        let what = format!("{method} {}", uri.path());
+        let what = format!("{} {}", request.method(), place.full());
         Some(Self {
             written,
-            target: Target::new(uri, request.headers()),
+            target: Target::new(request.uri(), place.full(), request.headers()),
             writing: Writing::new(core, Arc::default(), changes, what),
+            place,
+            is_known_inside,
         })
     }
 
@@ -123,15 +160,17 @@ impl Write {
         self.ended(outcome, response.map(Response::headers)).await;
         if self.writing.is_idle() {
             let response = result.unwrap_or_else(|panic| resume_unwind(panic))?;
-            let again = (outcome != Outcome::Refused && streams(response.body())).then_some(self.writing);
+            let again = (outcome != Outcome::Refused && streams(response.body())).then(|| Due::arm(self.writing));
             return Ok(Ok(Answered { response, again }));
         }
         let (core, again) = (self.writing.core.clone(), self.writing.again());
         let report = self.writing.end().await;
         let mut response = result.unwrap_or_else(|panic| resume_unwind(panic))?;
-        Writing::report(&core, &report, response.headers_mut());
-        response.extensions_mut().insert(report);
-        let again = streams(response.body()).then_some(again);
+        if !self.is_known_inside.load(Ordering::Acquire) {
+            Writing::report(&core, &report, response.headers_mut());
+            response.extensions_mut().insert(report);
+        }
+        let again = streams(response.body()).then(|| Due::arm(again));
         Ok(Ok(Answered { response, again }))
     }
 
@@ -146,7 +185,7 @@ impl Write {
                 let types = change.entities.iter().map(|(t, _)| t).chain(&change.all);
                 self.writing.begin(change, types.map(|t| &**t)).await
             }
-            Written::Unmapped => Ok(()),
+            Written::Unmapped => self.writing.admit(),
         }
     }
 
@@ -164,10 +203,12 @@ impl Write {
                 changes.into_iter().for_each(|change| self.writing.declare(change));
             }
             Written::Read(change) => self.writing.declare(change.clone()),
-            Written::Unmapped if self.writing.is_silent() && !self.writing.changes.says_nothing() => {
-                self.writing.is_unmapped(outcome == Outcome::Done);
+            Written::Unmapped => {
+                let is_mapped = self.is_known_inside.load(Ordering::Acquire) || self.writing.changes.says_nothing();
+                if !is_mapped && self.writing.is_silent() {
+                    self.writing.is_unmapped(outcome == Outcome::Done);
+                }
             }
-            Written::Unmapped => {}
         }
     }
 
@@ -175,7 +216,7 @@ impl Write {
     fn created(&self, mutated: &Mutated, response: Option<&HeaderMap>) -> Option<Change> {
         let data_type = mutated.creates()?;
         let path = response.and_then(|headers| self.target.path(headers.get(header::LOCATION)?));
-        let located = path.and_then(|path| self.writing.core.routes.locate(&path));
+        let located = path.and_then(|path| self.writing.core.routes.locate(&path, &self.place));
         let created = located.filter(|change| change.entities.iter().any(|(found, _)| found == data_type));
         Some(created.unwrap_or_else(|| Change::all(data_type.clone())).include(mutated.include()))
     }
@@ -184,7 +225,7 @@ impl Write {
     fn located(&self, headers: &HeaderMap) -> Vec<Change> {
         let named = [header::LOCATION, header::CONTENT_LOCATION].into_iter().flat_map(|name| headers.get_all(name));
         let paths = named.filter_map(|reference| self.target.own_path(reference));
-        paths.filter_map(|path| self.writing.core.routes.locate(&path)).collect()
+        paths.filter_map(|path| self.writing.core.routes.locate(&path, &self.place)).collect()
     }
 }
 

@@ -85,6 +85,13 @@ impl Writing {
         if raised.is_err() && core.options.rejects { Err(Refused) } else { Ok(()) }
     }
 
+    /// Refuses what nobody has said anything of, where that would drop everything, and the store cannot be told.
+    pub(super) fn admit(&self) -> Result<(), Refused> {
+        let Core { options, engine, .. } = &*self.core;
+        let drops = options.rejects && options.on_unmapped == OnUnmapped::Drop;
+        if drops && !engine.health().takes_invalidations() { Err(Refused) } else { Ok(()) }
+    }
+
     /// Adds what a change drops, as the relations are now.
     async fn add(&mut self, change: &Change) {
         if self.tenants.is_empty() {
@@ -138,11 +145,14 @@ impl Writing {
 
     /// Drops everything, what the handler has said included, and lifts the fence.
     pub(crate) async fn end(mut self) -> Invalidated {
-        let said = self.changes.hear(&mut self.heard);
+        let mut said = self.changes.hear(&mut self.heard);
+        said.late = said.include.clone();
         for change in std::mem::take(&mut self.declared) {
-            match &said.include[..] {
+            let late: Vec<_> =
+                said.include.iter().filter(|relation| !change.include.contains(relation)).cloned().collect();
+            match &late[..] {
                 [] => self.add(&change).await,
-                relations => self.add_said(&change.include(relations)).await,
+                relations => self.add_said(&Change { late: late.clone(), ..change.include(relations) }).await,
             }
         }
         if !said.is_empty() {

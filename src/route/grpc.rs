@@ -5,22 +5,23 @@
 //! over the message yields (the bytes of equal messages may differ: protobuf has no canonical form).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fmt,
     sync::{Arc, Once},
 };
 
-use http::{HeaderMap, HeaderName, header};
-use sha2::{Digest, Sha256};
+use http::{HeaderMap, HeaderName, header, request};
 
 use super::{
+    Credentials, Identity, Known,
     check::{Cause, Check, Expected, Reader},
+    identity::Credential,
     tenant::header_values,
 };
 use crate::{
     catalog::{Cascades, Catalogue, Entities, Policy},
     error::ConfigError,
-    key::{KeyBuf, Space, Tag, Tenant, push_escaped, push_ids, push_type},
+    key::{KeyBuf, Tag, Tenant, push_ids, push_secret, push_type},
 };
 
 /// What a message is about.
@@ -68,7 +69,8 @@ pub struct GrpcMethod {
     path: String,
     data_type: String,
     mutates: bool,
-    shared: bool,
+    credentials: Credentials,
+    per_host: bool,
     include: Vec<String>,
     describe: Option<Arc<Describe>>,
     declares_tags: bool,
@@ -81,7 +83,8 @@ impl GrpcMethod {
             path: path.into(),
             data_type: data_type.into(),
             mutates: false,
-            shared: false,
+            credentials: Credentials::Bypass,
+            per_host: false,
             include: vec![],
             describe: None,
             declares_tags: false,
@@ -102,11 +105,18 @@ impl GrpcMethod {
         self
     }
 
-    /// Requests with `authorization` are answered from the cache too: within a tenant everybody who gets through the
-    /// outer layers may see the same response.
+    /// What to do with requests that carry credentials (in their metadata, as in HTTP); by default they bypass the cache.
     #[must_use]
-    pub fn shared(mut self) -> Self {
-        self.shared = true;
+    pub fn credentials(mut self, credentials: Credentials) -> Self {
+        self.credentials = credentials;
+        self
+    }
+
+    /// The response depends on the [host](crate::CacheBuilder::hosts) (`:authority`). By default it does not: clients that balance
+    /// by themselves name the address of each server.
+    #[must_use]
+    pub fn per_host(mut self) -> Self {
+        self.per_host = true;
         self
     }
 
@@ -145,7 +155,8 @@ impl fmt::Debug for GrpcMethod {
 pub(crate) struct GrpcRoute {
     pub(crate) data_type: Arc<str>,
     pub(crate) mutates: bool,
-    pub(crate) shared: bool,
+    credentials: Credential,
+    per_host: bool,
     pub(crate) policy: Policy,
     pub(crate) include: Arc<[Arc<str>]>,
     pub(crate) path: String,
@@ -157,6 +168,8 @@ pub(crate) struct GrpcRoute {
 /// What a read looks for.
 pub(crate) struct GrpcWanted {
     pub(crate) key: KeyBuf,
+    /// The response may be stored only if it says that it is for everybody.
+    pub(crate) needs_public: bool,
     pub(crate) tags: Vec<Tag>,
 }
 
@@ -166,6 +179,7 @@ impl GrpcRoute {
         methods: &[GrpcMethod],
         catalogue: &Catalogue,
         cascades: &Cascades,
+        identity: &Identity,
         check: &mut Check<'_>,
     ) -> Result<BTreeMap<String, Arc<Self>>, ConfigError> {
         let mut routes = BTreeMap::new();
@@ -188,7 +202,8 @@ impl GrpcRoute {
             let route = Self {
                 data_type: data_type.into(),
                 mutates: method.mutates,
-                shared: method.shared,
+                credentials: Credential::new(&what, &method.credentials, identity)?,
+                per_host: method.per_host,
                 policy: catalogue.policy(data_type),
                 include,
                 path: method.path.clone(),
@@ -201,6 +216,11 @@ impl GrpcRoute {
             }
         }
         Ok(routes)
+    }
+
+    /// Whether a request with these headers must not be answered from the cache.
+    pub(crate) fn forbids(&self, headers: &HeaderMap, identity: &Identity) -> bool {
+        headers.keys().any(|name| self.credentials.forbids(name, identity))
     }
 
     /// Whether a mutation's message says what it is about.
@@ -217,54 +237,73 @@ impl GrpcRoute {
     /// without its frame, unless it is compressed.
     pub(crate) fn wanted(
         &self,
-        space: &Space,
         tenant: &Tenant,
-        headers: &HeaderMap,
+        parts: &request::Parts,
         (framed, message): (&[u8], Option<&[u8]>),
-        (entities, expected): (&Entities, &Expected),
+        known: &Known<'_>,
+        declared: (&Entities, &Expected),
     ) -> Result<GrpcWanted, &'static str> {
+        let (headers, identity) = (&parts.headers, known.identity);
+        let needs_public = headers.keys().any(|name| self.credentials.needs_public(name, identity));
         let mut key = KeyBuf::new();
-        space.push_entry(&mut key, &tenant.name);
+        known.space.push_entry(&mut key, &tenant.name);
         push_type(&mut key, &self.data_type);
-        let mut tags = vec![];
         let target = match &self.describe {
             None => None,
             Some(describe) => Some(message.and_then(|message| describe(message)).ok_or("message")?),
         };
-        let head = tenant.head();
-        match &target {
-            None => push_ids(&mut key, None, []),
-            Some(target) => {
-                // No form in which a write would find it.
-                let id = |(e, id): &(String, String)| Some((e.clone(), entities.id(e, id.as_bytes())?.into_owned()));
-                let ids = |named: &[(String, String)]| named.iter().map(id).collect::<Option<Vec<_>>>().ok_or("id");
-                let (mut scope, also) = (ids(&target.scope)?, ids(&target.tags)?);
-                scope.sort_unstable();
-                let entity = entities.of_type(&self.data_type);
-                let resource = entities.id(entity, target.resource.as_bytes()).ok_or("id")?;
-                push_ids(&mut key, Some(&*resource), scope.iter().map(|(e, id)| (e.as_str(), &id[..])));
-                let own = (entity.to_owned(), resource.to_vec());
-                let named: Vec<_> = std::iter::once(own).chain(scope).chain(also).collect();
-                let names = |entity: &str| named.iter().any(|(e, _)| e == entity);
-                if !self.declares_tags
-                    && let Some(missing) = expected.missing(&self.data_type, names)
-                {
-                    let method = &self.path;
-                    self.warned.call_once(|| {
-                        tracing::warn!(%method, %missing, "not cached: its message does not say what writes drop it by");
-                    });
-                    return Err("tags");
-                }
-                for (entity, id) in &named {
-                    let tag = Tag::entity(head, &self.data_type, entity, id);
-                    if !tags.contains(&tag) {
-                        tags.push(tag);
-                    }
-                }
+        let mut tags = match &target {
+            None => {
+                push_ids(&mut key, None, []);
+                vec![]
             }
-        }
-        tags.push(Tag::all(head, &self.data_type));
+            Some(target) => self.push_target(&mut key, tenant.head(), target, declared)?,
+        };
+        tags.push(Tag::all(tenant.head(), &self.data_type));
         key.push(b'g');
+        if self.per_host {
+            known.hosts.push(&mut key, &parts.uri, headers)?;
+        }
+        self.credentials.push_user(&mut key, parts, identity)?;
+        self.push_variant(&mut key, headers, target.as_ref().map_or(framed, |target| &target.variant));
+        Ok(GrpcWanted { key, needs_public, tags })
+    }
+
+    /// Appends the ids of what a message is about, and gives their tags.
+    fn push_target(
+        &self,
+        key: &mut KeyBuf,
+        head: &[u8],
+        target: &GrpcTarget,
+        (entities, expected): (&Entities, &Expected),
+    ) -> Result<Vec<Tag>, &'static str> {
+        // No form in which a write would find it.
+        let id = |(e, id): &(String, String)| Some((e.clone(), entities.id(e, id.as_bytes())?.into_owned()));
+        let ids = |named: &[(String, String)]| named.iter().map(id).collect::<Option<Vec<_>>>().ok_or("id");
+        let (mut scope, also) = (ids(&target.scope)?, ids(&target.tags)?);
+        scope.sort_unstable();
+        let entity = entities.of_type(&self.data_type);
+        let resource = entities.id(entity, target.resource.as_bytes()).ok_or("id")?;
+        push_ids(key, Some(&*resource), scope.iter().map(|(e, id)| (e.as_str(), &id[..])));
+        let own = (entity.to_owned(), resource.to_vec());
+        let named: Vec<_> = std::iter::once(own).chain(scope).chain(also).collect();
+        let missing = expected.missing(&self.data_type, |entity| named.iter().any(|(e, _)| e == entity));
+        if let Some(missing) = missing.filter(|_| !self.declares_tags) {
+            let method = &self.path;
+            self.warned.call_once(|| {
+                tracing::warn!(%method, %missing, "not cached: its message does not say what writes drop it by");
+            });
+            return Err("tags");
+        }
+        let mut tags: Vec<_> =
+            named.iter().map(|(entity, id)| Tag::entity(head, &self.data_type, entity, id)).collect();
+        let mut seen = HashSet::new();
+        tags.retain(|tag| seen.insert(tag.clone()));
+        Ok(tags)
+    }
+
+    /// Appends the hash of what else a response depends on: its encodings, and the message or what it yields.
+    fn push_variant(&self, key: &mut KeyBuf, headers: &HeaderMap, message: &[u8]) {
         let mut parts: Vec<&[u8]> = vec![self.path.as_bytes()];
         for name in [header::CONTENT_TYPE, HeaderName::from_static("grpc-encoding")] {
             parts.push(headers.get(name).map_or(b"", http::HeaderValue::as_bytes));
@@ -276,15 +315,14 @@ impl GrpcRoute {
         accepted.sort_unstable();
         accepted.dedup();
         let accepted = accepted.join(&b","[..]);
-        parts.push(&accepted);
-        parts.push(target.as_ref().map_or(framed, |target| &target.variant));
-        let mut digest = Sha256::new();
+        parts.extend([&accepted, message]);
+        let mut all = vec![];
         for part in parts {
-            digest.update((part.len() as u64).to_be_bytes());
-            digest.update(part);
+            all.extend_from_slice(&(part.len() as u64).to_be_bytes());
+            all.extend_from_slice(part);
         }
-        push_escaped(&mut key, digest.finalize().iter().map(|b| format!("{b:02x}")).collect::<String>().as_bytes());
-        Ok(GrpcWanted { key, tags })
+        key.push(b'!');
+        push_secret(key, &all);
     }
 }
 

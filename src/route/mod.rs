@@ -3,25 +3,37 @@
 //! [`Route`]s say what may be cached and [`Mutation`]s what makes it stale; both are plain data. [`Routes`] is their
 //! compiled form: two path matchers (reads and writes), so that a request that is neither costs one look-up.
 
+mod body;
 mod check;
 #[cfg(feature = "grpc")]
 mod grpc;
+mod hosts;
+mod identity;
+mod method;
 mod mutation;
 mod pattern;
+mod place;
 mod query;
 mod read;
 mod tenant;
+
+pub use body::BodyKey;
 
 #[cfg(feature = "grpc")]
 pub use grpc::{GrpcMethod, GrpcTarget};
 #[cfg(feature = "grpc")]
 pub(crate) use grpc::{GrpcRoute, GrpcWanted};
-use mutation::is_unsafe;
+pub use hosts::Hosts;
+pub use identity::Credentials;
+pub(crate) use identity::{Identity, UserFrom};
+use method::is_unsafe;
 pub(crate) use mutation::{Mutated, MutationRoute};
 pub use mutation::{Mutation, OnUnmapped};
+pub(crate) use place::Place;
+use place::{Found, is_same};
 pub use query::Query;
-pub use read::{Credentials, Route};
-pub(crate) use read::{ReadRoute, Wanted, variant_key};
+pub use read::Route;
+pub(crate) use read::{At, Known, ReadRoute, Wanted, variant_key};
 pub(crate) use tenant::TenantSource;
 
 use std::{
@@ -29,26 +41,48 @@ use std::{
     sync::Arc,
 };
 
-use http::{Method, Uri};
+use http::Method;
 
 use crate::{
     catalog::{Cascades, Catalogue, Change, Entities},
     error::ConfigError,
 };
 use check::{Cause, Check, Expected, Reader};
-use pattern::{Param, Pattern};
+use pattern::{Param, Pattern, pattern_error};
 
 /// All routes, compiled.
 #[derive(Debug, Default)]
 pub(crate) struct Routes {
-    reads: matchit::Router<Arc<ReadRoute>>,
-    /// Per path, the mutating methods.
-    writes: matchit::Router<Vec<Arc<MutationRoute>>>,
+    reads: matchit::Router<OfPath<ReadRoute>>,
+    writes: matchit::Router<OfPath<MutationRoute>>,
     #[cfg(feature = "grpc")]
     grpc: BTreeMap<String, Arc<GrpcRoute>>,
     /// As they were declared.
     pub(crate) declared: Declared,
     pub(crate) expected: Expected,
+}
+
+/// What is declared of one path pattern, by method.
+#[derive(Debug)]
+struct OfPath<T> {
+    pattern: String,
+    routes: Vec<Arc<T>>,
+}
+
+impl<T> place::Pattern for OfPath<T> {
+    fn pattern(&self) -> &str {
+        &self.pattern
+    }
+}
+
+/// What a path is read by.
+pub(crate) struct Read<'k, 'p> {
+    /// By this method; `None` if only by others.
+    pub(crate) route: Option<&'k Arc<ReadRoute>>,
+    pub(crate) params: matchit::Params<'k, 'p>,
+    pub(crate) mount: &'p str,
+    /// The router does not say that it is another route.
+    pub(crate) is_certain: bool,
 }
 
 /// Reads and mutations in the order in which they were declared.
@@ -62,7 +96,10 @@ pub(crate) struct Declared {
 #[derive(Clone, Copy)]
 pub(crate) struct Table<'a> {
     pub(crate) routes: &'a [Route],
+    /// Paths that routes match, and that are not cached.
+    pub(crate) uncached: &'a [String],
     pub(crate) mutations: &'a [Mutation],
+    pub(crate) identity: &'a Identity,
     #[cfg(feature = "grpc")]
     pub(crate) grpc: &'a [GrpcMethod],
 }
@@ -95,15 +132,16 @@ impl Routes {
     pub(crate) fn new(catalogue: &Catalogue, cascades: &Cascades, table: Table<'_>) -> Result<Self, ConfigError> {
         let mut this = Self::default();
         let homes = homes(table.routes);
-        this.add_reads(catalogue, cascades, table.routes, &homes)?;
+        this.add_reads(catalogue, cascades, table, &homes)?;
         let readers = this.declared.reads.iter().cloned().map(Reader::Route);
         #[cfg(feature = "grpc")]
         let readers = readers.chain(table.grpc.iter().filter_map(GrpcMethod::reader));
         let readers: Vec<_> = readers.collect();
         let mut check = Check::new(cascades, &readers, homes);
         this.add_writes(catalogue, cascades, table.mutations, &mut check)?;
+        this.check_methods()?;
         #[cfg(feature = "grpc")]
-        this.add_grpc(catalogue, cascades, table.grpc, &mut check)?;
+        this.add_grpc(catalogue, cascades, table, &mut check)?;
         this.check_cascades(cascades, &mut check)?;
         this.check_entities(catalogue, cascades)?;
         this.expected = check.finish(catalogue);
@@ -114,21 +152,66 @@ impl Routes {
         &mut self,
         catalogue: &Catalogue,
         cascades: &Cascades,
-        routes: &[Route],
+        table: Table<'_>,
         homes: &BTreeMap<&str, Param>,
     ) -> Result<(), ConfigError> {
         let mut ids = BTreeMap::new();
-        for route in routes {
-            let compiled =
-                Arc::new(ReadRoute::new(route, catalogue, &cascades.entities, homes.get(&*route.data_type))?);
+        let mut reads: BTreeMap<&str, Vec<Arc<ReadRoute>>> = BTreeMap::new();
+        for route in table.routes {
+            let home = homes.get(&*route.data_type);
+            let compiled = Arc::new(ReadRoute::new(route, catalogue, &cascades.entities, table.identity, home)?);
             let what = format!("route {}", compiled.what());
-            if let Some(other) = ids.insert(compiled.id().to_vec(), &route.path).filter(|o| *o != &route.path) {
+            let of_path = reads.entry(&route.path).or_default();
+            if of_path.iter().any(|other| other.what() == compiled.what()) {
+                return Err(ConfigError::new(format!("{what} is declared twice; remove one of them")));
+            }
+            if let Some(other) = ids.insert(compiled.id().to_vec(), compiled.what()) {
                 return Err(ConfigError::new(format!("{what}: its hash equals that of {other}; rename a parameter")));
             }
-            self.reads.insert(route.path.clone(), compiled.clone()).map_err(|e| insert_error(&what, &e))?;
+            of_path.push(compiled.clone());
             self.declared.reads.push(compiled);
         }
+        for path in table.uncached {
+            let what = format!("uncached {path}");
+            let any: String =
+                path.split('/').map(|part| if part.contains('{') { "x" } else { part }).collect::<Vec<_>>().join("/");
+            let is_read = |pattern: &str| {
+                let mut router = matchit::Router::new();
+                router.insert(pattern, ()).is_ok() && router.at(&any).is_ok()
+            };
+            if !table.routes.iter().any(|route| is_read(&route.path)) {
+                return Err(ConfigError::new(format!(
+                    "{what}: no route matches that path anyway; mend it, or take it out"
+                )));
+            }
+            Pattern::new(path, &BTreeMap::new(), &cascades.entities).map_err(|e| pattern_error(&what, &e))?;
+            if reads.insert(path, vec![]).is_some() {
+                return Err(ConfigError::new(format!(
+                    "{what}: it is declared twice, or a route as well; take one out"
+                )));
+            }
+        }
+        for (path, routes) in reads {
+            let what =
+                routes.first().map_or_else(|| format!("uncached {path}"), |route| format!("route {}", route.what()));
+            let of_path = OfPath { pattern: path.to_owned(), routes };
+            self.reads.insert(path, of_path).map_err(|e| insert_error(&what, &e))?;
+        }
         Ok(())
+    }
+
+    /// A method reads a path or writes it.
+    fn check_methods(&self) -> Result<(), ConfigError> {
+        let is_read = |mutation: &&Arc<MutationRoute>| {
+            let mut reads = self.declared.reads.iter().filter(|read| read.is_for(&mutation.method));
+            reads.any(|read| is_same(place::Pattern::pattern(&**read), mutation.path(), true))
+        };
+        match self.declared.mutations.iter().find(is_read).map(|mutation| mutation.what()) {
+            None => Ok(()),
+            Some(both) => Err(ConfigError::new(format!(
+                "mutation {both}: a route says that this only reads; take the one or the other out"
+            ))),
+        }
     }
 
     fn add_writes(
@@ -151,7 +234,8 @@ impl Routes {
         }
         for (path, methods) in writes {
             let what = format!("mutation {} {path}", methods[0].method);
-            self.writes.insert(path, methods).map_err(|e| insert_error(&what, &e))?;
+            let of_path = OfPath { pattern: path.to_owned(), routes: methods };
+            self.writes.insert(path, of_path).map_err(|e| insert_error(&what, &e))?;
         }
         Ok(())
     }
@@ -161,10 +245,10 @@ impl Routes {
         &mut self,
         catalogue: &Catalogue,
         cascades: &Cascades,
-        methods: &[GrpcMethod],
+        table: Table<'_>,
         check: &mut Check<'_>,
     ) -> Result<(), ConfigError> {
-        self.grpc = GrpcRoute::compile(methods, catalogue, cascades, check)?;
+        self.grpc = GrpcRoute::compile(table.grpc, catalogue, cascades, table.identity, check)?;
         Ok(())
     }
 
@@ -208,39 +292,93 @@ impl Routes {
         self.grpc.values()
     }
 
-    pub(crate) fn read<'m>(&'m self, uri: &'m Uri) -> Option<matchit::Match<'m, 'm, &'m Arc<ReadRoute>>> {
-        self.reads.at(uri.path()).ok()
+    /// What reads this path, if anything cacheable does.
+    pub(crate) fn read<'k, 'p>(&'k self, method: &Method, place: &'p Place<'_>) -> Option<Read<'k, 'p>> {
+        let found = place.find(&self.reads).filter(|found| !found.value.routes.is_empty())?;
+        let route = found.value.routes.iter().find(|route| route.is_for(method));
+        Some(Read { route, params: found.params, mount: found.mount, is_certain: found.is_certain })
     }
 
     /// What a request changes, as far as that is declared; `None` if it may change nothing, or nothing that is not seen to
     /// elsewhere.
-    pub(crate) fn written(&self, method: &Method, uri: &Uri) -> Option<Written> {
-        if method.is_safe() {
+    pub(crate) fn written(&self, method: &Method, place: &Place<'_>) -> Option<Written> {
+        if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE) {
             return None;
         }
         let is_unsafe = is_unsafe(method);
-        if let Ok(found) = self.writes.at(uri.path()) {
-            let own = found.value.iter().find(|m| m.method == *method);
-            let any = || found.value.iter().find(|m| is_unsafe && m.is_for(method));
-            if let Some(route) = own.or_else(any) {
-                return Some(Written::Declared(Mutated::new(route, &found.params)));
+        let (read, written) = (place.find(&self.reads), place.find(&self.writes));
+        // One that only reads.
+        let reading =
+            read.as_ref().filter(|read| read.is_certain && read.value.routes.iter().any(|r| r.is_for(method)));
+        if let Some(found) = &written {
+            let own = found.value.routes.iter().find(|m| m.method == *method);
+            let any = || found.value.routes.iter().find(|m| is_unsafe && reading.is_none() && m.is_for(method));
+            let is_general = |read: &Found<'_, '_, OfPath<ReadRoute>>| {
+                self.writes.at(&read.value.pattern).is_ok_and(|w| std::ptr::eq(w.value, found.value))
+            };
+            if let Some(route) = own.filter(|_| !reading.is_some_and(is_general)).or_else(any) {
+                // What is not cached is another route, and its parameters are other things.
+                let is_other = read.as_ref().is_some_and(|read| {
+                    read.value.routes.is_empty() && !is_same(&read.value.pattern, &found.value.pattern, true)
+                });
+                let params = Some(&found.params).filter(|_| found.is_certain && !is_other);
+                return Some(Written::Declared(Mutated::new(route, params)));
             }
         }
         // The layer of gRPC knows which of its calls are reads.
         #[cfg(feature = "grpc")]
-        let is_unsafe = is_unsafe && self.grpc(uri.path()).is_none();
-        is_unsafe.then(|| self.locate(uri.path()).map_or(Written::Unmapped, Written::Read))
+        let is_unsafe = is_unsafe && self.grpc(place.full()).is_none();
+        if !is_unsafe || reading.is_some() {
+            return None;
+        }
+        let changed = read.and_then(|found| self.change_of(found.value, found.is_certain.then_some(&found.params)));
+        Some(changed.map_or(Written::Unmapped, Written::Read))
     }
 
     /// A change of what a path names, as the read routes know it; of the whole type, where it does not name one by its id.
-    pub(crate) fn locate(&self, path: &str) -> Option<Change> {
-        let found = self.reads.at(path).ok()?;
-        let data_type: Arc<str> = found.value.data_type().into();
-        let is_named = self.expected.check_named(&data_type).is_ok();
-        Some(match found.value.own_id(&found.params).filter(|_| is_named) {
-            Some(id) => Change::entity(data_type, id),
-            None => Change::all(data_type),
+    pub(crate) fn locate(&self, path: &str, place: &Place<'_>) -> Option<Change> {
+        let at = |path| {
+            let found = self.reads.at(path).ok()?;
+            self.change_of(found.value, Some(&found.params))
+        };
+        at(path).or_else(|| at(place.below(path)?))
+    }
+
+    fn change_of(&self, of_path: &OfPath<ReadRoute>, params: Option<&matchit::Params<'_, '_>>) -> Option<Change> {
+        let changes = of_path.routes.iter().map(|route| {
+            let data_type: Arc<str> = route.data_type().into();
+            let is_named = self.expected.check_named(&data_type).is_ok();
+            match params.and_then(|params| route.own_id(params)).filter(|_| is_named) {
+                Some(id) => Change::entity(data_type, id),
+                None => Change::all(data_type),
+            }
+        });
+        changes.reduce(|mut one, other| {
+            one.entities.extend(other.entities);
+            one.all.extend(other.all);
+            one
         })
+    }
+
+    /// The prefix that is between what this path names and a route, if there evidently is one.
+    pub(crate) fn prefix_of(&self, path: &str) -> Option<String> {
+        let starts = |path: &str| path.match_indices('/').map(|(at, _)| at).skip(1).collect::<Vec<_>>();
+        // What a router hides of the path, or what the layer is outside of.
+        let hidden = self.declared.reads.iter().find_map(|route| {
+            let pattern = place::Pattern::pattern(&**route);
+            let is_read = |at: &usize| {
+                let mut router = matchit::Router::new();
+                // By something that it says itself.
+                let says = pattern[*at..].split('/').any(|part| !part.is_empty() && !part.contains('{'));
+                says && !pattern[..*at].contains('{')
+                    && router.insert(&pattern[*at..], ()).is_ok()
+                    && router.at(path).is_ok()
+            };
+            Some(pattern[..starts(pattern).into_iter().find(is_read)?].to_owned())
+        });
+        let is_read =
+            |at: &usize| self.reads.at(&path[*at..]).is_ok_and(|found| !found.value.pattern.starts_with("/{"));
+        hidden.or_else(|| Some(path[..starts(path).into_iter().find(is_read)?].to_owned()))
     }
 }
 

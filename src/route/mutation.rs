@@ -3,10 +3,11 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use http::Method;
-use serde::{Deserialize, Deserializer, de};
+use serde::Deserialize;
 
 use super::{
     check::{Cause, Check},
+    method::{check_method, method},
     pattern::{Param, Pattern, pattern_error},
 };
 use crate::{
@@ -43,11 +44,6 @@ pub struct Mutation {
 
 /// Stands for every method that is not safe.
 const ANY: &str = "*";
-
-fn method<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Method, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    Method::from_bytes(text.as_bytes()).map_err(|_| de::Error::custom(format!("`{text}` is not an HTTP method")))
-}
 
 impl Mutation {
     /// A mutation by any method.
@@ -215,6 +211,10 @@ impl MutationRoute {
         self.method == *method || self.method.as_str() == ANY
     }
 
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
     /// What errors and descriptions call it.
     pub(crate) fn what(&self) -> String {
         format!("{} {}", self.method, self.path)
@@ -235,27 +235,6 @@ impl MutationRoute {
     pub(crate) fn include(&self) -> &[Arc<str>] {
         &self.include
     }
-}
-
-/// Whether a method may change anything, where nothing is said of it. (Of the registered ones these are safe, besides those
-/// that the `http` crate knows: RFC 4918, RFC 3253, RFC 5323, and `QUERY`.)
-pub(super) fn is_unsafe(method: &Method) -> bool {
-    let is_safe = method.is_safe() || matches!(method.as_str(), "PROPFIND" | "REPORT" | "SEARCH" | "QUERY");
-    !is_safe && *method != Method::CONNECT
-}
-
-/// Methods are compared with their case (RFC 9110, section 9.1).
-fn check_method(what: &str, method: &Method) -> Result<(), ConfigError> {
-    let upper = Method::from_bytes(method.as_str().to_ascii_uppercase().as_bytes()).unwrap_or_default();
-    let known = [Method::GET, Method::HEAD, Method::OPTIONS, Method::TRACE, Method::CONNECT];
-    let known = known.iter().chain(&[Method::PUT, Method::POST, Method::PATCH, Method::DELETE]);
-    if *method != upper && known.clone().any(|known| *known == upper) {
-        return Err(ConfigError::new(format!("{what}: no client sends the method `{method}`; write {upper}")));
-    }
-    if method.is_safe() {
-        return Err(ConfigError::new(format!("{what}: {method} is a safe method; use another")));
-    }
-    Ok(())
 }
 
 /// What becomes of a successful unsafe request that no mutation names, whose path no route reads, and of which its handler
@@ -283,10 +262,11 @@ pub(crate) struct Mutated {
 }
 
 impl Mutated {
-    pub(crate) fn new(route: &Arc<MutationRoute>, params: &matchit::Params<'_, '_>) -> Self {
+    /// Without parameters nobody knows which entities it names.
+    pub(crate) fn new(route: &Arc<MutationRoute>, params: Option<&matchit::Params<'_, '_>>) -> Self {
         let mut change = Change { all: route.all.clone(), include: route.include.to_vec(), ..Change::default() };
         for (data_type, param) in &route.targets {
-            match param.value(params) {
+            match params.and_then(|params| param.value(params)) {
                 Some(id) => change.entities.push((data_type.clone(), id.into_owned())),
                 // Nobody knows what the handler made of it.
                 None => change.all.push(data_type.clone()),

@@ -26,6 +26,8 @@ pub(crate) struct Param {
     /// Its own name says which entity it is (`agent_id`), or `entities` does; `{id}` may be anything's.
     is_explicit: bool,
     canonical: Option<Canonical>,
+    /// It matches whatever is left of the path.
+    is_rest: bool,
 }
 
 impl Param {
@@ -44,6 +46,16 @@ impl Param {
         let raw = percent_decode_str(params.get(&self.name).unwrap_or_default());
         spelled(self.canonical.as_ref(), raw.into())
     }
+
+    /// The value as it tells resources apart: the canonical form, where there is one. Else an escaped delimiter is not the
+    /// delimiter (RFC 3986, section 2.2), and of the rest of a path, which may be another server's, nothing is decoded.
+    pub(crate) fn part<'p>(&self, params: &matchit::Params<'_, 'p>) -> Option<Cow<'p, [u8]>> {
+        let raw = params.get(&self.name).unwrap_or_default();
+        if self.canonical.is_some() {
+            return self.value(params);
+        }
+        Some(if self.is_rest || !raw.contains('%') { raw.as_bytes().into() } else { unescaped(raw).into() })
+    }
 }
 
 impl Pattern {
@@ -58,6 +70,7 @@ impl Pattern {
                 continue;
             }
             let close = rest[open..].find('}').ok_or("a { is not closed")? + open;
+            let is_rest = rest[open + 1..].starts_with('*');
             let name = rest[open + 1..close].trim_start_matches('*').to_owned();
             let explicit = overrides.get(&name).map(String::as_str).or_else(|| name.strip_suffix("_id"));
             let entity = explicit.unwrap_or(&name).to_owned();
@@ -65,7 +78,7 @@ impl Pattern {
             let folder = before.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
             let place = if folder.is_empty() || folder.contains('{') { before } else { folder }.to_owned();
             let (is_explicit, canonical) = (explicit.is_some(), entities.canonical(&entity).cloned());
-            params.push(Param { name, entity, place, is_explicit, canonical });
+            params.push(Param { name, entity, place, is_explicit, canonical, is_rest });
             rest = &rest[close + 1..];
         }
         if let Some(unknown) = overrides.keys().find(|name| !params.iter().any(|p| p.name == **name)) {
@@ -89,6 +102,37 @@ impl Pattern {
             Some(param) => self.params.iter().find(|p| p.name == param),
         }
     }
+}
+
+/// Decodes what is escaped without need, and spells the other escapes in one way.
+fn unescaped(raw: &str) -> Vec<u8> {
+    let mut out = Vec::with_capacity(raw.len());
+    for (i, piece) in raw.split('%').enumerate() {
+        if i == 0 {
+            out.extend_from_slice(piece.as_bytes());
+            continue;
+        }
+        let escape = piece.get(..2).and_then(|hex| Some((hex, u8::from_str_radix(hex, 16).ok()?)));
+        match escape.filter(|(hex, _)| hex.bytes().all(|c| c.is_ascii_hexdigit())) {
+            Some((_, byte)) if !is_delimiter(byte) => out.push(byte),
+            Some((hex, _)) => {
+                out.push(b'%');
+                out.extend_from_slice(hex.to_ascii_uppercase().as_bytes());
+            }
+            None => {
+                out.push(b'%');
+                out.extend_from_slice(piece.as_bytes());
+                continue;
+            }
+        }
+        out.extend_from_slice(&piece.as_bytes()[2..]);
+    }
+    out
+}
+
+/// What means something else when it is escaped.
+fn is_delimiter(byte: u8) -> bool {
+    b":/?#[]@!$&'()*+,;=%\\".contains(&byte)
 }
 
 /// What no path of a request can look like.
@@ -115,4 +159,27 @@ fn check_path(path: &str) -> Result<(), String> {
 
 pub(crate) fn pattern_error(what: &str, error: &str) -> ConfigError {
     ConfigError::new(format!("{what}: bad pattern: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_escaped_delimiter_is_not_the_delimiter() {
+        for (a, b, same) in [
+            ("%41", "A", true),
+            ("a%20b", "a%20b", true),
+            ("a%2fb", "a%2Fb", true),
+            ("a%3Bb", "a;b", false),
+            ("a%2Fb", "a%252Fb", false),
+            ("%zz", "%ZZ", false),
+            ("%+1", "\u{1}", false),
+            ("%", "%25", false),
+            ("%c3%a9", "\u{e9}", true),
+            ("%é", "%é", true),
+        ] {
+            assert_eq!(unescaped(a) == unescaped(b), same, "{a} {b}");
+        }
+    }
 }

@@ -13,13 +13,19 @@ use crate::key::{KeyBuf, push_escaped};
 
 /// Which query parameters a response depends on.
 ///
-/// In a file: `query = "all"`, `query = "ignore"`, or `query = ["limit", "offset"]`.
+/// They are compared in their canonical form: `%41` is `A` and empty parts are none, parameters of different names are in any
+/// order, and the values of one name in theirs. A handler that tells `a=1&b=2` from `b=2&a=1`, or a `;` from a `&`, needs
+/// [`Exact`](Self::Exact).
+///
+/// In a file: `query = "all"`, `"exact"`, `"ignore"`, or `query = ["limit", "offset"]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Query {
     /// All of them (the default).
     #[default]
     All,
+    /// The query as it was sent, byte by byte.
+    Exact,
     /// None of them.
     Ignore,
     /// Only these; others are not part of the key.
@@ -33,6 +39,10 @@ impl Query {
     }
 
     pub(crate) fn push(&self, buf: &mut KeyBuf, query: &str) {
+        if *self == Self::Exact {
+            buf.push(b'?');
+            return push_escaped(buf, query.as_bytes());
+        }
         if matches!(self, Self::Ignore) || query.is_empty() {
             return;
         }
@@ -42,7 +52,7 @@ impl Query {
             let name = decode_name(raw);
             let counts = match self {
                 Self::Only(names) => names.iter().any(|n| n.as_bytes() == &*name),
-                Self::All | Self::Ignore => true,
+                Self::All | Self::Exact | Self::Ignore => true,
             };
             if counts {
                 pairs.push((name, raw, value));
@@ -86,12 +96,13 @@ impl<'de> Deserialize<'de> for Query {
             type Value = Query;
 
             fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("\"all\", \"ignore\" or a list of query parameters")
+                f.write_str("\"all\", \"exact\", \"ignore\" or a list of query parameters")
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Query, E> {
                 match text {
                     "all" => Ok(Query::All),
+                    "exact" => Ok(Query::Exact),
                     "ignore" => Ok(Query::Ignore),
                     other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
                 }
@@ -154,6 +165,9 @@ mod tests {
         assert_eq!(variant_of(&only, "utm=1&offset=2&limit=1"), "?limit=1&offset=2");
         assert_eq!(variant_of(&only, "utm=1"), "");
         assert_eq!(variant_of(&Query::Ignore, "limit=1"), "");
+        for (a, b) in [("a=1&b=2", "b=2&a=1"), ("%61=1", "a=1"), ("a=1&", "a=1"), ("", "a")] {
+            assert_ne!(variant_of(&Query::Exact, a), variant_of(&Query::Exact, b), "{a} {b}");
+        }
     }
 
     proptest! {

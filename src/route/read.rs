@@ -2,14 +2,17 @@
 
 use std::{borrow::Cow, collections::BTreeMap};
 
-use http::{HeaderMap, HeaderName, header, request};
-use serde::Deserialize;
+use http::{HeaderMap, HeaderName, Method, header, request};
+use serde::{Deserialize, Deserializer};
 use sha2::{Digest, Sha256};
 use smallvec::SmallVec;
 
 use super::{
-    Query, TenantSource,
+    BodyKey, Credentials, Hosts, Identity, Query, TenantSource,
+    identity::{Credential, push_values},
+    method::method,
     pattern::{Param, Pattern, pattern_error},
+    place,
     tenant::header_values,
 };
 use crate::{
@@ -45,32 +48,14 @@ pub struct Route {
     credentials: Credentials,
     #[serde(default)]
     pub(crate) declares_tags: bool,
+    #[serde(default, deserialize_with = "optional_method")]
+    method: Option<Method>,
+    #[serde(default)]
+    body: Option<BodyKey>,
 }
 
-/// What the cache does with requests that carry `Authorization` or `Cookie`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Credentials {
-    /// They are not cached (the default).
-    #[default]
-    Bypass,
-    /// They are ignored: within a tenant everybody who gets through the outer layers may see the same response. Put
-    /// authorization *outside* the cache: a hit never reaches what is inside.
-    Shared,
-    /// The named request header identifies the user, and is part of the key. Without it the request is not cached.
-    PerUser(String),
-    /// What the origin declares: the response to a request with `Authorization` is stored, and then serves everybody in
-    /// the tenant, if its `Cache-Control` says `public`, `s-maxage` or `must-revalidate` (RFC 9111, section 3.5). Cookies
-    /// are ignored.
-    Declared,
-}
-
-impl Credentials {
-    /// The named request header identifies the user, and is part of the key.
-    pub fn per_user(header: impl Into<String>) -> Self {
-        Self::PerUser(header.into())
-    }
+fn optional_method<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Method>, D::Error> {
+    method(deserializer).map(Some)
 }
 
 impl Route {
@@ -85,7 +70,26 @@ impl Route {
             vary: vec![],
             credentials: Credentials::Bypass,
             declares_tags: false,
+            method: None,
+            body: None,
         }
+    }
+
+    /// The method by which it is read: `GET` (the default), `QUERY`, or `POST` where that only reads (a search, an embedding).
+    /// Of the latter two the request's body is a part of the key, up to the
+    /// [limit](crate::CacheBuilder::body_limit); the layer needs to know how to make one
+    /// ([`request_bodies`](crate::CacheAsideLayer::request_bodies)).
+    #[must_use]
+    pub fn method(mut self, method: Method) -> Self {
+        self.method = Some(method);
+        self
+    }
+
+    /// How bodies of requests are compared; by default by their bytes.
+    #[must_use]
+    pub fn body(mut self, body: BodyKey) -> Self {
+        self.body = Some(body);
+        self
     }
 
     /// Which path parameter is the id of the thing itself; by default the last.
@@ -153,14 +157,25 @@ pub(crate) struct ReadRoute {
     pub(crate) vary: Vec<HeaderName>,
     credentials: Credential,
     pub(crate) declares_tags: bool,
+    method: Method,
+    /// How the bodies of its requests are compared, if they have any.
+    pub(crate) body: Option<BodyKey>,
 }
 
-#[derive(Debug)]
-enum Credential {
-    Bypass,
-    Shared,
-    PerUser(HeaderName),
-    Declared,
+/// Where in the mapping a request stands.
+pub(crate) struct At<'k, 'p> {
+    pub(crate) params: &'p matchit::Params<'k, 'p>,
+    /// The prefix that the route says nothing of.
+    pub(crate) mount: &'p str,
+}
+
+/// What a service says of all its requests.
+#[derive(Clone, Copy)]
+pub(crate) struct Known<'a> {
+    pub(crate) tenants: &'a TenantSource,
+    pub(crate) space: &'a Space,
+    pub(crate) identity: &'a Identity,
+    pub(crate) hosts: &'a Hosts,
 }
 
 /// What a cacheable request looks for.
@@ -189,8 +204,7 @@ pub(crate) fn variant_key(primary: &[u8], names: &[HeaderName], headers: &Header
                 line.make_ascii_lowercase();
             }
             let members: Vec<_> = line.split(|&b| b == b',').map(<[u8]>::trim_ascii).collect();
-            key.push(b'=');
-            push_escaped(&mut key, &members.join(&b","[..]));
+            push_values(&mut key, name, std::iter::once(&*members.join(&b","[..])));
         }
     }
     key
@@ -201,9 +215,12 @@ impl ReadRoute {
         route: &Route,
         catalogue: &Catalogue,
         entities: &Entities,
+        identity: &Identity,
         home: Option<&Param>,
     ) -> Result<Self, ConfigError> {
-        let what = &format!("route GET {}", route.path);
+        let method = route.method.clone().unwrap_or_default();
+        let what = &format!("route {method} {}", route.path);
+        let body = body_key(what, &method, route.body)?;
         catalogue.check(what, &route.data_type)?;
         let pattern = Pattern::new(&route.path, &route.entities, entities).map_err(|e| pattern_error(what, &e))?;
         let params = pattern.params();
@@ -229,14 +246,10 @@ impl ReadRoute {
         let mut vary = route.vary.iter().map(header).collect::<Result<Vec<_>, _>>()?;
         vary.sort_by(|a, b| a.as_str().cmp(b.as_str()));
         vary.dedup();
-        let credentials = match &route.credentials {
-            Credentials::Bypass => Credential::Bypass,
-            Credentials::Shared => Credential::Shared,
-            Credentials::PerUser(name) => Credential::PerUser(header(name)?),
-            Credentials::Declared => Credential::Declared,
-        };
+        let credentials = Credential::new(what, &route.credentials, identity)?;
         let has_own_id = resource.zip(home).is_some_and(|(at, home)| params[at].is_like(home));
-        let digest = Sha256::digest(route.path.as_bytes());
+        let name = if body.is_some() { format!("{method} {}", route.path) } else { route.path.clone() };
+        let digest = Sha256::digest(name.as_bytes());
         let mut type_part = KeyBuf::new();
         push_type(&mut type_part, &route.data_type);
         Ok(Self {
@@ -253,12 +266,19 @@ impl ReadRoute {
             vary,
             credentials,
             declares_tags: route.declares_tags,
+            method,
+            body,
         })
     }
 
     /// What errors and descriptions call it.
     pub(crate) fn what(&self) -> String {
-        format!("GET {}", self.path)
+        format!("{} {}", self.method, self.path)
+    }
+
+    /// Whether it is read by this method.
+    pub(super) fn is_for(&self, method: &Method) -> bool {
+        self.method == *method || self.method == Method::GET && *method == Method::HEAD
     }
 
     pub(crate) fn params(&self) -> &[Param] {
@@ -286,28 +306,23 @@ impl ReadRoute {
     pub(crate) fn wanted(
         &self,
         parts: &request::Parts,
-        params: &matchit::Params<'_, '_>,
-        tenants: &TenantSource,
-        space: &Space,
+        at: &At<'_, '_>,
+        known: &Known<'_>,
     ) -> Result<Wanted, &'static str> {
+        let Known { tenants, space, identity, hosts } = *known;
         let tenant = tenants.tenant(parts)?;
         let headers = &parts.headers;
-        let mut user = None;
-        if let Credential::PerUser(name) = &self.credentials {
-            let mut values = header_values(headers, name);
-            match (values.next(), values.next()) {
-                (Some(id), None) if !id.is_empty() => user = Some(id),
-                _ => return Err("no-user"),
-            }
-        }
         let (mut is_conditional, mut needs_public) = (false, false);
         // One pass over a handful of names is cheaper than asking for each of these.
         for name in headers.keys() {
+            if self.credentials.forbids(name, identity) {
+                return Err("credentials");
+            }
+            needs_public |= self.credentials.needs_public(name, identity);
             match *name {
-                header::AUTHORIZATION | header::COOKIE if matches!(self.credentials, Credential::Bypass) => {
-                    return Err("credentials");
+                header::IF_NONE_MATCH | header::IF_MODIFIED_SINCE | header::RANGE if self.method == Method::POST => {
+                    return Err("precondition");
                 }
-                header::AUTHORIZATION => needs_public = matches!(self.credentials, Credential::Declared),
                 header::IF_NONE_MATCH | header::IF_MODIFIED_SINCE | header::RANGE | header::CACHE_CONTROL => {
                     is_conditional = true;
                 }
@@ -316,30 +331,33 @@ impl ReadRoute {
                 _ => {}
             }
         }
-        let mut key = KeyBuf::with_capacity(192);
+        let mut key = KeyBuf::with_capacity(256);
         let names = self.pattern.params();
-        // No form in which a write would find it.
-        let values = names.iter().map(|param| param.value(params)).collect::<Option<SmallVec<[_; 4]>>>().ok_or("id")?;
+        let part = |param: &Param| {
+            // No form in which a write would find it.
+            param.value(at.params)?;
+            param.part(at.params)
+        };
+        let values = names.iter().map(part).collect::<Option<SmallVec<[_; 4]>>>().ok_or("id")?;
         let scope = self.scope.iter().map(|&i| (&*names[i].entity, &*values[i]));
         space.push_entry(&mut key, &tenant);
         key.extend_from_slice(&self.type_part);
         push_ids(&mut key, self.resource.map(|i| &*values[i]), scope);
         key.push(b'h');
         key.extend_from_slice(&self.id);
+        if !at.mount.is_empty() {
+            key.push(b'@');
+            push_escaped(&mut key, at.mount.as_bytes());
+        }
+        hosts.push(&mut key, &parts.uri, headers)?;
         if let Some(query) = parts.uri.query() {
             self.query.push(&mut key, query);
         }
-        if let Some(user) = user {
-            key.extend_from_slice(b";;");
-            push_escaped(&mut key, user);
-        }
+        self.credentials.push_user(&mut key, parts, identity)?;
         for name in &self.vary {
             key.push(b';');
             push_escaped(&mut key, name.as_str().as_bytes());
-            for value in header_values(headers, name) {
-                key.push(b'=');
-                push_escaped(&mut key, value);
-            }
+            push_values(&mut key, name, header_values(headers, name));
         }
         Ok(Wanted { key, is_conditional, needs_public })
     }
@@ -350,5 +368,25 @@ impl ReadRoute {
         let mut tags: Vec<_> = self.pattern.params().iter().filter_map(entity).collect();
         tags.push(Tag::all(head, &self.data_type));
         tags
+    }
+}
+
+impl place::Pattern for ReadRoute {
+    fn pattern(&self) -> &str {
+        &self.path
+    }
+}
+
+/// How the bodies of a route's requests are compared, if they have any.
+fn body_key(what: &str, method: &Method, said: Option<BodyKey>) -> Result<Option<BodyKey>, ConfigError> {
+    match *method {
+        Method::GET if said.is_some() => Err(ConfigError::new(format!(
+            "{what}: a GET has no body that means anything; take `body` out, or say by which method it is read"
+        ))),
+        Method::GET => Ok(None),
+        Method::POST | Method::QUERY => Ok(Some(said.unwrap_or_default())),
+        _ => Err(ConfigError::new(format!(
+            "{what}: things are read by GET (and HEAD), QUERY, or POST where it only reads; use one of these"
+        ))),
     }
 }

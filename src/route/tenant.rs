@@ -74,6 +74,11 @@ impl TenantSource {
         }
     }
 
+    /// Whether it is this header that names the tenant.
+    pub(crate) fn is_named_by(&self, name: &HeaderName) -> bool {
+        matches!(self, Self::Header(own) if own == name)
+    }
+
     /// A source that reads one header, however it is capitalised.
     pub(crate) fn header(name: &str) -> Result<Self, ConfigError> {
         let not_one =

@@ -70,7 +70,17 @@ impl Web {
         S: Clone + Send + Sync + 'static,
         S::Future: Send,
     {
-        let layered = cache.invalidate_layer().layer(cache.layer().layer(inner));
+        Self::of(cache.invalidate_layer().layer(cache.layer().layer(inner)))
+    }
+
+    /// What is layered already.
+    pub fn of<S, R>(layered: S) -> Self
+    where
+        S: Service<Request<Full<Bytes>>, Response = Response<R>, Error = std::io::Error>,
+        S: Clone + Send + Sync + 'static,
+        S::Future: Send,
+        R: http_body::Body<Data = Bytes, Error = std::io::Error> + Send + 'static,
+    {
         Self(BoxCloneSyncService::new(layered.map_response(|r| r.map(UnsyncBoxBody::new))))
     }
 

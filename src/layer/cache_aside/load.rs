@@ -85,7 +85,7 @@ impl Miss {
         if let Some(stored) = confirmed {
             let kept = settled.map(|(leader, life, names)| {
                 let varied = self.varied(names, &request_headers);
-                Kept { leader, late, life, varied }
+                Kept { leader: leader.made_of(reads.stamps()), late, life, varied }
             });
             return self.confirm(stored, parts, kept, forwarded, reply).await;
         }

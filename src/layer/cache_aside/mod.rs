@@ -25,14 +25,15 @@ use super::{
     core::Core,
     extensions::NoCache,
     future::{self, Finish, ResponseFuture, take_ready},
-    invalidate::{answer, unavailable},
+    invalidate::{answer, mount, unavailable},
+    request::{Bodies, NoBodies, ReadBody, RequestBody},
     serve::{Asked, serve},
     write::Write,
 };
 use crate::{
     http::cache_status::{Forwarded, Handled, Reason},
     key::Key,
-    route::{ReadRoute, Wanted, variant_key},
+    route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
     store::Payload,
 };
 use miss::Miss;
@@ -70,19 +71,49 @@ use miss::Miss;
 /// # Ok(()) }
 /// ```
 #[derive(Clone)]
-pub struct CacheAsideLayer {
-    pub(crate) core: Arc<Core>,
+pub struct CacheAsideLayer<M = NoBodies> {
+    core: Arc<Core>,
+    mount: Option<Arc<str>>,
+    bodies: M,
 }
 
-impl<S> Layer<S> for CacheAsideLayer {
-    type Service = CacheAside<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        CacheAside { inner, core: self.core.clone() }
+impl CacheAsideLayer {
+    pub(crate) fn new(core: Arc<Core>) -> Self {
+        Self { core, mount: None, bodies: NoBodies }
     }
 }
 
-impl fmt::Debug for CacheAsideLayer {
+impl<M> CacheAsideLayer<M> {
+    /// The prefix that a router around this layer takes away from every path, such as `/admin`: routes are then written as
+    /// clients see them. A route that is written without it is one of several, under as many prefixes. (Of axum's nested
+    /// routers the feature `axum` knows by itself.)
+    #[must_use]
+    pub fn mounted_at(mut self, prefix: impl Into<Arc<str>>) -> Self {
+        self.mount = Some(mount(&prefix.into()));
+        self
+    }
+
+    /// How to make a request's body of one that was read, for routes whose [method](crate::Route::method) has one; in axum
+    /// `axum::body::Body::new`. Without it such requests bypass the cache.
+    #[must_use]
+    pub fn request_bodies<B, F>(self, make: F) -> CacheAsideLayer<Bodies<F>>
+    where
+        B: Body<Data = Bytes>,
+        F: Fn(RequestBody<B>) -> B + Clone + Send + Sync + 'static,
+    {
+        CacheAsideLayer { core: self.core, mount: self.mount, bodies: Bodies(make) }
+    }
+}
+
+impl<S, M: Clone> Layer<S> for CacheAsideLayer<M> {
+    type Service = CacheAside<S, M>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        CacheAside { inner, core: self.core.clone(), mount: self.mount.clone(), bodies: self.bodies.clone() }
+    }
+}
+
+impl<M> fmt::Debug for CacheAsideLayer<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("CacheAsideLayer")
     }
@@ -90,22 +121,25 @@ impl fmt::Debug for CacheAsideLayer {
 
 /// Answers the cache's routes from the cache, and calls the inner service for the rest.
 #[derive(Clone)]
-pub struct CacheAside<S> {
+pub struct CacheAside<S, M = NoBodies> {
     inner: S,
     core: Arc<Core>,
+    mount: Option<Arc<str>>,
+    bodies: M,
 }
 
-impl<S: fmt::Debug> fmt::Debug for CacheAside<S> {
+impl<S: fmt::Debug, M> fmt::Debug for CacheAside<S, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CacheAside").field("inner", &self.inner).finish_non_exhaustive()
     }
 }
 
-impl<S, B, R> Service<Request<B>> for CacheAside<S>
+impl<S, M, B, R> Service<Request<B>> for CacheAside<S, M>
 where
     S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
     S::Future: Send,
     S::Error: Send,
+    M: ReadBody<B>,
     B: Body + Send + 'static,
     R: Body<Data = Bytes> + Send + 'static,
     R::Error: Send,
@@ -119,17 +153,20 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        if let Some(write) = Write::of(&self.core, &mut request) {
+        if let Some(write) = Write::of(&self.core, &mut request, self.mount.as_deref()) {
             return self.write(write, request);
         }
         let (parts, body) = request.into_parts();
+        let place = Place::new(&parts.uri, &parts.extensions, self.mount.as_deref());
         let finish = |handled| Some(Finish { handled, tag_header: self.core.options.tag_header.clone() });
-        let Some(found) = self.core.routes.read(&parts.uri) else {
+        let Some(read) = self.core.routes.read(&parts.method, &place) else {
+            if parts.method == Method::GET {
+                self.core.unmatched(place.full());
+            }
             let inner = self.inner.call(Request::from_parts(parts, body));
             return ResponseFuture::pass(inner, finish(None), CacheBody::inner);
         };
-        let route: &Arc<ReadRoute> = found.value;
-        let (wanted, asked) = match self.wanted(route, &parts, &body, &found.params) {
+        let (route, wanted, asked) = match self.wanted(&read, &parts, &body) {
             Ok(wanted) => wanted,
             Err(handled) => {
                 let inner = self.inner.call(Request::from_parts(parts, body));
@@ -139,7 +176,7 @@ where
         let engine = &self.core.engine;
         let now = engine.now();
         let mut variant = None;
-        let mut entry = engine.peek(&wanted.key, now);
+        let mut entry = if route.body.is_some() { None } else { engine.peek(&wanted.key, now) };
         if let Some(Payload::Vary(names)) = entry.as_deref().map(|e| &e.payload) {
             let key = variant_key(&wanted.key, names, &parts.headers);
             let of_variant = engine.peek(&key, now);
@@ -153,31 +190,68 @@ where
             response => response,
         };
         let tenant = self.core.space.tenant(self.core.tenants.tenant(&parts).unwrap_or_default());
-        let primary = Key::new(wanted.key);
-        let miss = Miss {
-            reason: if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss },
-            key: variant.map_or_else(|| primary.clone(), Key::new),
-            primary,
-            tags: route.tags(tenant.head(), &found.params),
-            tenant,
-            needs_public: wanted.needs_public,
-            route: route.clone(),
-            core: self.core.clone(),
-            asked,
+        let tags = route.tags(tenant.head(), &read.params);
+        let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
+        let (needs_public, how) = (wanted.needs_public, route.body);
+        let (route, core) = (route.clone(), self.core.clone());
+        let miss = move |key: Vec<u8>| {
+            let primary = Key::new(key);
+            let key = variant.map_or_else(|| primary.clone(), Key::new);
+            Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked }
         };
         let inner = take_ready(&mut self.inner);
         let request = Request::from_parts(parts, body);
-        match response {
-            None => ResponseFuture::boxed(Box::pin(miss.answer(inner, request))),
-            Some(response) => {
-                self.core.engine.spawn(miss.refresh(inner, request).in_current_span());
+        match (response, how) {
+            (None, Some(how)) => self.answer_body(miss, wanted.key, how, inner, request),
+            (None, None) => ResponseFuture::boxed(Box::pin(miss(wanted.key).answer(inner, request))),
+            (Some(response), _) => {
+                self.core.engine.spawn(miss(wanted.key).refresh(inner, request).in_current_span());
                 ResponseFuture::ready(response)
             }
         }
     }
 }
 
-impl<S> CacheAside<S> {
+/// What a request looks for, by which route.
+type Sought<'k> = (&'k Arc<ReadRoute>, Wanted, Asked);
+
+impl<S, M> CacheAside<S, M> {
+    /// A request whose body says what it asks for.
+    fn answer_body<B, R>(
+        &self,
+        miss: impl FnOnce(Vec<u8>) -> Miss + Send + 'static,
+        mut key: Vec<u8>,
+        how: BodyKey,
+        mut inner: S,
+        request: Request<B>,
+    ) -> ResponseFuture<S::Future, R, CacheBody<R>, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        M: ReadBody<B>,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+        R::Error: Send,
+    {
+        let (core, bodies) = (self.core.clone(), self.bodies.clone());
+        ResponseFuture::boxed(Box::pin(async move {
+            let (parts, body) = request.into_parts();
+            let (whole, body) = bodies.read(body, core.options.body_limit).await;
+            let request = Request::from_parts(parts, body);
+            if let Some(whole) = whole {
+                how.push(&mut key, request.headers(), &whole);
+                return miss(key).answer(inner, request).await;
+            }
+            let mut response = inner.call(request).await?;
+            response.headers_mut().remove(&core.options.tag_header);
+            let status = response.status();
+            let handled = Forwarded::because(Reason::Bypass, "request-body");
+            handled.append(response.headers_mut(), Some(status), None);
+            Ok(response.map(CacheBody::inner))
+        }))
+    }
+
     /// A write that no [`Invalidate`](crate::Invalidate) outside takes care of.
     fn write<B, R>(&mut self, write: Write, request: Request<B>) -> ResponseFuture<S::Future, R, CacheBody<R>, S::Error>
     where
@@ -187,7 +261,8 @@ impl<S> CacheAside<S> {
         B: Send + 'static,
         R: Body<Data = Bytes> + Send + 'static,
     {
-        let is_read = self.core.routes.read(request.uri()).is_some();
+        let place = Place::new(request.uri(), request.extensions(), self.mount.as_deref());
+        let is_read = self.core.routes.read(request.method(), &place).is_some();
         let task = write.spawn(take_ready(&mut self.inner), request);
         let tag_header = self.core.options.tag_header.clone();
         ResponseFuture::boxed(Box::pin(async move {
@@ -206,25 +281,26 @@ impl<S> CacheAside<S> {
     }
 
     /// What a request of a cacheable route looks for, or why the cache leaves it alone.
-    fn wanted<B: Body>(
+    fn wanted<'k, B: Body>(
         &self,
-        route: &ReadRoute,
+        read: &Read<'k, '_>,
         parts: &request::Parts,
         body: &B,
-        params: &matchit::Params<'_, '_>,
-    ) -> Result<(Wanted, Asked), Handled> {
+    ) -> Result<Sought<'k>, Handled> {
         let bypass = |detail| Forwarded::because(Reason::Bypass, detail);
-        if parts.method != Method::GET && parts.method != Method::HEAD {
-            return Err(Handled::Forwarded(Forwarded::new(Reason::Method)));
+        let route = read.route.ok_or(Handled::Forwarded(Forwarded::new(Reason::Method)))?;
+        if !read.is_certain {
+            return Err(bypass("route"));
         }
-        let Core { tenants, space, options, .. } = &*self.core;
-        let wanted = route.wanted(parts, params, tenants, space).map_err(bypass)?;
-        if !body.is_end_stream() {
+        let at = At { params: &read.params, mount: read.mount };
+        let wanted = route.wanted(parts, &at, &self.core.known()).map_err(bypass)?;
+        if route.body.is_none() && !body.is_end_stream() {
             return Err(bypass("request-body"));
         }
         if parts.extensions.get::<NoCache>().is_some() {
             return Err(bypass("no-cache"));
         }
+        let options = &self.core.options;
         let mut asked = Asked::new(parts, wanted.is_conditional, options.request_directives);
         if asked.directives().is_some_and(|directives| directives.no_store) {
             return Err(Forwarded::because(Reason::Request, "no-store"));
@@ -232,6 +308,6 @@ impl<S> CacheAside<S> {
         if options.show_keys {
             asked.key = Some(Bytes::copy_from_slice(&wanted.key));
         }
-        Ok((wanted, asked))
+        Ok((route, wanted, asked))
     }
 }

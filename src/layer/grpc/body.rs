@@ -1,8 +1,6 @@
-//! The bodies of gRPC: of a request that was read to know its message, and of a response whose trailers wait.
+//! The body of a response of gRPC, whose trailers wait.
 
 use std::{
-    collections::VecDeque,
-    future::poll_fn,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -17,84 +15,8 @@ use super::status::{is_refusal, is_success};
 use crate::layer::{
     body::CacheBody,
     core::Core,
-    reading::joined,
     writing::{Due, Writing},
 };
-
-/// The request body that the inner service gets: what was read of it to know the message, and the rest.
-pub struct GrpcBody<B: Body> {
-    read: VecDeque<Result<Frame<Bytes>, B::Error>>,
-    rest: Option<Pin<Box<B>>>,
-}
-
-// Nothing in it is pinned but the box.
-impl<B: Body> Unpin for GrpcBody<B> {}
-
-impl<B: Body<Data = Bytes>> GrpcBody<B> {
-    pub(super) fn passing(body: B) -> Self {
-        Self { read: VecDeque::new(), rest: Some(Box::pin(body)) }
-    }
-
-    /// Reads the body of a unary call, to its end if that comes before the limit.
-    pub(super) async fn read(body: B, limit: usize) -> Self {
-        let mut this = Self::passing(body);
-        let mut size = 0;
-        while let Some(rest) = &mut this.rest {
-            let frame = poll_fn(|cx| rest.as_mut().poll_frame(cx)).await;
-            match frame {
-                None => this.rest = None,
-                Some(frame) => {
-                    let is_error = frame.is_err();
-                    size += frame.as_ref().ok().and_then(Frame::data_ref).map_or(0, Bytes::len);
-                    this.read.push_back(frame);
-                    if is_error || size > limit {
-                        break;
-                    }
-                }
-            }
-        }
-        this
-    }
-
-    /// The whole body, if it was read to its end.
-    pub(super) fn whole(&self) -> Option<Bytes> {
-        if self.rest.is_some() {
-            return None;
-        }
-        let data = self.read.iter().map(|frame| frame.as_ref().ok()?.data_ref().cloned());
-        let data: Vec<_> = data.flatten().collect();
-        match &data[..] {
-            [one] => Some(one.clone()),
-            many => Some(joined(many, many.iter().map(Bytes::len).sum())),
-        }
-    }
-}
-
-impl<B: Body<Data = Bytes>> Body for GrpcBody<B> {
-    type Data = Bytes;
-    type Error = B::Error;
-
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        if let Some(frame) = self.read.pop_front() {
-            return Poll::Ready(Some(frame));
-        }
-        match &mut self.rest {
-            None => Poll::Ready(None),
-            Some(rest) => rest.as_mut().poll_frame(cx),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.read.is_empty() && self.rest.as_ref().is_none_or(|rest| rest.is_end_stream())
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match &self.rest {
-            Some(rest) if self.read.is_empty() => rest.size_hint(),
-            _ => SizeHint::default(),
-        }
-    }
-}
 
 pin_project! {
     /// The response body of [`Grpc`](crate::Grpc). That of a mutation holds its trailers, which say whether it was a
@@ -103,6 +25,8 @@ pin_project! {
         #[pin]
         body: CacheBody<R>,
         write: Option<Write>,
+        // What the body of a mutation broke with.
+        error: Option<R::Error>,
     }
 }
 
@@ -117,19 +41,19 @@ struct Write {
 /// An empty body: what other layers (tower-http's time-out) answer with.
 impl<R: Body> Default for GrpcResponseBody<R> {
     fn default() -> Self {
-        Self { body: CacheBody::default(), write: None }
+        Self { body: CacheBody::default(), write: None, error: None }
     }
 }
 
 impl<R: Body> GrpcResponseBody<R> {
     pub(super) fn untouched(body: CacheBody<R>) -> Self {
-        Self { body, write: None }
+        Self { body, write: None, error: None }
     }
 
     /// Invalidates when the trailers say that it was a success, or don't say that it was none.
     pub(super) fn until_trailers(body: CacheBody<R>, core: Arc<Core>, writing: Writing) -> Self {
         let write = Write { core, due: Due::arm(writing), held: None, refused: false };
-        Self { body, write: Some(write) }
+        Self { body, write: Some(write), error: None }
     }
 }
 
@@ -170,7 +94,8 @@ impl<R: Body<Data = Bytes>> Body for GrpcResponseBody<R> {
         let this = self.project();
         let Some(write) = this.write else { return this.body.poll_frame(cx) };
         if write.due.is_running() {
-            return write.poll_held(cx).map(|trailers| trailers.map(|t| Ok(Frame::trailers(t))));
+            let trailers = ready!(write.poll_held(cx)).map(|trailers| Ok(Frame::trailers(trailers)));
+            return Poll::Ready(trailers.or_else(|| this.error.take().map(Err)));
         }
         match ready!(this.body.poll_frame(cx)) {
             Some(Ok(frame)) if frame.is_trailers() => {
@@ -186,7 +111,9 @@ impl<R: Body<Data = Bytes>> Body for GrpcResponseBody<R> {
             }
             Some(Err(error)) => {
                 write.due.fire();
-                Poll::Ready(Some(Err(error)))
+                *this.error = Some(error);
+                ready!(write.poll_held(cx));
+                Poll::Ready(this.error.take().map(Err))
             }
             frame => Poll::Ready(frame),
         }

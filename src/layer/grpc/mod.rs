@@ -2,8 +2,8 @@
 //! `grpc`.)
 //!
 //! **Authorization must sit outside this layer.** A tonic interceptor wraps one service, so it sits *inside*
-//! `Server::layer`: a hit never reaches it. Therefore requests with `authorization` pass by the cache, unless their
-//! method is declared [shared](crate::GrpcMethod::shared).
+//! `Server::layer`: a hit never reaches it. Therefore requests with credentials pass by the cache, unless their
+//! method [says otherwise](crate::GrpcMethod::credentials).
 //!
 //! What is stored: one message with `grpc-status: 0` in its trailers, which are stored and replayed with it. Errors (which
 //! come in the headers, or after data), streams, and whatever is not one message pass through untouched, the first message
@@ -22,7 +22,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Method, Request, Response, header, request};
+use http::{Method, Request, Response, request};
 use http_body::Body;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -31,10 +31,12 @@ use tracing::Instrument;
 use super::{
     body::CacheBody,
     core::Core,
+    extensions::NoCache,
     future::{self, Finish, ResponseFuture, take_ready},
+    request::RequestBody,
 };
 use crate::http::cache_status::{Forwarded, Reason};
-pub use body::{GrpcBody, GrpcResponseBody};
+pub use body::GrpcResponseBody;
 use read::Read;
 use write::Write;
 
@@ -42,8 +44,8 @@ use write::Write;
 /// before their trailers are sent. (Feature `grpc`.)
 ///
 /// **Authorization must sit outside this layer.** A tonic interceptor wraps one service, so it sits *inside*
-/// `Server::layer`, and a hit never reaches it. Therefore requests with `authorization` pass by the cache, unless their
-/// method is declared [shared](crate::GrpcMethod::shared): do that only with authorization in a layer of its own, outside.
+/// `Server::layer`, and a hit never reaches it. Therefore requests with credentials pass by the cache, unless their
+/// method [says otherwise](crate::GrpcMethod::credentials): do that only with authorization in a layer of its own, outside.
 ///
 /// ```
 /// # use prost::Message;
@@ -98,7 +100,7 @@ impl<S: fmt::Debug> fmt::Debug for Grpc<S> {
 
 impl<S, B, R> Service<Request<B>> for Grpc<S>
 where
-    S: Service<Request<GrpcBody<B>>, Response = Response<R>> + Clone + Send + 'static,
+    S: Service<Request<RequestBody<B>>, Response = Response<R>> + Clone + Send + 'static,
     S::Future: Send,
     S::Error: Send,
     B: Body<Data = Bytes> + Send + 'static,
@@ -117,14 +119,15 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let route = self.core.routes.grpc(request.uri().path()).cloned();
         let (parts, body) = request.into_parts();
-        let Core { tenants, space, options, .. } = &*self.core;
+        let Core { tenants, space, identity, options, .. } = &*self.core;
         let passed = match route {
             // A server answers a call that is framed or spelled in another way, too; only what is answered here must be
             // what it seems.
             Some(route) if !route.mutates => match tenants.tenant(&parts) {
                 _ if !is_grpc(&parts) => "not-grpc",
                 Err(reason) => reason,
-                Ok(_) if !route.shared && parts.headers.contains_key(header::AUTHORIZATION) => "credentials",
+                Ok(_) if route.forbids(&parts.headers, identity) => "credentials",
+                Ok(_) if parts.extensions.get::<NoCache>().is_some() => "no-cache",
                 Ok(tenant) => {
                     let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone() };
                     let request = Request::from_parts(parts, body);
@@ -142,7 +145,7 @@ where
         };
         let handled = Some(Forwarded::because(Reason::Bypass, passed));
         let finish = Finish { handled, tag_header: options.tag_header.clone() };
-        let request = Request::from_parts(parts, GrpcBody::passing(body));
+        let request = Request::from_parts(parts, RequestBody::passing(body));
         ResponseFuture::pass(self.inner.call(request), Some(finish), |body| {
             GrpcResponseBody::untouched(CacheBody::inner(body))
         })

@@ -3,31 +3,30 @@
 use std::{marker::PhantomData, sync::Arc, time::Instant};
 
 use bytes::{Buf, Bytes};
-use http::{HeaderMap, Request, Response, StatusCode, header};
+use http::{HeaderMap, Request, Response, StatusCode, header, request, response};
 use http_body::Body;
 use tokio::sync::oneshot;
 use tower_service::Service;
 use tracing::Instrument;
 
-use super::{
-    body::{GrpcBody, GrpcResponseBody},
-    status::GRPC_STATUS,
-};
+use super::{body::GrpcResponseBody, status::GRPC_STATUS};
 use crate::{
     catalog::Lifetime,
     engine::{Asker, Leader, Obtained, Source, Use},
     http::{
         cache_status::{Forwarded, Handled, Reason},
-        freshness::Verdict,
+        directives::ResponseDirectives,
+        freshness::{Exchange, Verdict, reserved},
     },
     key::{Key, Tenant},
     layer::{
         body::CacheBody,
         changes::Reads,
         core::Core,
-        extensions::take_tags,
+        extensions::{NoCache, take_tags},
         future,
         reading::{Reading, Reply, settle},
+        request::RequestBody,
         serve::Asked,
     },
     route::{GrpcRoute, GrpcWanted},
@@ -85,7 +84,7 @@ pub(super) struct Read {
 impl Read {
     pub(super) async fn answer<S, B, R>(self, mut inner: S, request: Request<B>) -> Result<Out<R>, S::Error>
     where
-        S: Service<Request<GrpcBody<B>>, Response = Response<R>> + Send + 'static,
+        S: Service<Request<RequestBody<B>>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
         S::Error: Send,
         B: Body<Data = Bytes> + Send + 'static,
@@ -94,10 +93,10 @@ impl Read {
         R::Error: Send,
     {
         let (parts, body) = request.into_parts();
-        let body = GrpcBody::read(body, self.core.options.body_limit).await;
-        let wanted = self.wanted(&parts.headers, body.whole().as_ref());
+        let body = RequestBody::read(body, self.core.options.body_limit).await;
+        let wanted = self.wanted(&parts, body.whole().as_ref());
         let request = Request::from_parts(parts, body);
-        let GrpcWanted { key, tags } = match wanted {
+        let GrpcWanted { key, needs_public, tags } = match wanted {
             Ok(wanted) => wanted,
             Err(reason) => {
                 let mut response = inner.call(request).await?;
@@ -118,27 +117,28 @@ impl Read {
             Obtained::Load(leader) => leader,
         };
         let (reply, replied) = oneshot::channel();
-        let task = core.engine.spawn(self.load(inner, request, leader, reply).in_current_span());
+        let task = core.engine.spawn(self.load(inner, request, leader, needs_public, reply).in_current_span());
         future::replied(replied.await, task).await.map(out)
     }
 
     /// What the message asks for, if it is one message that says so.
-    fn wanted(&self, headers: &HeaderMap, body: Option<&Bytes>) -> Result<GrpcWanted, &'static str> {
+    fn wanted(&self, parts: &request::Parts, body: Option<&Bytes>) -> Result<GrpcWanted, &'static str> {
         let framed = body.ok_or("message")?;
         let message = message(framed).ok_or("message")?;
-        let Core { cascades, routes, space, .. } = &*self.core;
-        let known = (&cascades.entities, &routes.expected);
-        self.route.wanted(space, &self.tenant, headers, (framed, message.as_deref()), known)
+        let Core { cascades, routes, .. } = &*self.core;
+        let declared = (&cascades.entities, &routes.expected);
+        self.route.wanted(&self.tenant, parts, (framed, message.as_deref()), &self.core.known(), declared)
     }
 
     async fn load<S, B, R>(
         self,
         mut inner: S,
-        request: Request<GrpcBody<B>>,
+        request: Request<RequestBody<B>>,
         leader: Option<Leader>,
+        needs_public: bool,
         reply: Reply<R, S::Error>,
     ) where
-        S: Service<Request<GrpcBody<B>>, Response = Response<R>>,
+        S: Service<Request<RequestBody<B>>, Response = Response<R>>,
         B: Body<Data = Bytes>,
         R: Body<Data = Bytes>,
     {
@@ -155,16 +155,10 @@ impl Read {
         let (mut parts, body) = response.into_parts();
         let late = take_tags(&mut parts, &self.core, &self.tenant, &self.route.data_type, &reads);
         let limit = self.core.options.body_limit;
-        // With its status in the headers it is an error, and has no message.
-        let has_message = parts.status == StatusCode::OK && !parts.headers.contains_key(GRPC_STATUS);
-        let verdict = match (has_message, &late) {
-            (false, _) => Verdict::Fail("grpc-status"),
-            (true, Err(reason)) => Verdict::Alone(reason),
-            (true, Ok(_)) if body.size_hint().lower() > limit as u64 => Verdict::Alone("body-limit"),
-            (true, Ok(_)) => {
-                let life = Lifetime::fresh_for(self.route.policy.jittered());
-                Verdict::Store(Lifetime { load: start.elapsed(), ..life }, Box::default())
-            }
+        let verdict = match &late {
+            Err(reason) => Verdict::Alone(reason),
+            Ok(_) if body.size_hint().lower() > limit as u64 => Verdict::Alone("body-limit"),
+            Ok(_) => self.verdict(&parts, needs_public, start),
         };
         let mut forwarded = Forwarded::new(Reason::UriMiss);
         let Some((leader, life, _)) = settle(leader, verdict, &mut forwarded) else {
@@ -177,6 +171,35 @@ impl Read {
         let reading =
             Reading { leader, late, known, parts, forwarded, life, varied: None, adds_tag: false, limit, accepts };
         reads.scope(reading.read(body, &Asked::default(), reply)).await;
+    }
+}
+
+impl Read {
+    /// What a response says of itself, which HTTP would take at its word, too.
+    fn verdict(&self, parts: &response::Parts, needs_public: bool, start: Instant) -> Verdict {
+        // With its status in the headers it is an error, and has no message.
+        if parts.status != StatusCode::OK || parts.headers.contains_key(GRPC_STATUS) {
+            return Verdict::Fail("grpc-status");
+        }
+        let exchange = Exchange {
+            policy: &self.route.policy,
+            keyed: &[],
+            no_cache: parts.extensions.get::<NoCache>().is_some(),
+            needs_public,
+            targeted: &self.core.options.targeted_header,
+            now: self.core.date(),
+            took: start.elapsed(),
+        };
+        let says = ResponseDirectives::of(&parts.headers, exchange.targeted);
+        match reserved(&exchange, &parts.headers, &says) {
+            Some(reason) => Verdict::Alone(reason),
+            // Only the message and its encodings are told apart.
+            None if parts.headers.contains_key(header::VARY) => Verdict::Alone("vary"),
+            None => {
+                let life = Lifetime::fresh_for(self.route.policy.jittered());
+                Verdict::Store(Lifetime { load: exchange.took, ..life }, Box::default())
+            }
+        }
     }
 }
 

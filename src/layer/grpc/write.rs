@@ -13,7 +13,7 @@ use http_body::Body;
 use tower_service::Service;
 
 use super::{
-    body::{GrpcBody, GrpcResponseBody},
+    body::GrpcResponseBody,
     read::{Out, message, out},
     status::{GRPC_STATUS, is_plain, is_refusal, is_success},
 };
@@ -24,6 +24,7 @@ use crate::{
         body::CacheBody,
         changes::Changes,
         core::Core,
+        request::RequestBody,
         writing::{Refused, Writing},
     },
     route::GrpcRoute,
@@ -59,7 +60,7 @@ fn change_of(route: &GrpcRoute, body: Option<&Bytes>) -> Change {
 impl Write {
     pub(super) async fn run<S, B, R>(self, mut inner: S, request: Request<B>) -> Result<Out<R>, S::Error>
     where
-        S: Service<Request<GrpcBody<B>>, Response = Response<R>>,
+        S: Service<Request<RequestBody<B>>, Response = Response<R>>,
         B: Body<Data = Bytes>,
         R: Body<Data = Bytes>,
     {
@@ -68,9 +69,9 @@ impl Write {
         let what = format!("{} {}", parts.method, parts.uri.path());
         let mut writing = Writing::new(&self.core, self.tenants.into(), changes.clone(), what);
         let (body, change) = match &self.route {
-            None => (GrpcBody::passing(body), None),
+            None => (RequestBody::passing(body), None),
             Some(route) => {
-                let body = GrpcBody::read(body, self.core.options.body_limit).await;
+                let body = RequestBody::read(body, self.core.options.body_limit).await;
                 let change = change_of(route, body.whole().as_ref());
                 // When all of it is there: its client sets the pace.
                 if let Err(refused) = writing.begin(&change, std::iter::once(&*route.data_type)).await {

@@ -63,14 +63,29 @@ pub use body::InvalidateBody;
 /// ```
 #[derive(Clone)]
 pub struct InvalidateLayer {
-    pub(crate) core: Arc<Core>,
+    core: Arc<Core>,
+    mount: Option<Arc<str>>,
+}
+
+impl InvalidateLayer {
+    pub(crate) fn new(core: Arc<Core>) -> Self {
+        Self { core, mount: None }
+    }
+
+    /// The prefix that a router around this layer takes away from every path; see
+    /// [`CacheAsideLayer::mounted_at`](crate::CacheAsideLayer::mounted_at).
+    #[must_use]
+    pub fn mounted_at(mut self, prefix: impl Into<Arc<str>>) -> Self {
+        self.mount = Some(mount(&prefix.into()));
+        self
+    }
 }
 
 impl<S> Layer<S> for InvalidateLayer {
     type Service = Invalidate<S>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        Invalidate { inner, core: self.core.clone() }
+        Invalidate { inner, core: self.core.clone(), mount: self.mount.clone() }
     }
 }
 
@@ -85,6 +100,7 @@ impl fmt::Debug for InvalidateLayer {
 pub struct Invalidate<S> {
     inner: S,
     core: Arc<Core>,
+    mount: Option<Arc<str>>,
 }
 
 impl<S: fmt::Debug> fmt::Debug for Invalidate<S> {
@@ -110,7 +126,7 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let Some(write) = Write::of(&self.core, &mut request) else {
+        let Some(write) = Write::of(&self.core, &mut request, self.mount.as_deref()) else {
             return ResponseFuture::pass(self.inner.call(request), None, InvalidateBody::untouched);
         };
         let task = write.spawn(take_ready(&mut self.inner), request);
@@ -118,9 +134,17 @@ where
     }
 }
 
+/// A prefix as paths begin with it.
+pub(super) fn mount(prefix: &str) -> Arc<str> {
+    match prefix.trim_matches('/') {
+        "" => "".into(),
+        prefix => format!("/{prefix}").into(),
+    }
+}
+
 pub(super) fn answer<R: Body>(Answered { response, again }: Answered<R>) -> Response<InvalidateBody<R>> {
     response.map(|body| match again {
-        Some(writing) => InvalidateBody::watched(body, writing),
+        Some(due) => InvalidateBody::watched(body, due),
         None => InvalidateBody::untouched(body),
     })
 }
