@@ -16,6 +16,10 @@ use crate::error::ConfigError;
 /// Longer parts are hashed.
 const MAX_PART: usize = 128;
 
+/// Longer keys are hashed, but for their beginning: service, tenant and data type.
+const MAX_KEY: usize = 1_024;
+const KEPT: usize = 896;
+
 /// A key being built.
 pub(crate) type KeyBuf = Vec<u8>;
 
@@ -54,6 +58,18 @@ pub(crate) fn push_secret(buf: &mut KeyBuf, part: &[u8]) {
         buf.push(HEX[usize::from(byte >> 4)]);
         buf.push(HEX[usize::from(byte & 15)]);
     }
+}
+
+/// A key of at most so many bytes, whatever clients send: of what is longer the end is hashed.
+pub(crate) fn bounded(mut key: KeyBuf) -> KeyBuf {
+    if key.len() > MAX_KEY {
+        let all = std::mem::take(&mut key);
+        key.extend_from_slice(&all[..KEPT]);
+        // No part is spelled like this.
+        key.push(b'~');
+        push_secret(&mut key, &all);
+    }
+    key
 }
 
 /// What the keys and tags of one service begin with: services that share a store share nothing else.

@@ -328,11 +328,12 @@ impl CacheBuilder {
         let routes = Routes::new(&catalogue, &cascades, table)?;
         let (clock, on_invalidated) = (self.clock.clone(), self.on_invalidated.clone());
         let says_tier = tier.is_some();
+        let memos = memos(self.config.memory.unwrap_or(MEMORY));
         let store = self.make_store(options.body_limit as u64)?;
         if !store.is_shared() {
             catalogue.check_alone(says_tier)?;
         }
-        let engine = Arc::new(Engine::new(store, clock));
+        let engine = Arc::new(Engine::new(store, clock, memos));
         let warnings = Warnings::default();
         let core = Core {
             catalogue,
@@ -420,8 +421,13 @@ impl CacheBuilder {
                  would refuse such entries; lower it with body_limit or enlarge the store with memory"
             )));
         }
-        Ok(Arc::new(MemoryStore::with_largest(memory, body_limit)))
+        Ok(Arc::new(MemoryStore::with_largest(memory - memos(memory), body_limit)))
     }
+}
+
+/// How much of the memory the engine takes for what it remembers of keys.
+fn memos(memory: u64) -> u64 {
+    (memory / 16).min(4 << 20)
 }
 
 /// Fields that mean something to clients, proxies or this cache: the cache may not take them away.

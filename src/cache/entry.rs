@@ -15,9 +15,9 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     catalog::Lifetime,
-    engine::{self, Asker, Engine, Leader, Obtained, Use},
+    engine::{self, Asker, Engine, Inside, Leader, Obtained, Use},
     error::ConfigError,
-    key::{Key, KeyBuf, Tag, Tenant, push_ids, push_type},
+    key::{Key, KeyBuf, Tag, Tenant, bounded, push_ids, push_type},
     layer::{Core, Reads, joined},
     store::{Entry, Payload},
 };
@@ -139,7 +139,7 @@ impl<T> EntryBuilder<T> {
         let entities = scope.iter().filter(|s| **s != own).chain([&own]);
         let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(head, &self.data_type, e, id)).collect();
         tags.push(Tag::all(head, &self.data_type));
-        Some((Key::new(key), tags))
+        Some((Key::new(bounded(key)), tags))
     }
 }
 
@@ -281,14 +281,15 @@ where
     let fills = core.clone();
     let reads = Reads::default();
     let parts = reads.clone();
-    let task = engine.spawn(async move {
+    let scope = Inside::of(leader.as_ref());
+    let task = engine.spawn(scope.around(async move {
         let loaded = reads.scope(load()).await?;
         if let (Some(leader), Ok(late)) = (leader, reads.tags(&fills, &tenant)) {
             let leader = leader.made_of(reads.stamps());
             store(&fills.engine, leader, late, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
         }
         Ok(loaded)
-    });
+    }));
     let loaded = joined(task).await;
     // That there was an error may depend on all that, too.
     if let Some(whole) = whole {

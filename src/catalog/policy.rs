@@ -16,6 +16,9 @@ pub struct DataType {
     pub(crate) policy: Policy,
 }
 
+/// So long requests wait for another's call, where nothing else is said.
+const COALESCE_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// What is configured per data type.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,6 +38,8 @@ pub(crate) struct Policy {
     pub(crate) serve_invalidated_on_error: bool,
     #[serde(default, deserialize_with = "duration")]
     pub(crate) soft_timeout: Option<Duration>,
+    #[serde(default, deserialize_with = "duration")]
+    pub(crate) coalesce_timeout: Option<Duration>,
     #[serde(default)]
     pub(crate) early_refresh: f64,
     #[serde(default)]
@@ -43,6 +48,8 @@ pub(crate) struct Policy {
     pub(crate) negative: Option<Negative>,
     #[serde(default)]
     pub(crate) stores_cookies: bool,
+    #[serde(default)]
+    pub(crate) loads_whole: bool,
 }
 
 impl From<Ttl> for Policy {
@@ -56,15 +63,22 @@ impl From<Ttl> for Policy {
             stale_if_error: None,
             serve_invalidated_on_error: false,
             soft_timeout: None,
+            coalesce_timeout: None,
             early_refresh: 0.0,
             jitter: 0.0,
             negative: None,
             stores_cookies: false,
+            loads_whole: false,
         }
     }
 }
 
 impl Policy {
+    /// How long requests wait for another's call.
+    pub(crate) fn coalesce_timeout(&self) -> Duration {
+        self.coalesce_timeout.unwrap_or(COALESCE_TIMEOUT)
+    }
+
     /// How it is held in process.
     pub(crate) fn tier(&self) -> Tier {
         self.tier.unwrap_or_default()
@@ -190,6 +204,15 @@ impl DataType {
         self
     }
 
+    /// How long requests wait for another's call, counted from its beginning; by default 10 s. Who has waited for so long calls
+    /// the inner service itself, or is served what [`stale_if_error`](Self::stale_if_error) allows; who comes then waits for
+    /// others again.
+    #[must_use]
+    pub fn coalesce_timeout(mut self, timeout: Duration) -> Self {
+        self.policy.coalesce_timeout = Some(timeout);
+        self
+    }
+
     /// Refreshes in the background before the expiry, with a probability that grows towards it, so that popular entries
     /// never expire and never in a stampede (XFetch: Vattani et al., VLDB 2015). `beta` is usually 1, more is earlier; by
     /// default 0, never. The time the last load took is measured.
@@ -211,6 +234,14 @@ impl DataType {
     #[must_use]
     pub fn negative(mut self, statuses: impl IntoIterator<Item = u16>, ttl: impl Into<Ttl>) -> Self {
         self.policy.negative = Some(Negative { statuses: statuses.into_iter().collect(), ttl: ttl.into() });
+        self
+    }
+
+    /// A `HEAD`, or a request for a range, that finds nothing loads the whole response, which is then stored and cut. By default
+    /// they go to the inner service as they are, each for itself.
+    #[must_use]
+    pub fn loads_whole(mut self) -> Self {
+        self.policy.loads_whole = true;
         self
     }
 

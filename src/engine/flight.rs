@@ -5,10 +5,16 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
 
 use crate::{
     clock::Millis,
@@ -26,6 +32,8 @@ pub(crate) enum Landed {
     Unshareable,
     /// The leader failed, panicked or vanished, or its result cannot be proven to be fresh.
     Failed,
+    /// It takes too long: who has waited goes on alone.
+    Overdue,
 }
 
 /// A load under way, and the generations it began under.
@@ -34,12 +42,37 @@ pub(crate) struct Flight {
     generations: Vec<Generation>,
     /// What it loads is as old as this.
     began: Millis,
+    /// Nobody waits longer.
+    until: Instant,
+    /// Those that its own call waits for.
+    awaits: Mutex<Vec<Arc<Flight>>>,
+    is_overdue: AtomicBool,
     landed: watch::Sender<Option<Landed>>,
 }
 
 impl Flight {
-    pub(crate) fn new(tags: Vec<Tag>, generations: Vec<Generation>, began: Millis) -> Self {
-        Self { tags, generations, began, landed: watch::Sender::new(None) }
+    pub(crate) fn new(tags: Vec<Tag>, generations: Vec<Generation>, began: Millis, until: Instant) -> Self {
+        let (awaits, is_overdue, landed) = (Mutex::default(), AtomicBool::new(false), watch::Sender::new(None));
+        Self { tags, generations, began, until, awaits, is_overdue, landed }
+    }
+
+    fn awaits(&self) -> MutexGuard<'_, Vec<Arc<Self>>> {
+        self.awaits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it comes to an end only after one of these, as far as is known.
+    fn needs(&self, others: &[Arc<Self>]) -> bool {
+        let (mut seen, mut next) = (vec![], self.awaits().clone());
+        while let Some(flight) = next.pop() {
+            if others.iter().any(|other| Arc::ptr_eq(other, &flight)) {
+                return true;
+            }
+            if !seen.iter().any(|other| Arc::ptr_eq(other, &flight)) {
+                next.extend(flight.awaits().iter().cloned());
+                seen.push(flight);
+            }
+        }
+        false
     }
 
     pub(crate) fn tags(&self) -> &[Tag] {
@@ -95,7 +128,9 @@ impl Flights {
     /// has just missed.
     pub(crate) fn join_or_lead(&self, key: &Key, own: &Arc<Flight>, seen: Option<Arc<Flight>>) -> Option<Follower> {
         let mut flights = self.shard(key);
-        let other = flights.get(key).cloned().filter(|f| f.is_equal(own)).or_else(|| seen.filter(|f| f.is_equal(own)));
+        // One that takes too long is nobody's.
+        let is_good = |f: &Arc<Flight>| f.is_equal(own) && (f.landed.borrow().is_some() || Instant::now() < f.until);
+        let other = flights.get(key).cloned().filter(is_good).or_else(|| seen.filter(is_good));
         if other.is_none() {
             flights.insert(key.clone(), own.clone());
         }
@@ -126,10 +161,51 @@ impl Follower {
         self.0.borrow().clone()
     }
 
-    pub(super) async fn wait(&self) -> Landed {
-        match self.0.clone().wait_for(Option::is_some).await {
-            Ok(landed) => landed.clone().unwrap_or(Landed::Failed),
-            Err(_) => Landed::Failed,
+    /// Waits until it has landed, and no longer than anybody should. `inside` are the flights whose calls the caller is a part
+    /// of: one of them, or one that waits for them, it must not wait for.
+    pub(super) async fn wait(&self, inside: &[Arc<Flight>]) -> Landed {
+        let is_own = inside.iter().any(|own| Arc::ptr_eq(own, &self.1));
+        // Said before it is asked: of two that begin to wait for each other, one sees it.
+        let waiting = Waiting::new(inside, &self.1);
+        if is_own || self.1.needs(inside) {
+            return Landed::Overdue;
+        }
+        let mut landed = self.0.clone();
+        let landed = timeout_at(self.1.until, landed.wait_for(Option::is_some)).await;
+        drop(waiting);
+        match landed {
+            Ok(Ok(landed)) => landed.clone().unwrap_or(Landed::Failed),
+            Ok(Err(_)) => Landed::Failed,
+            Err(_) => {
+                if !self.1.is_overdue.swap(true, Ordering::Relaxed) {
+                    tracing::warn!("a call takes longer than its `coalesce_timeout`: who waited for it calls alone");
+                }
+                Landed::Overdue
+            }
+        }
+    }
+}
+
+/// That the calls of some flights wait for another, until it is dropped.
+struct Waiting<'a> {
+    own: &'a [Arc<Flight>],
+    other: &'a Arc<Flight>,
+}
+
+impl<'a> Waiting<'a> {
+    fn new(own: &'a [Arc<Flight>], other: &'a Arc<Flight>) -> Self {
+        own.iter().for_each(|own| own.awaits().push(other.clone()));
+        Self { own, other }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        for own in self.own {
+            let mut awaits = own.awaits();
+            if let Some(at) = awaits.iter().position(|flight| Arc::ptr_eq(flight, self.other)) {
+                awaits.swap_remove(at);
+            }
         }
     }
 }

@@ -6,12 +6,13 @@ use http::HeaderName;
 use tokio::runtime::Handle;
 
 use super::{
-    Engine,
+    Engine, Inside,
     flight::{Flight, Landed},
     stale::Stale,
 };
 use crate::{
     catalog::{Lifetime, Policy},
+    clock::Millis,
     key::{Key, Tag},
     store::{Entry, Mark, Payload, Stamp},
 };
@@ -23,6 +24,8 @@ pub(crate) struct Leader {
     /// The key without request headers that responses turned out to vary by.
     pub(crate) primary: Key,
     pub(super) flight: Arc<Flight>,
+    /// The flights whose calls this one is a part of.
+    pub(super) inside: Inside,
     /// Under which generations the values were valid that the result is made of.
     pub(super) parts: Vec<Stamp>,
     /// How many of the flight's tags the request names; the rest an earlier response declared.
@@ -31,6 +34,10 @@ pub(crate) struct Leader {
     pub(super) policy: Box<Policy>,
     /// What was stored when it began, if anything was.
     pub(super) stale: Option<Stale>,
+    /// Its responses have turned out to be for nobody else.
+    pub(crate) unshared: bool,
+    /// How long it is remembered at least by which headers its responses vary.
+    pub(crate) known_until: Millis,
     pub(super) landed: bool,
     /// Whether other processes wait for it.
     pub(super) claimed: bool,
@@ -100,6 +107,11 @@ impl Leader {
         self.land(Landed::Unshareable);
     }
 
+    /// Those who wait need not wait for the end of it: each calls the origin for itself. What comes of it is stored all the same.
+    pub(crate) fn let_go(&mut self) {
+        self.land(Landed::Unshareable);
+    }
+
     /// The same, but the next one may be another: who waits tries again, together.
     pub(crate) fn decline(mut self) {
         self.land(Landed::Unshareable);
@@ -147,9 +159,10 @@ impl Sealed {
             None => filled = engine.store.fill(&self.leader.key, self.entry.clone(), tier, now).await,
             // First the response, then what leads to it.
             Some((names, key)) => {
-                for (key, entry) in
-                    [(key, self.entry.clone()), (&self.leader.primary, Arc::new(self.entry.marker(names)))]
-                {
+                for (key, entry) in [
+                    (key, self.entry.clone()),
+                    (&self.leader.primary, Arc::new(self.entry.marker(names, self.leader.known_until))),
+                ] {
                     filled = filled.and(engine.store.fill(key, entry, tier, now).await);
                 }
             }

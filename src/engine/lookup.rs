@@ -1,9 +1,11 @@
 //! From a key to what a request has to do about it: answer, wait, or call the origin.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::Instant;
 
 use super::{
-    Engine, MAX_ATTEMPTS,
+    Engine, Inside, MAX_ATTEMPTS,
     flight::{Flight, Follower, Landed},
     leader::Leader,
     stale::{Attempt, Stale},
@@ -13,6 +15,9 @@ use crate::{
     key::{Key, Tag},
     store::{Entry, Generation, Inquiry, Lookup, Mark, Stamp, StoreError},
 };
+
+/// Nobody waits longer for another's call.
+const MAX_WAIT: Duration = Duration::from_secs(86_400);
 
 /// What a request has to do.
 pub(super) enum Begin {
@@ -60,9 +65,11 @@ impl Engine {
             let is_valid = matches!(validity(&stale.entry, tags, &asked, &now), Validity::Valid);
             Stale { invalidated: stale.invalidated || !is_valid, ..stale }
         });
-        let flight = Arc::new(Flight::new(asked, opened.generations, began));
-        let leader = self.leader(key, tags, policy, flight, opened.mark, stale);
+        let until = Instant::now() + policy.coalesce_timeout().min(MAX_WAIT);
+        let flight = Arc::new(Flight::new(asked, opened.generations, began, until));
+        let mut leader = self.leader(key, tags, policy, flight, opened.mark, stale);
         let unshared = memo.is_some_and(|m| m.unshared_until > self.now());
+        leader.unshared = unshared;
         // Under a fence nobody can tell whether the write has been acknowledged since the other's call began.
         let unshared = unshared || leader.flight.is_fenced();
         if unshared || attempt.alone || attempt.reload || attempt.failures >= MAX_ATTEMPTS {
@@ -113,10 +120,13 @@ impl Engine {
             primary: key.clone(),
             flight,
             parts: vec![],
+            inside: Inside::current(),
             named: tags.len(),
             mark,
             policy: Box::new(policy.clone()),
             stale,
+            unshared: false,
+            known_until: 0,
             landed: false,
             claimed: false,
         }
@@ -154,7 +164,7 @@ impl Engine {
 
     /// Waits for another's call to end.
     pub(super) async fn follow(&self, flight: Follower) -> Landed {
-        match flight.wait().await {
+        match flight.wait(&Inside::current().0).await {
             Landed::Done(entry) if !self.is_proven(&entry, flight.tags()).await => Landed::Failed,
             landed => landed,
         }

@@ -18,8 +18,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use quick_cache::sync::Cache as Memo;
-use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
+use quick_cache::{Weighter, sync::Cache as Memo};
+use tokio::{runtime::Handle, task::JoinHandle, task_local, time::timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     key::{Key, Tag},
     store::{Entry, Fence, Health, Store, StoreError, TagGroup},
 };
-use flight::Flights;
+use flight::{Flight, Flights};
 pub use invalidated::Invalidated;
 pub(crate) use leader::{Leader, Sealed};
 pub(crate) use obtain::{Asker, Obtained, Source, Use};
@@ -40,16 +40,43 @@ const UNSHARED_FOR: Duration = Duration::from_secs(10);
 /// Nobody waits longer for a drain.
 const MAX_DRAIN: Duration = Duration::from_secs(86_400);
 
-/// How many keys the engine remembers something about.
-const MEMOS: usize = 65_536;
+/// How many keys the engine remembers something about, about.
+const MEMOS: usize = 16_384;
 
 /// After this many failed flights a request stops waiting for others.
 const MAX_ATTEMPTS: u32 = 3;
 
+task_local! {
+    /// The flights whose calls this task is a part of, the outermost first.
+    static INSIDE: Inside;
+}
+
+/// Whose calls a task is a part of.
+#[derive(Clone, Default)]
+pub(crate) struct Inside(Arc<[Arc<Flight>]>);
+
+impl Inside {
+    fn current() -> Self {
+        INSIDE.try_with(Self::clone).unwrap_or_default()
+    }
+
+    /// That of a call. Without a leader it is a part of what the caller is.
+    pub(crate) fn of(leader: Option<&Leader>) -> Self {
+        leader.map_or_else(Self::current, |leader| {
+            Self(leader.inside.0.iter().chain([&leader.flight]).cloned().collect())
+        })
+    }
+
+    /// Polls the call, so that what it needs does not wait for itself.
+    pub(crate) fn around<F: Future>(self, call: F) -> impl Future<Output = F::Output> {
+        INSIDE.scope(self, call)
+    }
+}
+
 pub(crate) struct Engine {
     store: Arc<dyn Store>,
     flights: Flights,
-    memos: Memo<Key, Arc<KeyMemo>>,
+    memos: Memo<Key, Arc<KeyMemo>, Weight>,
     clock: Clock,
     /// Loads, writes and fills that go on without their clients.
     tasks: TaskTracker,
@@ -64,9 +91,22 @@ struct KeyMemo {
     unshared_until: Millis,
 }
 
+/// How many bytes a memo takes.
+#[derive(Clone)]
+struct Weight;
+
+impl Weighter<Key, Arc<KeyMemo>> for Weight {
+    fn weight(&self, key: &Key, memo: &Arc<KeyMemo>) -> u64 {
+        let tags: usize = memo.late.iter().map(|tag| tag.0.len() + 48).sum();
+        (key.0.len() + tags + 256) as u64
+    }
+}
+
 impl Engine {
-    pub(crate) fn new(store: Arc<dyn Store>, clock: Clock) -> Self {
-        Self { store, flights: Flights::default(), memos: Memo::new(MEMOS), clock, tasks: TaskTracker::new() }
+    /// `memory` is how many bytes it may take for what it remembers of keys.
+    pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, memory: u64) -> Self {
+        let memos = Memo::with_weighter(MEMOS, memory, Weight);
+        Self { store, flights: Flights::default(), memos, clock, tasks: TaskTracker::new() }
     }
 
     pub(crate) fn now(&self) -> Millis {

@@ -9,9 +9,11 @@
 
 use std::sync::Arc;
 
+use tokio::time::timeout;
+
 use super::{
     Engine,
-    flight::Landed,
+    flight::{Follower, Landed},
     leader::Leader,
     lookup::Begin,
     stale::{Attempt, Stale},
@@ -81,6 +83,7 @@ enum Landing {
     Use(Arc<Entry>),
     ServeStale(Arc<Entry>),
     TryAgain,
+    GoAlone,
 }
 
 /// What to do as the one who is to call the origin.
@@ -117,7 +120,7 @@ impl Engine {
                     if asker.only_stored() {
                         return Obtained::Absent;
                     }
-                    match landing(self.follow(flight).await, stale, self.now(), policy) {
+                    match landing(self.follow_patiently(flight, &stale, policy).await, stale, self.now(), policy) {
                         Landing::Use(entry) => (entry, Source::Flight),
                         Landing::ServeStale(entry) => {
                             if let Some(answer) = serve_stale(asker, &entry) {
@@ -128,6 +131,10 @@ impl Engine {
                         }
                         Landing::TryAgain => {
                             attempt.failures += 1;
+                            continue;
+                        }
+                        Landing::GoAlone => {
+                            attempt.alone = true;
                             continue;
                         }
                     }
@@ -141,6 +148,16 @@ impl Engine {
                 }
                 Use::Useless => attempt.reload = true,
             }
+        }
+    }
+
+    /// Waits for another's call, or for as long as its type has patience with it while there is something else to serve.
+    async fn follow_patiently(&self, flight: Follower, stale: &Option<Stale>, policy: &Policy) -> Landed {
+        let now = self.now();
+        let has_stale = stale.as_ref().is_some_and(|s| !s.invalidated && s.serves_on_error(now, policy));
+        match policy.soft_timeout.filter(|_| has_stale) {
+            None => self.follow(flight).await,
+            Some(patience) => timeout(patience, self.follow(flight)).await.unwrap_or(Landed::Failed),
         }
     }
 
@@ -184,10 +201,11 @@ fn serve_stale<A: Asker>(asker: &mut A, entry: &Entry) -> Option<A::Answer> {
 
 fn landing(landed: Landed, stale: Option<Stale>, now: Millis, policy: &Policy) -> Landing {
     match landed {
-        Landed::Done(entry) => Landing::Use(entry),
+        Landed::Done(ref entry) => Landing::Use(entry.clone()),
         Landed::Unshareable => Landing::TryAgain,
-        Landed::Failed => match stale.filter(|stale| stale.serves_on_error(now, policy)) {
+        Landed::Overdue | Landed::Failed => match stale.filter(|stale| stale.serves_on_error(now, policy)) {
             Some(stale) => Landing::ServeStale(stale.entry),
+            None if matches!(landed, Landed::Overdue) => Landing::GoAlone,
             None => Landing::TryAgain,
         },
     }

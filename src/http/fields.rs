@@ -1,23 +1,27 @@
 //! Header fields as they are stored and sent on (RFC 9110, section 7.6.1; RFC 9111, section 3).
 
+use std::time::SystemTime;
+
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 use super::{cache_status::CACHE_STATUS, directives::list};
 
 fn is_hop_by_hop(name: &HeaderName) -> bool {
-    const HOP_BY_HOP: [HeaderName; 6] = [
-        header::CONNECTION,
-        header::PROXY_AUTHENTICATE,
-        header::TE,
-        header::TRAILER,
-        header::TRANSFER_ENCODING,
-        header::UPGRADE,
-    ];
+    const HOP_BY_HOP: [HeaderName; 5] =
+        [header::CONNECTION, header::PROXY_AUTHENTICATE, header::TE, header::TRANSFER_ENCODING, header::UPGRADE];
     HOP_BY_HOP.contains(name)
         || matches!(
             name.as_str(),
             "keep-alive" | "proxy-connection" | "proxy-authentication-info" | "proxy-authorization"
         )
+}
+
+/// A `Date`.
+pub(crate) fn date_of(time: SystemTime) -> Option<HeaderValue> {
+    let date = HeaderValue::try_from(httpdate::fmt_http_date(time)).ok()?;
+    // Its first clone allocates what all clones share; a hit is to find that done.
+    drop(date.clone());
+    Some(date)
 }
 
 /// Headers as they are stored: without those of the connection (RFC 9110, section 7.6.1), and with places for those that

@@ -26,7 +26,7 @@ pin_project! {
 pin_project! {
     #[project = KindProj]
     enum Kind<B: Body> {
-        Full { data: Option<Bytes>, trailers: Option<Box<HeaderMap>> },
+        Full { data: Option<Bytes>, trailers: Option<Box<HeaderMap>>, counted: bool },
         Inner { #[pin] body: B },
         /// Of a write, after which something may be due.
         Written { #[pin] body: InvalidateBody<B> },
@@ -55,7 +55,16 @@ impl<B: Body> Default for CacheBody<B> {
 
 impl<B: Body> CacheBody<B> {
     pub(crate) fn full(data: Bytes, trailers: Option<HeaderMap>) -> Self {
-        Self { kind: Kind::Full { data: Some(data).filter(|d| !d.is_empty()), trailers: trailers.map(Box::new) } }
+        let (data, trailers) = (Some(data).filter(|d| !d.is_empty()), trailers.map(Box::new));
+        Self { kind: Kind::Full { data, trailers, counted: true } }
+    }
+
+    /// The same, where the response says another length: the server is to find out, as without the cache.
+    pub(crate) fn uncounted(mut self) -> Self {
+        if let Kind::Full { counted, .. } = &mut self.kind {
+            *counted = false;
+        }
+        self
     }
 
     pub(crate) fn inner(body: B) -> Self {
@@ -77,7 +86,7 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Self::Data>, Self::Error>>> {
         match self.project().kind.project() {
-            KindProj::Full { data, trailers } => Poll::Ready(match data.take() {
+            KindProj::Full { data, trailers, .. } => Poll::Ready(match data.take() {
                 Some(data) => Some(Ok(Frame::data(data))),
                 None => trailers.take().map(|t| Ok(Frame::trailers(*t))),
             }),
@@ -117,7 +126,7 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
-            Kind::Full { data, trailers } => data.is_none() && trailers.is_none(),
+            Kind::Full { data, trailers, .. } => data.is_none() && trailers.is_none(),
             Kind::Inner { body } => body.is_end_stream(),
             Kind::Written { body } => body.is_end_stream(),
             Kind::Tee { rest, done, .. } => *done || rest.as_ref().is_some_and(|b| b.is_end_stream()),
@@ -127,8 +136,8 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             // An exact size would become a `content-length`, after which there is no room for trailers.
-            Kind::Full { trailers: Some(_), .. } => SizeHint::new(),
-            Kind::Full { data, trailers: None } => SizeHint::with_exact(data.as_ref().map_or(0, Bytes::len) as u64),
+            Kind::Full { trailers: Some(_), .. } | Kind::Full { counted: false, .. } => SizeHint::new(),
+            Kind::Full { data, .. } => SizeHint::with_exact(data.as_ref().map_or(0, Bytes::len) as u64),
             Kind::Inner { body } => body.size_hint(),
             Kind::Written { body } => body.size_hint(),
             Kind::Tee { rest: Some(rest), .. } => rest.size_hint(),

@@ -1,17 +1,18 @@
 //! The response future of both layers: ready at once, the inner service's own, or boxed when there is more to do.
 
 use std::{
-    future::Future,
+    future::{Future, poll_fn},
     pin::Pin,
     task::{Context, Poll, ready},
 };
 
-use http::{HeaderName, Response};
+use http::{HeaderName, Request, Response};
 use pin_project_lite::pin_project;
 use tokio::{
     sync::oneshot,
     task::{JoinError, JoinHandle},
 };
+use tower_service::Service;
 
 use crate::http::cache_status::Handled;
 
@@ -46,65 +47,96 @@ pub(crate) async fn replied<T>(reply: Result<T, oneshot::error::RecvError>, task
     }
 }
 
+/// Waits until the service is ready, and calls it.
+pub(crate) async fn call<S: Service<Q>, Q>(service: &mut S, request: Q) -> Result<S::Response, S::Error> {
+    ready(service).await?;
+    service.call(request).await
+}
+
+/// Waits until the service is ready.
+pub(crate) async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Error> {
+    poll_fn(|cx| service.poll_ready(cx)).await
+}
+
 pin_project! {
-    /// The future of [`CacheAside`](crate::CacheAside) and [`Invalidate`](crate::Invalidate). `F` is the inner service's
-    /// future, `R` its body, `T` the body it becomes.
-    pub struct ResponseFuture<F, R, T, E> {
+    /// The future of [`CacheAside`](crate::CacheAside) and [`Invalidate`](crate::Invalidate). `S` is the inner service, `B` the
+    /// body of its requests, `R` that of its responses, `T` the body it becomes.
+    pub struct ResponseFuture<S, B, R, T>
+    where
+        S: Service<Request<B>>,
+    {
         #[pin]
-        kind: Kind<F, R, T, E>,
+        kind: Kind<S, B, R, T, S::Future, S::Error>,
     }
 }
 
 pin_project! {
     #[project = KindProj]
-    enum Kind<F, R, T, E> {
+    enum Kind<S, B, R, T, F, E> {
         Ready { response: Option<Response<T>> },
-        Pass { #[pin] future: F, finish: Option<Finish>, body: fn(R) -> T },
+        // The layer was ready, for a hit needs nobody: what passes through waits here.
+        Waiting { service: S, request: Option<Request<B>>, pass: Option<Pass<R, T>> },
+        Called { #[pin] future: F, pass: Option<Pass<R, T>> },
         Boxed { future: Boxed<T, E> },
     }
 }
 
-impl<F, R, T, E> ResponseFuture<F, R, T, E> {
+/// What is done to a response that passes through.
+struct Pass<R, T> {
+    finish: Option<Finish>,
+    body: fn(R) -> T,
+}
+
+impl<R, T> Pass<R, T> {
+    fn finish(self, mut response: Response<R>) -> Response<T> {
+        if let Some(Finish { handled, tag_header }) = self.finish {
+            response.headers_mut().remove(&tag_header);
+            let status = response.status();
+            if let Some(handled) = handled {
+                handled.append(response.headers_mut(), Some(status), None);
+            }
+        }
+        response.map(self.body)
+    }
+}
+
+impl<S: Service<Request<B>>, B, R, T> ResponseFuture<S, B, R, T> {
     pub(crate) fn ready(response: Response<T>) -> Self {
         Self { kind: Kind::Ready { response: Some(response) } }
     }
 
-    pub(crate) fn pass(future: F, finish: Option<Finish>, body: fn(R) -> T) -> Self {
-        Self { kind: Kind::Pass { future, finish, body } }
+    pub(crate) fn pass(service: S, request: Request<B>, finish: Option<Finish>, body: fn(R) -> T) -> Self {
+        Self { kind: Kind::Waiting { service, request: Some(request), pass: Some(Pass { finish, body }) } }
     }
 
-    pub(crate) fn boxed(future: Boxed<T, E>) -> Self {
+    pub(crate) fn boxed(future: Boxed<T, S::Error>) -> Self {
         Self { kind: Kind::Boxed { future } }
     }
 }
 
-impl<F, R, T, E> Future for ResponseFuture<F, R, T, E>
+impl<S, B, R, T> Future for ResponseFuture<S, B, R, T>
 where
-    F: Future<Output = Result<Response<R>, E>>,
+    S: Service<Request<B>, Response = Response<R>>,
 {
-    type Output = Result<Response<T>, E>;
+    type Output = Result<Response<T>, S::Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().kind.project() {
-            KindProj::Ready { response } => response.take().map_or(Poll::Pending, |r| Poll::Ready(Ok(r))),
-            KindProj::Pass { future, finish, body } => {
-                let mut response = ready!(future.poll(cx))?;
-                if let Some(Finish { handled, tag_header }) = finish {
-                    response.headers_mut().remove(&*tag_header);
-                    let status = response.status();
-                    if let Some(handled) = handled {
-                        handled.append(response.headers_mut(), Some(status), None);
-                    }
+        let mut kind = self.project().kind;
+        loop {
+            let called = match kind.as_mut().project() {
+                KindProj::Ready { response } => return response.take().map_or(Poll::Pending, |r| Poll::Ready(Ok(r))),
+                KindProj::Waiting { service, request, pass } => {
+                    ready!(service.poll_ready(cx))?;
+                    let Some(request) = request.take() else { return Poll::Pending };
+                    Kind::Called { future: service.call(request), pass: pass.take() }
                 }
-                Poll::Ready(Ok(response.map(*body)))
-            }
-            KindProj::Boxed { future } => future.as_mut().poll(cx),
+                KindProj::Called { future, pass } => {
+                    let response = ready!(future.poll(cx))?;
+                    return pass.take().map_or(Poll::Pending, |pass| Poll::Ready(Ok(pass.finish(response))));
+                }
+                KindProj::Boxed { future } => return future.as_mut().poll(cx),
+            };
+            kind.set(called);
         }
     }
-}
-
-/// The inner service that was polled ready, to be called; its clone stays behind, and is polled ready before the next call.
-pub(crate) fn take_ready<S: Clone>(inner: &mut S) -> S {
-    let clone = inner.clone();
-    std::mem::replace(inner, clone)
 }

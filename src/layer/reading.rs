@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | is there at once | whole | whole |
 //! | comes by and by | while it is read | whole, when it has ended |
+//! | … and does not say how long it is | while it is read | call the origin after 100 ms |
 //! | is too large, or takes too long | while it is read, and the rest on its own | call the origin |
 //! | breaks, or its service panics | as far as it went, and then the error | try again |
 
@@ -13,7 +14,7 @@ use std::{
     panic::AssertUnwindSafe,
     pin::{Pin, pin},
     task::Poll,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -33,15 +34,18 @@ use crate::{
     http::{
         cache_status::{Forwarded, Handled},
         conditions::entity_tag,
-        fields::stored_headers,
+        fields::{date_of, stored_headers},
         freshness::Verdict,
     },
     key::{Key, Tag},
     store::{Payload, StoredResponse},
 };
 
-/// A body that streams for longer than this is not waited for by others, and not stored.
+/// A body that streams for longer than this is not stored.
 const STREAM_LIMIT: Duration = Duration::from_secs(10);
+
+/// A body of which nobody knows how long it will be is not waited for by others after this.
+const STREAM_GRACE: Duration = Duration::from_millis(100);
 
 pub(super) type Replied<R, E> = Result<Response<CacheBody<R>>, E>;
 pub(super) type Reply<R, E> = oneshot::Sender<Replied<R, E>>;
@@ -92,6 +96,8 @@ pub(super) struct Reading {
     /// What it depends on, and how much of that is among its tags: its body may say more.
     pub(super) known: (Reads, usize),
     pub(super) parts: response::Parts,
+    /// When it came.
+    pub(super) date: SystemTime,
     pub(super) forwarded: Forwarded,
     pub(super) life: Lifetime,
     pub(super) varied: Option<(Box<[HeaderName]>, Key)>,
@@ -115,11 +121,13 @@ enum Read<R: Body> {
     Frame(Option<Result<Frame<Bytes>, R::Error>>),
     /// There is nothing at the moment.
     Waits,
+    /// Others wait for something that may have no end.
+    LetGo,
     TooLong,
 }
 
 impl Reading {
-    pub(super) async fn read<R, E>(self, body: R, asked: &Asked, reply: Reply<R, E>)
+    pub(super) async fn read<R, E>(mut self, body: R, asked: &Asked, reply: Reply<R, E>)
     where
         R: Body<Data = Bytes>,
     {
@@ -137,7 +145,7 @@ impl Reading {
 
     /// Reads until the body ends, in one way or another. What is not there at once is streamed to the client meanwhile.
     async fn copy<R, E>(
-        &self,
+        &mut self,
         body: &mut Pin<Box<R>>,
         copy: &mut Copy,
         client: &mut Client<R, E>,
@@ -148,11 +156,14 @@ impl Reading {
         R: Body<Data = Bytes>,
     {
         let mut deadline = pin!(tokio::time::sleep(STREAM_LIMIT));
+        let mut grace = pin!(tokio::time::sleep(STREAM_GRACE));
+        let mut holds = size.exact().is_none();
         loop {
             let waits = matches!(client, Client::Waiting(_));
             let poll = poll_fn(|cx| match body.as_mut().poll_frame(cx) {
                 Poll::Ready(frame) => Poll::Ready(Read::<R>::Frame(frame)),
                 Poll::Pending if waits => Poll::Ready(Read::Waits),
+                Poll::Pending if holds && grace.as_mut().poll(cx).is_ready() => Poll::Ready(Read::LetGo),
                 Poll::Pending => deadline.as_mut().poll(cx).map(|()| Read::TooLong),
             });
             match AssertUnwindSafe(poll).catch_unwind().await {
@@ -168,6 +179,10 @@ impl Reading {
                         return End::GivenUp;
                     }
                 }
+                Ok(Read::LetGo) => {
+                    holds = false;
+                    self.leader.let_go();
+                }
                 Ok(Read::TooLong) => return End::GivenUp,
                 Ok(Read::Frame(None)) => return End::Whole,
                 Ok(Read::Frame(Some(Err(error)))) => return End::Error(error),
@@ -180,31 +195,34 @@ impl Reading {
     async fn complete<R: Body, E>(mut self, mut client: Client<R, E>, copy: Copy, asked: &Asked) {
         let (data, trailers) = copy.into_parts();
         let (reads, known) = &self.known;
-        let accepted = (self.accepts)(&data, trailers.as_ref());
+        let is_counted = counts(&self.parts.headers, data.len());
+        let accepted = if is_counted { (self.accepts)(&data, trailers.as_ref()) } else { Err("content-length") };
         if let Err(detail) = accepted.and(if reads.count() > *known { Err("late-tags") } else { Ok(()) }) {
             drop(self.leader);
             (self.forwarded.stored, self.forwarded.detail) = (false, Some(detail));
             return client.end(|| {
                 Handled::Forwarded(self.forwarded).append(&mut self.parts.headers, None, asked.key.as_deref());
-                Response::from_parts(self.parts, CacheBody::full(data, trailers))
+                let body = CacheBody::full(data, trailers);
+                Response::from_parts(self.parts, if is_counted { body } else { body.uncounted() })
             });
         }
         if let (true, Ok(tag)) = (self.adds_tag, entity_tag(&data)) {
             self.parts.headers.insert(header::ETAG, tag);
         }
-        let stored = StoredResponse {
-            status: self.parts.status,
-            headers: stored_headers(&self.parts.headers),
-            body: data.clone(),
-            trailers: trailers.clone(),
-        };
+        let mut headers = stored_headers(&self.parts.headers);
+        // When it was made, where nobody says so (RFC 9110, section 6.6.1).
+        if let (false, Some(date)) = (headers.contains_key(header::DATE), date_of(self.date)) {
+            headers.insert(header::DATE, date);
+        }
+        let stored =
+            StoredResponse { status: self.parts.status, headers, body: data.clone(), trailers: trailers.clone() };
         let keep = self.forwarded.stored;
         let leader = self.leader.made_of(self.known.0.stamps());
         let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
         self.forwarded.stored = keep && sealed.as_ref().is_some_and(Sealed::is_kept);
         client.end(|| {
             let handled = Handled::Forwarded(self.forwarded);
-            let conditional = sealed.as_ref().filter(|_| asked.conditions.is_some());
+            let conditional = sealed.as_ref().filter(|_| asked.head || asked.conditions.is_some());
             conditional.and_then(|sealed| conditionally(sealed, &self.parts, asked, handled)).unwrap_or_else(|| {
                 let mut parts = self.parts;
                 handled.append(&mut parts.headers, None, asked.key.as_deref());
@@ -216,10 +234,11 @@ impl Reading {
         }
     }
 
-    /// The head of the response, for a client that gets the body while it is read.
+    /// The head of the response, for a client that gets the body while it is read: nobody knows yet whether it will be stored.
     fn head(&self, asked: &Asked) -> response::Parts {
         let mut parts = self.parts.clone();
-        Handled::Forwarded(self.forwarded).append(&mut parts.headers, None, asked.key.as_deref());
+        let forwarded = Forwarded { stored: false, ..self.forwarded };
+        Handled::Forwarded(forwarded).append(&mut parts.headers, None, asked.key.as_deref());
         parts
     }
 
@@ -244,6 +263,12 @@ impl Reading {
         let parts = self.parts;
         client.finish(copy, last, |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
     }
+}
+
+/// Whether what a response says of its length is so.
+fn counts(headers: &HeaderMap, length: usize) -> bool {
+    let said = headers.get_all(header::CONTENT_LENGTH).iter();
+    said.map(|line| line.to_str().ok()?.trim().parse().ok()).all(|said| said == Some(length))
 }
 
 /// The part of a new entry that its own request asked for.

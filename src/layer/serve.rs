@@ -1,13 +1,13 @@
 //! From an entry and what a request asks for to a response: whole, without its body (`HEAD`), not modified (304), or a
 //! part (206).
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode,
+    Extensions, HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode,
     header::{self, InvalidHeaderValue},
-    request,
+    request, response,
 };
 use http_body::Body;
 
@@ -109,13 +109,41 @@ pub(crate) fn serve<R: Body>(
         Some(handled) => make(handled),
     };
     let mut response = match &asked.conditions {
-        Some(conditions) => conditionally(stored, headers, asked.head, conditions),
+        Some(conditions) => conditionally(stored, headers, asked.head, conditions, entry.created),
         None => whole(stored, headers, asked.head),
     };
     if response.headers().get(header::AGE).is_some_and(HeaderValue::is_empty) {
         response.headers_mut().remove(header::AGE);
     }
     Some(response)
+}
+
+/// A response that is not stored, as far as its request asked for it.
+pub(crate) fn unstored<R: Body>(mut parts: response::Parts, body: R, asked: &Asked) -> Response<CacheBody<R>> {
+    let conditions = asked.conditions.as_ref().filter(|_| parts.status == StatusCode::OK);
+    if conditions.is_some_and(|conditions| conditions.preconditions.is_not_modified(&parts.headers, None)) {
+        return not_modified(parts.headers);
+    }
+    if asked.head {
+        // Where it was loaded whole.
+        parts.extensions = Extensions::new();
+        return Response::from_parts(parts, CacheBody::full(Bytes::new(), None));
+    }
+    Response::from_parts(parts, CacheBody::inner(body))
+}
+
+/// What the client needs to know of what it has (RFC 9110, section 15.4.5), not what describes a body.
+fn not_modified<R: Body>(mut headers: HeaderMap) -> Response<CacheBody<R>> {
+    for of_body in [
+        header::CONTENT_LENGTH,
+        header::CONTENT_TYPE,
+        header::CONTENT_ENCODING,
+        header::CONTENT_LANGUAGE,
+        header::CONTENT_RANGE,
+    ] {
+        headers.remove(of_body);
+    }
+    respond(StatusCode::NOT_MODIFIED, headers, CacheBody::full(Bytes::new(), None))
 }
 
 fn respond<R: Body>(status: StatusCode, headers: HeaderMap, body: CacheBody<R>) -> Response<CacheBody<R>> {
@@ -142,22 +170,14 @@ fn conditionally<R: Body>(
     mut headers: HeaderMap,
     head: bool,
     conditions: &Conditions,
+    created: Millis,
 ) -> Response<CacheBody<R>> {
     if stored.status != StatusCode::OK {
         return whole(stored, headers, head);
     }
-    if conditions.preconditions.is_not_modified(&stored.headers) {
-        // What the client needs to know of what it has (RFC 9110, section 15.4.5), not what describes a body.
-        for of_body in [
-            header::CONTENT_LENGTH,
-            header::CONTENT_TYPE,
-            header::CONTENT_ENCODING,
-            header::CONTENT_LANGUAGE,
-            header::CONTENT_RANGE,
-        ] {
-            headers.remove(of_body);
-        }
-        return respond(StatusCode::NOT_MODIFIED, headers, CacheBody::full(Bytes::new(), None));
+    let created = SystemTime::UNIX_EPOCH + Duration::from_millis(created);
+    if conditions.preconditions.is_not_modified(&stored.headers, Some(created)) {
+        return not_modified(headers);
     }
     let length = stored.body.len();
     match conditions.range.as_ref().and_then(|range| parse_range(range, length)) {

@@ -21,7 +21,7 @@ use super::{
 use crate::{
     catalog::{Cascades, Catalogue, Entities, Policy},
     error::ConfigError,
-    key::{KeyBuf, Tag, Tenant, push_ids, push_secret, push_type},
+    key::{KeyBuf, Tag, Tenant, bounded, push_ids, push_secret, push_type},
 };
 
 /// What a message is about.
@@ -266,7 +266,7 @@ impl GrpcRoute {
         }
         self.credentials.push_user(&mut key, parts, identity)?;
         self.push_variant(&mut key, headers, target.as_ref().map_or(framed, |target| &target.variant));
-        Ok(GrpcWanted { key, needs_public, tags })
+        Ok(GrpcWanted { key: bounded(key), needs_public, tags })
     }
 
     /// Appends the ids of what a message is about, and gives their tags.

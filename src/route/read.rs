@@ -18,7 +18,7 @@ use super::{
 use crate::{
     catalog::{Catalogue, Entities, Policy},
     error::ConfigError,
-    key::{KeyBuf, Space, Tag, push_escaped, push_ids, push_type},
+    key::{KeyBuf, Space, Tag, bounded, push_escaped, push_ids, push_type},
 };
 
 /// A route whose `GET` responses are cached (and answer `HEAD` too).
@@ -207,7 +207,7 @@ pub(crate) fn variant_key(primary: &[u8], names: &[HeaderName], headers: &Header
             push_values(&mut key, name, std::iter::once(&*members.join(&b","[..])));
         }
     }
-    key
+    bounded(key)
 }
 
 impl ReadRoute {
@@ -359,7 +359,7 @@ impl ReadRoute {
             push_escaped(&mut key, name.as_str().as_bytes());
             push_values(&mut key, name, header_values(headers, name));
         }
-        Ok(Wanted { key, is_conditional, needs_public })
+        Ok(Wanted { key: bounded(key), is_conditional, needs_public })
     }
 
     /// The tags of the entry: each entity of the path, and the type as a whole.

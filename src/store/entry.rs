@@ -135,13 +135,15 @@ impl Entry {
     }
 
     /// What is stored under the key without request headers, to lead to a response that varies by these.
-    pub(crate) fn marker(&self, names: &[HeaderName]) -> Self {
-        let until = self.keep_until;
+    /// It stays for as long as any of those does that it leads to.
+    pub(crate) fn marker(&self, names: &[HeaderName], known_until: Millis) -> Self {
+        let until = self.keep_until.max(known_until);
         Self {
             payload: Payload::Vary(names.into()),
             expires: until,
             refresh_until: until,
             on_error_until: until,
+            keep_until: until,
             varied: None,
             ..self.clone()
         }

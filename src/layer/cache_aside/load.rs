@@ -1,9 +1,12 @@
 //! A call of the inner service: its request, what becomes of its response, and a stored one that it confirms.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime},
+};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, Request, Response, StatusCode, header, response};
+use http::{HeaderMap, HeaderName, Method, Request, Response, StatusCode, header, response};
 use http_body::Body;
 use tower_service::Service;
 
@@ -14,7 +17,7 @@ use crate::{
     http::{
         cache_status::{Forwarded, Handled},
         conditions::validate,
-        fields::{stored_headers, updated_headers},
+        fields::{date_of, stored_headers, updated_headers},
         freshness::{Exchange, Verdict, judge},
     },
     key::{Key, Tag},
@@ -22,8 +25,9 @@ use crate::{
         body::CacheBody,
         changes::Reads,
         extensions::{NoCache, forward_tags, take_tags},
+        future,
         reading::{Reading, Reply, settle},
-        serve::serve,
+        serve::{serve, unstored},
     },
     route::variant_key,
     store::{Entry, Payload, StoredResponse},
@@ -43,12 +47,9 @@ impl Miss {
     {
         let start = Instant::now();
         let request_headers = request.headers().clone();
-        if let Some(leader) = &mut leader {
-            leader.primary = self.primary.clone();
-        }
-        let confirmable = self.prepare(request.headers_mut(), leader.as_ref());
+        let confirmable = self.prepare(&mut request, leader.as_mut());
         let reads = Reads::default();
-        let result = reads.scope(async { inner.call(request).await }).await;
+        let result = reads.scope(future::call(&mut inner, request)).await;
         if !matches!(&result, Ok(response) if !response.status().is_server_error())
             && let Some(response) = self.instead(leader.as_ref())
         {
@@ -69,7 +70,7 @@ impl Miss {
         let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(self.reason) };
         let confirmed = confirmable.filter(|_| parts.status == StatusCode::NOT_MODIFIED);
         let late = match &confirmed {
-            Some(stored) => late.map(|late| update(stored, &mut parts, late, leader.as_ref())),
+            Some(stored) => late.map(|late| update(stored, &mut parts, self.core.date(), late, leader.as_ref())),
             None => late,
         };
         let size = if confirmed.is_some() { 0 } else { body.size_hint().lower() };
@@ -91,7 +92,7 @@ impl Miss {
         }
         let Some((leader, life, names)) = settled else {
             Handled::Forwarded(forwarded).append(&mut parts.headers, None, self.asked.key.as_deref());
-            let _ = reply.send(Ok(Response::from_parts(parts, CacheBody::inner(body))));
+            let _ = reply.send(Ok(unstored(parts, body, &self.asked)));
             return;
         };
         let (varied, limit) = (self.varied(names, &request_headers), self.core.options.body_limit);
@@ -99,16 +100,29 @@ impl Miss {
         let adds_tag = self.core.options.entity_tags && is_plain;
         let accepts = |_: &Bytes, _: Option<&HeaderMap>| Ok(());
         let known = (reads.clone(), reads.count());
-        let reading = Reading { leader, late, known, parts, forwarded, life, varied, adds_tag, limit, accepts };
+        let date = self.core.date();
+        let reading = Reading { leader, late, known, parts, date, forwarded, life, varied, adds_tag, limit, accepts };
         reads.scope(reading.read(body, &self.asked, reply)).await;
     }
 
-    /// Asks for the whole response, or whether the stored one is still good, which is then returned.
-    fn prepare(&self, headers: &mut HeaderMap, leader: Option<&Leader>) -> Option<StoredResponse> {
+    /// Asks for the whole response, or whether the stored one is still good, which is then returned. Where nothing will be
+    /// stored, the handler is asked what the client asks.
+    fn prepare<B>(&self, request: &mut Request<B>, leader: Option<&mut Leader>) -> Option<StoredResponse> {
+        if self.route.policy.loads_whole && self.asked.is_partial() {
+            *request.method_mut() = Method::GET;
+            request.headers_mut().remove(header::RANGE);
+        }
+        let leader = leader?;
+        leader.primary = self.primary.clone();
+        leader.known_until = self.known.as_ref().map_or(0, |(_, until)| *until);
+        if leader.unshared {
+            return None;
+        }
+        let headers = request.headers_mut();
         // The client's conditions are met from the whole response.
         headers.remove(header::IF_NONE_MATCH);
         headers.remove(header::IF_MODIFIED_SINCE);
-        let known = leader.and_then(stored).filter(|stale| !stale.invalidated);
+        let known = stored(leader).filter(|stale| !stale.invalidated);
         match known.filter(|_| self.route.policy.freshness == Freshness::Response).map(|s| &s.entry.payload) {
             Some(Payload::Response(stored)) => validate(headers, &stored.headers).then(|| stored.clone()),
             _ => None,
@@ -138,10 +152,15 @@ impl Miss {
         judge(&exchange, parts)
     }
 
-    /// Which headers the response depends on, and the key they give in this request.
+    /// Which headers the response depends on, or others are known to, and the key they give in this request: an origin that
+    /// says now more and now less of them has as many variants as all of them make.
     fn varied(&self, names: Box<[HeaderName]>, headers: &HeaderMap) -> Option<(Box<[HeaderName]>, Key)> {
+        let mut names = names.into_vec();
+        names.extend(self.known.iter().flat_map(|(known, _)| known.iter().cloned()));
+        names.sort_by(|a, b| a.as_str().cmp(b.as_str()));
+        names.dedup();
         let key = (!names.is_empty()).then(|| Key::new(variant_key(self.primary.as_bytes(), &names, headers)));
-        key.map(|key| (names, key))
+        key.map(|key| (names.into(), key))
     }
 
     /// Stores what the origin has confirmed anew, and answers with it.
@@ -174,8 +193,18 @@ impl Miss {
 }
 
 /// Makes the head of a confirmation that of the stored response, which is still made of what it was made of.
-fn update(stored: &StoredResponse, parts: &mut response::Parts, late: Vec<Tag>, leader: Option<&Leader>) -> Vec<Tag> {
+fn update(
+    stored: &StoredResponse,
+    parts: &mut response::Parts,
+    now: SystemTime,
+    late: Vec<Tag>,
+    leader: Option<&Leader>,
+) -> Vec<Tag> {
     parts.status = stored.status;
+    // It is as old as its confirmation.
+    if let (false, Some(date)) = (parts.headers.contains_key(header::DATE), date_of(now)) {
+        parts.headers.insert(header::DATE, date);
+    }
     parts.headers = updated_headers(&stored.headers, &parts.headers);
     let stamps = leader.and_then(Leader::stale).into_iter().flat_map(|stale| stale.entry.stamps.iter());
     late.into_iter().chain(stamps.map(|stamp| stamp.tag.clone())).collect()

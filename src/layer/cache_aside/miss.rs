@@ -3,7 +3,7 @@
 use std::{marker::PhantomData, sync::Arc};
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode};
+use http::{HeaderMap, HeaderName, Request, Response, StatusCode};
 use http_body::Body;
 use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 use tower_service::Service;
@@ -11,7 +11,7 @@ use tracing::Instrument;
 
 use crate::{
     clock::Millis,
-    engine::{Asker, Leader, Obtained, Source, Stale, Use},
+    engine::{Asker, Inside, Leader, Obtained, Source, Stale, Use},
     http::cache_status::{Forwarded, Handled, Reason},
     key::{Key, Tag, Tenant},
     layer::{
@@ -38,6 +38,8 @@ pub(super) struct Miss {
     pub(super) asked: Asked,
     /// Why nothing stored has answered it so far.
     pub(super) reason: Reason,
+    /// What responses are known to depend on, and for how long that is remembered.
+    pub(super) known: Option<(Box<[HeaderName]>, Millis)>,
 }
 
 /// A request with its headers, which say which variant it wants.
@@ -52,6 +54,9 @@ impl<R: Body> Asker for Ask<'_, R> {
 
     fn judge(&mut self, entry: &Entry, source: Source) -> Use<Self::Answer> {
         let miss = &mut *self.miss;
+        if let Payload::Vary(names) = &entry.payload {
+            miss.known = Some((names.clone(), entry.keep_until()));
+        }
         let names = match (&entry.payload, &entry.varied) {
             (Payload::Vary(names), _) => Some((names, None)),
             (_, Some((names, key))) => Some((names, Some(key))),
@@ -81,7 +86,7 @@ impl<R: Body> Asker for Ask<'_, R> {
     }
 
     fn is_alone(&self) -> bool {
-        self.miss.asked.is_partial()
+        self.miss.is_partial()
     }
 
     fn only_stored(&self) -> bool {
@@ -94,6 +99,11 @@ impl<R: Body> Asker for Ask<'_, R> {
 }
 
 impl Miss {
+    /// Whether its response would be no good for others.
+    fn is_partial(&self) -> bool {
+        self.asked.is_partial() && !self.route.policy.loads_whole
+    }
+
     fn only_stored(&self) -> bool {
         self.asked.directives().is_some_and(|directives| directives.only_if_cached)
     }
@@ -115,7 +125,7 @@ impl Miss {
             Obtained::Answer(response) => Ok(response),
             Obtained::Absent => Ok(gateway_timeout()),
             Obtained::AnswerAndReload(response, leader) => {
-                if !self.asked.is_partial() {
+                if !self.is_partial() {
                     self.expired(&leader);
                     self.spawn_load(inner, request, Some(leader));
                 }
@@ -125,7 +135,7 @@ impl Miss {
                 if let Some(leader) = &leader {
                     self.expired(leader);
                 }
-                if self.asked.is_partial() {
+                if self.is_partial() {
                     drop(leader);
                     return self.pass(inner, request).await;
                 }
@@ -148,7 +158,7 @@ impl Miss {
         R: Body,
     {
         let detail = if self.asked.head { "head" } else { "range" };
-        let mut response = inner.call(request).await?;
+        let mut response = future::call(&mut inner, request).await?;
         response.headers_mut().remove(&self.core.options.tag_header);
         let status = response.status();
         let forwarded = Forwarded::because(self.reason, detail);
@@ -192,7 +202,8 @@ impl Miss {
         self.reason = Reason::Stale;
         if let Some(leader) = self.core.engine.lead_refresh(&self.key, &self.tags, &self.route.policy).await {
             let (nobody, _) = oneshot::channel();
-            self.load(inner, request, Some(leader), nobody).await;
+            let scope = Inside::of(Some(&leader));
+            scope.around(self.load(inner, request, Some(leader), nobody)).await;
         }
     }
 
@@ -213,7 +224,8 @@ impl Miss {
     {
         let (reply, replied) = oneshot::channel();
         let engine = self.core.engine.clone();
-        (engine.spawn(self.load(inner, request, leader, reply).in_current_span()), replied)
+        let scope = Inside::of(leader.as_ref());
+        (engine.spawn(scope.around(self.load(inner, request, leader, reply)).in_current_span()), replied)
     }
 }
 

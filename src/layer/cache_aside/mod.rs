@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Method, Request, Response, request};
+use http::{Method, Request, Response, Version, header, request};
 use http_body::Body;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -24,7 +24,7 @@ use super::{
     body::CacheBody,
     core::Core,
     extensions::NoCache,
-    future::{self, Finish, ResponseFuture, take_ready},
+    future::{self, Finish, ResponseFuture},
     invalidate::{answer, mount, unavailable},
     request::{Bodies, NoBodies, ReadBody, RequestBody},
     serve::{Asked, serve},
@@ -146,10 +146,11 @@ where
 {
     type Response = Response<CacheBody<R>>;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future, R, CacheBody<R>, S::Error>;
+    type Future = ResponseFuture<S, B, R, CacheBody<R>>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
+    /// Always: a hit needs nobody. What needs the inner service waits for it in its own future.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
@@ -163,23 +164,24 @@ where
             if parts.method == Method::GET {
                 self.core.unmatched(place.full());
             }
-            let inner = self.inner.call(Request::from_parts(parts, body));
-            return ResponseFuture::pass(inner, finish(None), CacheBody::inner);
+            let request = Request::from_parts(parts, body);
+            return ResponseFuture::pass(self.inner.clone(), request, finish(None), CacheBody::inner);
         };
         let (route, wanted, asked) = match self.wanted(&read, &parts, &body) {
             Ok(wanted) => wanted,
             Err(handled) => {
-                let inner = self.inner.call(Request::from_parts(parts, body));
-                return ResponseFuture::pass(inner, finish(Some(handled)), CacheBody::inner);
+                let request = Request::from_parts(parts, body);
+                return ResponseFuture::pass(self.inner.clone(), request, finish(Some(handled)), CacheBody::inner);
             }
         };
         let engine = &self.core.engine;
         let now = engine.now();
-        let mut variant = None;
+        let (mut variant, mut known) = (None, None);
         let mut entry = if route.body.is_some() { None } else { engine.peek(&wanted.key, now) };
         if let Some(Payload::Vary(names)) = entry.as_deref().map(|e| &e.payload) {
             let key = variant_key(&wanted.key, names, &parts.headers);
             let of_variant = engine.peek(&key, now);
+            known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
             (variant, entry) = (Some(key), of_variant);
         }
         let entry = entry.filter(|entry| asked.accepts(entry, now));
@@ -197,9 +199,9 @@ where
         let miss = move |key: Vec<u8>| {
             let primary = Key::new(key);
             let key = variant.map_or_else(|| primary.clone(), Key::new);
-            Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked }
+            Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked, known }
         };
-        let inner = take_ready(&mut self.inner);
+        let inner = self.inner.clone();
         let request = Request::from_parts(parts, body);
         match (response, how) {
             (None, Some(how)) => self.answer_body(miss, wanted.key, how, inner, request),
@@ -224,7 +226,7 @@ impl<S, M> CacheAside<S, M> {
         how: BodyKey,
         mut inner: S,
         request: Request<B>,
-    ) -> ResponseFuture<S::Future, R, CacheBody<R>, S::Error>
+    ) -> ResponseFuture<S, B, R, CacheBody<R>>
     where
         S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
         S::Future: Send,
@@ -243,7 +245,7 @@ impl<S, M> CacheAside<S, M> {
                 how.push(&mut key, request.headers(), &whole);
                 return miss(key).answer(inner, request).await;
             }
-            let mut response = inner.call(request).await?;
+            let mut response = future::call(&mut inner, request).await?;
             response.headers_mut().remove(&core.options.tag_header);
             let status = response.status();
             let handled = Forwarded::because(Reason::Bypass, "request-body");
@@ -253,7 +255,7 @@ impl<S, M> CacheAside<S, M> {
     }
 
     /// A write that no [`Invalidate`](crate::Invalidate) outside takes care of.
-    fn write<B, R>(&mut self, write: Write, request: Request<B>) -> ResponseFuture<S::Future, R, CacheBody<R>, S::Error>
+    fn write<B, R>(&mut self, write: Write, request: Request<B>) -> ResponseFuture<S, B, R, CacheBody<R>>
     where
         S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
         S::Future: Send,
@@ -263,10 +265,11 @@ impl<S, M> CacheAside<S, M> {
     {
         let place = Place::new(request.uri(), request.extensions(), self.mount.as_deref());
         let is_read = self.core.routes.read(request.method(), &place).is_some();
-        let task = write.spawn(take_ready(&mut self.inner), request);
+        let mut inner = self.inner.clone();
         let tag_header = self.core.options.tag_header.clone();
         ResponseFuture::boxed(Box::pin(async move {
-            let mut response = match future::joined(task).await? {
+            future::ready(&mut inner).await?;
+            let mut response = match future::joined(write.spawn(inner, request)).await? {
                 Ok(answered) => answer(answered).map(CacheBody::written),
                 Err(refused) => return Ok(unavailable(refused)),
             };
@@ -294,7 +297,11 @@ impl<S, M> CacheAside<S, M> {
         }
         let at = At { params: &read.params, mount: read.mount };
         let wanted = route.wanted(parts, &at, &self.core.known()).map_err(bypass)?;
-        if route.body.is_none() && !body.is_end_stream() {
+        if route.body.is_none() && has_body(parts, body) {
+            if self.core.warnings.is_new("request-body", route.data_type()) {
+                let route = route.what();
+                tracing::warn!(route, "not cached: the request has a body, or one that does not say that it is empty");
+            }
             return Err(bypass("request-body"));
         }
         if parts.extensions.get::<NoCache>().is_some() {
@@ -310,4 +317,17 @@ impl<S, M> CacheAside<S, M> {
         }
         Ok((route, wanted, asked))
     }
+}
+
+/// Whether a request has a body. One that a layer outside has wrapped may not say itself that it is empty; of HTTP/1.1 the
+/// headers do (RFC 9112, section 6.3).
+fn has_body<B: Body>(parts: &request::Parts, body: &B) -> bool {
+    let size = body.size_hint();
+    if body.is_end_stream() || size.exact() == Some(0) {
+        return false;
+    }
+    let length = parts.headers.get(header::CONTENT_LENGTH).map(|length| length.as_bytes().trim_ascii());
+    let is_framed =
+        parts.headers.contains_key(header::TRANSFER_ENCODING) || length.is_some_and(|length| length != b"0");
+    size.lower() > 0 || is_framed || parts.version > Version::HTTP_11 && length.is_none()
 }

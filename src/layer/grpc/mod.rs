@@ -32,7 +32,7 @@ use super::{
     body::CacheBody,
     core::Core,
     extensions::NoCache,
-    future::{self, Finish, ResponseFuture, take_ready},
+    future::{self, Finish, ResponseFuture},
     request::RequestBody,
 };
 use crate::http::cache_status::{Forwarded, Reason};
@@ -110,10 +110,11 @@ where
 {
     type Response = Response<GrpcResponseBody<R>>;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future, R, GrpcResponseBody<R>, S::Error>;
+    type Future = ResponseFuture<S, RequestBody<B>, R, GrpcResponseBody<R>>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
+    /// Always: a hit needs nobody. What needs the inner service waits for it in its own future.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
@@ -131,22 +132,24 @@ where
                 Ok(tenant) => {
                     let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone() };
                     let request = Request::from_parts(parts, body);
-                    let inner = take_ready(&mut self.inner);
-                    return ResponseFuture::boxed(Box::pin(read.answer(inner, request)));
+                    return ResponseFuture::boxed(Box::pin(read.answer(self.inner.clone(), request)));
                 }
             },
             route => {
                 let write = Write { tenants: tenants.tenants(&parts, space), route, core: self.core.clone() };
                 let request = Request::from_parts(parts, body);
-                let inner = take_ready(&mut self.inner);
-                let task = self.core.engine.spawn(write.run(inner, request).in_current_span());
-                return ResponseFuture::boxed(Box::pin(future::joined(task)));
+                let (mut inner, engine) = (self.inner.clone(), self.core.engine.clone());
+                return ResponseFuture::boxed(Box::pin(async move {
+                    // Until then its client may still change its mind.
+                    future::ready(&mut inner).await?;
+                    future::joined(engine.spawn(write.run(inner, request).in_current_span())).await
+                }));
             }
         };
         let handled = Some(Forwarded::because(Reason::Bypass, passed));
         let finish = Finish { handled, tag_header: options.tag_header.clone() };
         let request = Request::from_parts(parts, RequestBody::passing(body));
-        ResponseFuture::pass(self.inner.call(request), Some(finish), |body| {
+        ResponseFuture::pass(self.inner.clone(), request, Some(finish), |body| {
             GrpcResponseBody::untouched(CacheBody::inner(body))
         })
     }

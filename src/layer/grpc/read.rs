@@ -12,7 +12,7 @@ use tracing::Instrument;
 use super::{body::GrpcResponseBody, status::GRPC_STATUS};
 use crate::{
     catalog::Lifetime,
-    engine::{Asker, Leader, Obtained, Source, Use},
+    engine::{Asker, Inside, Leader, Obtained, Source, Use},
     http::{
         cache_status::{Forwarded, Handled, Reason},
         directives::ResponseDirectives,
@@ -99,7 +99,7 @@ impl Read {
         let GrpcWanted { key, needs_public, tags } = match wanted {
             Ok(wanted) => wanted,
             Err(reason) => {
-                let mut response = inner.call(request).await?;
+                let mut response = future::call(&mut inner, request).await?;
                 response.headers_mut().remove(&self.core.options.tag_header);
                 Forwarded::because(Reason::Bypass, reason).append(response.headers_mut(), None, None);
                 return Ok(out(response.map(CacheBody::inner)));
@@ -117,7 +117,9 @@ impl Read {
             Obtained::Load(leader) => leader,
         };
         let (reply, replied) = oneshot::channel();
-        let task = core.engine.spawn(self.load(inner, request, leader, needs_public, reply).in_current_span());
+        let scope = Inside::of(leader.as_ref());
+        let load = self.load(inner, request, leader, needs_public, reply);
+        let task = core.engine.spawn(scope.around(load).in_current_span());
         future::replied(replied.await, task).await.map(out)
     }
 
@@ -144,7 +146,7 @@ impl Read {
     {
         let start = Instant::now();
         let reads = Reads::default();
-        let response = match reads.scope(async { inner.call(request).await }).await {
+        let response = match reads.scope(future::call(&mut inner, request)).await {
             Ok(response) => response,
             Err(error) => {
                 drop(leader);
@@ -168,8 +170,19 @@ impl Read {
         };
         let late = late.unwrap_or_default();
         let known = (reads.clone(), reads.count());
-        let reading =
-            Reading { leader, late, known, parts, forwarded, life, varied: None, adds_tag: false, limit, accepts };
+        let reading = Reading {
+            leader,
+            late,
+            known,
+            parts,
+            date: self.core.date(),
+            forwarded,
+            life,
+            varied: None,
+            adds_tag: false,
+            limit,
+            accepts,
+        };
         reads.scope(reading.read(body, &Asked::default(), reply)).await;
     }
 }

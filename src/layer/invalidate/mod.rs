@@ -21,7 +21,7 @@ use tower_service::Service;
 
 use super::{
     core::Core,
-    future::{self, ResponseFuture, take_ready},
+    future::{self, ResponseFuture},
     write::{Answered, Write},
     writing::Refused,
 };
@@ -119,18 +119,23 @@ where
 {
     type Response = Response<InvalidateBody<R>>;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future, R, InvalidateBody<R>, S::Error>;
+    type Future = ResponseFuture<S, B, R, InvalidateBody<R>>;
 
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(cx)
+    /// Always: each request waits for the inner service in its own future.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let Some(write) = Write::of(&self.core, &mut request, self.mount.as_deref()) else {
-            return ResponseFuture::pass(self.inner.call(request), None, InvalidateBody::untouched);
+            return ResponseFuture::pass(self.inner.clone(), request, None, InvalidateBody::untouched);
         };
-        let task = write.spawn(take_ready(&mut self.inner), request);
-        ResponseFuture::boxed(Box::pin(async { Ok(future::joined(task).await?.map_or_else(unavailable, answer)) }))
+        let mut inner = self.inner.clone();
+        ResponseFuture::boxed(Box::pin(async move {
+            // Until then its client may still change its mind.
+            future::ready(&mut inner).await?;
+            Ok(future::joined(write.spawn(inner, request)).await?.map_or_else(unavailable, answer))
+        }))
     }
 }
 

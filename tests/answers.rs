@@ -1,0 +1,542 @@
+//! That there is an answer, with the right bytes: nobody waits without a bound, nothing is said that was not counted, and
+//! nothing grows without a bound.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "support/web.rs"]
+mod web;
+
+use std::{
+    io,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, future::join_all, stream};
+use http::{HeaderMap, Method, Request, Response};
+use http_body::{Body as _, Frame};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::timeout,
+};
+use tower::{Layer, Service, ServiceExt, service_fn};
+use tower_cache_aside::{Cache, CacheBuilder, DataType, Route, Ttl};
+use web::{Body, Reply, Web, full, ok, request, with};
+
+/// Longer than anything here takes, unless it hangs.
+const LONG: Duration = Duration::from_secs(20);
+
+fn of(data_type: DataType) -> CacheBuilder {
+    Cache::builder("test").single_tenant("t").data_type(data_type).route(Route::new("/pages/{page_id}", "page"))
+}
+
+fn pages() -> CacheBuilder {
+    of(DataType::new("page", Ttl::Standard))
+}
+
+// ---- that there is one -----------------------------------------------------------------------------------------------
+
+/// A call that never comes back is nobody's after a while: those who waited go on alone, and the key is as good as others.
+#[tokio::test]
+async fn a_call_that_hangs_is_nobodys() {
+    let page = DataType::new("page", Ttl::Standard).coalesce_timeout(Duration::from_millis(200));
+    let cache = of(page).build().unwrap();
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let web = Web::new(&cache, move |_| {
+        let n = count.fetch_add(1, Ordering::SeqCst);
+        async move {
+            if n == 0 {
+                std::future::pending::<()>().await;
+            }
+            Ok(ok("text"))
+        }
+    });
+    let hangs = tokio::spawn({
+        let web = web.clone();
+        async move { web.get("/pages/1").await }
+    });
+    while calls.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let replies = timeout(LONG, join_all((0..25).map(|_| web.get("/pages/1")))).await.expect("they wait for ever");
+    assert!(replies.iter().all(|reply| reply.text() == "text"));
+    assert!(web.get("/pages/1").await.is_hit());
+    hangs.abort();
+
+    let hung = Arc::new(AtomicBool::new(true));
+    let value = async || {
+        let hangs = hung.swap(false, Ordering::SeqCst);
+        let fetch = move || async move {
+            if hangs {
+                std::future::pending::<()>().await;
+            }
+            Ok::<_, io::Error>(Some(1))
+        };
+        cache.entry::<u64>("page", "9").fetch(fetch).unwrap().await.unwrap().0
+    };
+    assert!(timeout(Duration::from_millis(50), value()).await.is_err());
+    let values = timeout(LONG, join_all((0..25).map(|_| value()))).await.expect("they wait for ever");
+    assert!(values.iter().all(|value| *value == Some(1)));
+}
+
+/// A refresh that hangs is no reason to wait when its window is over; and who waits has the patience of who calls.
+#[tokio::test]
+async fn a_refresh_that_hangs_is_nobodys() {
+    let second = Duration::from_secs(1);
+    for soft in [false, true] {
+        let mut page =
+            DataType::new("page", 10 * second).stale_while_revalidate(10 * second).stale_if_error(600 * second);
+        page = page.coalesce_timeout(Duration::from_millis(200));
+        if soft {
+            page = page.coalesce_timeout(600 * second).soft_timeout(Duration::from_millis(50));
+        }
+        let now = Arc::new(AtomicU64::new(1_000_000));
+        let clock = now.clone();
+        let cache = of(page)
+            .clock(move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)))
+            .build()
+            .unwrap();
+        let calls = Arc::new(AtomicU64::new(0));
+        let count = calls.clone();
+        let web = Web::new(&cache, move |_| {
+            let n = count.fetch_add(1, Ordering::SeqCst);
+            async move {
+                if n > 0 {
+                    std::future::pending::<()>().await;
+                }
+                Ok(ok("text"))
+            }
+        });
+        web.get("/pages/1").await;
+        now.fetch_add(15_000, Ordering::SeqCst);
+        assert!(web.get("/pages/1").await.is_hit(), "while it is refreshed");
+        while calls.load(Ordering::SeqCst) < 2 {
+            tokio::task::yield_now().await;
+        }
+        now.fetch_add(10_000, Ordering::SeqCst);
+        // What is stale answers those who have waited, be it for the call of another or, soon, for their own.
+        let waiting = (0..10).map(|_| web.get("/pages/1"));
+        let replies = timeout(LONG, join_all(waiting)).await.expect("they wait for ever");
+        assert!(replies.iter().all(|reply| reply.text() == "text"));
+    }
+}
+
+/// What is needed for a response may be that response: the layer twice, a load that needs itself, two that need each other.
+#[tokio::test]
+async fn nobody_waits_for_themselves() {
+    let page = || DataType::new("page", Ttl::Standard).coalesce_timeout(Duration::from_secs(3_600));
+    let cache = of(page()).build().unwrap();
+    let inner = service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, io::Error>(ok("text")) });
+    let twice = Web::of(cache.layer().layer(cache.layer().layer(inner)));
+    let reply = timeout(LONG, twice.get("/pages/1")).await.expect("it waits for itself");
+    assert_eq!(reply.text(), "text");
+    assert!(twice.get("/pages/1").await.header("cache-status").contains("; hit"));
+
+    // Through the whole service, as a gateway that calls itself.
+    let itself: Arc<Mutex<Option<Web>>> = Arc::default();
+    let seen = itself.clone();
+    let web = Web::new(&cache, move |request| {
+        let web = seen.lock().unwrap().clone().filter(|_| !request.headers().contains_key("x-inner"));
+        async move {
+            match web {
+                Some(web) => web.start(with(Method::GET, "/pages/2", &[("x-inner", "1")])).await,
+                None => Ok(ok("inner")),
+            }
+        }
+    });
+    *itself.lock().unwrap() = Some(web.clone());
+    assert_eq!(timeout(LONG, web.get("/pages/2")).await.expect("it waits for itself").text(), "inner");
+
+    // Each begins, and then needs the other.
+    let both = Arc::new(tokio::sync::Barrier::new(2));
+    let value = |own: &'static str, other: &'static str| {
+        let (cache, both) = (cache.clone(), both.clone());
+        let fetch = move || async move {
+            both.wait().await;
+            let plain = || async { Ok::<_, io::Error>(Some(1u64)) };
+            let other = cache.entry::<u64>("page", other).fetch(plain).unwrap().await?;
+            Ok::<_, io::Error>(other.0.map(|n| n + 1))
+        };
+        (own, fetch)
+    };
+    let (a, b) = (value("a", "b"), value("b", "a"));
+    let a = cache.entry::<u64>("page", a.0).fetch(a.1).unwrap().into_future();
+    let b = cache.entry::<u64>("page", b.0).fetch(b.1).unwrap().into_future();
+    let (a, b) = timeout(LONG, futures_util::future::join(a, b)).await.expect("they wait for each other");
+    assert!(a.unwrap().0.is_some() && b.unwrap().0.is_some());
+}
+
+/// An inner service that says whether it is ready.
+#[derive(Clone)]
+struct Gate<S> {
+    inner: S,
+    open: Arc<AtomicBool>,
+    fails: bool,
+}
+
+impl<S: Service<Request<Full<Bytes>>, Error = io::Error>> Service<Request<Full<Bytes>>> for Gate<S> {
+    type Response = S::Response;
+    type Error = io::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), io::Error>> {
+        match self.open.load(Ordering::SeqCst) {
+            true => self.inner.poll_ready(cx),
+            false if self.fails => Poll::Ready(Err(io::Error::other("overloaded"))),
+            false => Poll::Pending,
+        }
+    }
+
+    fn call(&mut self, request: Request<Full<Bytes>>) -> S::Future {
+        assert!(self.open.load(Ordering::SeqCst), "it was called and not ready");
+        self.inner.call(request)
+    }
+}
+
+/// A hit, and what is served in place of an error, asks nobody whether they are ready.
+#[tokio::test]
+async fn hits_need_no_ready_service() {
+    for fails in [false, true] {
+        let now = Arc::new(AtomicU64::new(1_000_000));
+        let clock = now.clone();
+        let page = DataType::new("page", Duration::from_secs(10)).stale_if_error(Duration::from_secs(600));
+        let cache = of(page)
+            .clock(move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)))
+            .build()
+            .unwrap();
+        let open = Arc::new(AtomicBool::new(true));
+        let inner = service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, io::Error>(ok("text")) });
+        let web = Web::around(&cache, Gate { inner, open: open.clone(), fails });
+        web.get("/pages/1").await;
+        open.store(false, Ordering::SeqCst);
+        for _ in 0..2 {
+            assert!(
+                timeout(LONG, web.get("/pages/1"))
+                    .await
+                    .expect("it waits for a service that it does not need")
+                    .is_hit()
+            );
+        }
+        for (method, path) in [(Method::GET, "/pages/2"), (Method::GET, "/elsewhere"), (Method::POST, "/elsewhere")] {
+            let asked = timeout(Duration::from_millis(20), web.try_send(request(method.clone(), path))).await;
+            match asked {
+                Ok(answered) => assert!(fails && answered.is_err(), "{method} {path}"),
+                Err(_) => assert!(!fails, "{method} {path}: it waits for what has failed"),
+            }
+        }
+        if fails {
+            now.fetch_add(20_000, Ordering::SeqCst);
+            assert_eq!(web.get("/pages/1").await.text(), "text", "what is stale is better than an error");
+        }
+    }
+}
+
+/// A stream of which nobody knows its length reaches each of its readers as it comes, and is called stored by nobody.
+#[tokio::test]
+async fn a_stream_reaches_all_its_readers() {
+    let web = Web::new(&pages().build().unwrap(), |_| async {
+        let lines = stream::iter([Ok(Frame::data(Bytes::from("{}\n")))]).chain(stream::pending());
+        Ok(Response::builder()
+            .header("content-type", "application/x-ndjson")
+            .body(UnsyncBoxBody::new(StreamBody::new(lines)))
+            .unwrap())
+    });
+    let reader = async || {
+        let response = web.start(request(Method::GET, "/pages/1")).await.unwrap();
+        assert!(!response.headers()["cache-status"].to_str().unwrap().contains("stored"));
+        let mut body = response.into_body();
+        let first = body.frame().await.unwrap().unwrap().into_data().unwrap();
+        (first, body)
+    };
+    let readers =
+        timeout(Duration::from_secs(8), join_all([reader(), reader(), reader()])).await.expect("it waits for the end");
+    assert!(readers.iter().all(|(first, _)| first == "{}\n"));
+}
+
+/// A body that a layer outside has wrapped does not say that it is empty; the request's head does.
+#[tokio::test]
+async fn a_wrapped_body_is_no_body() {
+    let cache = pages().build().unwrap();
+    let inner = service_fn(|_: Request<UnsyncBoxBody<Bytes, io::Error>>| async { Ok::<_, io::Error>(ok("text")) });
+    let service = cache.layer().layer(inner);
+    for (header, expected) in [
+        (None, "hit"),
+        (Some(("content-length", "0")), "hit"),
+        (Some(("content-length", "3")), "detail=request-body"),
+        (Some(("transfer-encoding", "chunked")), "detail=request-body"),
+    ] {
+        let mut last = String::new();
+        for _ in 0..2 {
+            let body = UnsyncBoxBody::new(StreamBody::new(stream::empty::<io::Result<Frame<Bytes>>>()));
+            assert!(!body.is_end_stream());
+            let mut request = Request::get("/pages/1");
+            if let Some((name, value)) = header {
+                request = request.header(name, value);
+            }
+            let response = service.clone().oneshot(request.body(body).unwrap()).await.unwrap();
+            last = response.headers()["cache-status"].to_str().unwrap().to_owned();
+        }
+        assert!(last.contains(expected), "{header:?}: {last}");
+    }
+}
+
+// ---- with the right bytes --------------------------------------------------------------------------------------------
+
+/// Serves over real connections, of either version.
+async fn serve<S, R>(service: S) -> std::net::SocketAddr
+where
+    S: Service<Request<hyper::body::Incoming>, Response = Response<R>, Error = io::Error>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send,
+    R: http_body::Body<Data = Bytes, Error = io::Error> + Send + 'static,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let stream = TokioIo::new(listener.accept().await.unwrap().0);
+            let service = TowerToHyperService::new(service.clone());
+            tokio::spawn(
+                async move { auto::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await },
+            );
+        }
+    });
+    address
+}
+
+/// All that a connection answers to these requests, sent at once.
+async fn raw(address: std::net::SocketAddr, requests: &str) -> String {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.write_all(requests.as_bytes()).await.unwrap();
+    let mut answer = vec![];
+    let _ = timeout(LONG, stream.read_to_end(&mut answer)).await.expect("the connection stays open");
+    String::from_utf8(answer).unwrap()
+}
+
+/// A length that is not so is what it would be without the cache, never stored, and puts no connection out of step.
+#[tokio::test]
+async fn a_length_that_is_wrong_is_not_passed_on_as_right() {
+    for (said, sent) in [("10", "12345"), ("3", "12345"), ("x", "12345")] {
+        for streams in [false, true] {
+            let answers = move |_: Request<hyper::body::Incoming>| async move {
+                let pieces = stream::iter([Ok::<_, io::Error>(Frame::data(Bytes::from(sent)))]);
+                let body = if streams {
+                    let slow = stream::once(async { tokio::time::sleep(Duration::from_millis(5)).await });
+                    Body::new(StreamBody::new(
+                        slow.flat_map(move |()| stream::iter([Ok(Frame::data(Bytes::from(sent)))])),
+                    ))
+                } else {
+                    Body::new(StreamBody::new(pieces))
+                };
+                Ok::<_, io::Error>(Response::builder().header("content-length", said).body(body).unwrap())
+            };
+            let cache = pages().build().unwrap();
+            let alone = serve(service_fn(answers)).await;
+            let cached = serve(cache.layer().layer(service_fn(answers))).await;
+            let two =
+                "GET /pages/1 HTTP/1.1\r\nhost: x\r\n\r\nGET /pages/1 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+            for _ in 0..2 {
+                let (expected, found) = (raw(alone, two).await, raw(cached, two).await);
+                // How much of what is broken is flushed, nobody promises.
+                let bytes = |answer: &str| {
+                    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+                    let is_whole = head.contains(&format!("content-length: {}", body.len()));
+                    (is_whole, if is_whole { body.to_owned() } else { String::new() })
+                };
+                assert_eq!(bytes(&found), bytes(&expected), "{said} {sent} {streams}: {found}");
+                let count = |answer: &str| answer.matches("HTTP/1.1 ").count().max(1);
+                assert_eq!(count(&found), count(&expected), "what is too much is no response: {found}");
+                assert!(!found.contains("; hit") && !found.contains("stored"), "{found}");
+            }
+        }
+    }
+}
+
+/// Where nothing is stored, conditions count all the same.
+#[tokio::test]
+async fn conditions_count_where_nothing_is_stored() {
+    let seen = Arc::new(AtomicU64::new(0));
+    let count = seen.clone();
+    let web = Web::new(&pages().build().unwrap(), move |request| {
+        let knows = request.headers().contains_key("if-none-match");
+        count.fetch_add(u64::from(knows), Ordering::SeqCst);
+        async move {
+            let response = Response::builder().header("cache-control", "private").header("etag", "\"1\"");
+            Ok(response.status(if knows { 304 } else { 200 }).body(full(if knows { "" } else { "text" })).unwrap())
+        }
+    });
+    let ask = async |tag: &str| web.send(with(Method::GET, "/pages/1", &[("if-none-match", tag)])).await;
+    // The first is asked for all of it, for it might be stored; once it is known not to be, the handler answers.
+    for handled in [0, 1, 2] {
+        let reply = ask("\"1\"").await;
+        assert_eq!((reply.status.as_u16(), reply.body.len()), (304, 0));
+        assert_eq!(seen.load(Ordering::SeqCst), handled);
+    }
+    assert_eq!(web.get("/pages/1").await.text(), "text");
+}
+
+/// Two versions of one second have the same date: what was made in that second proves nothing.
+#[tokio::test]
+async fn a_date_proves_nothing_within_its_second() {
+    let modified = 1_000_000_000;
+    for (made, status) in [(0, 200), (999, 200), (1_000, 304), (60_000, 304)] {
+        let clock = move || std::time::UNIX_EPOCH + Duration::from_millis(modified * 1_000 + made);
+        let web = Web::new(&pages().clock(clock).build().unwrap(), move |_| async move {
+            let date = httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_secs(modified));
+            Ok(Response::builder().header("last-modified", date).body(full("text")).unwrap())
+        });
+        let date = httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_secs(modified));
+        web.get("/pages/1").await;
+        let reply = web.send(with(Method::GET, "/pages/1", &[("if-modified-since", &date)])).await;
+        assert_eq!(reply.status, status, "{made}");
+    }
+}
+
+/// A hit over HTTP/1.1 has its trailers, and the date at which it was made.
+#[tokio::test]
+async fn a_hit_has_its_trailers_and_its_date() {
+    let inner = service_fn(|_: Request<hyper::body::Incoming>| async {
+        let trailers = HeaderMap::from_iter([("x-sum".parse().unwrap(), "5".parse().unwrap())]);
+        let frames = [Ok::<_, io::Error>(Frame::data(Bytes::from("text"))), Ok(Frame::trailers(trailers))];
+        let response = Response::builder().header("trailer", "x-sum");
+        Ok::<_, io::Error>(response.body(Body::new(StreamBody::new(stream::iter(frames)))).unwrap())
+    });
+    let cache = pages().clock(|| std::time::UNIX_EPOCH + Duration::from_secs(784_111_777)).build().unwrap();
+    let address = serve(cache.layer().layer(inner)).await;
+    for _ in 0..2 {
+        let request = "GET /pages/1 HTTP/1.1\r\nhost: x\r\nte: trailers\r\nconnection: close\r\n\r\n";
+        let answer = raw(address, request).await;
+        assert!(answer.contains("x-sum: 5"), "{answer}");
+        if answer.contains("; hit") {
+            assert!(answer.contains("date: Sun, 06 Nov 1994 08:49:37 GMT"), "{answer}");
+        }
+    }
+    assert!(raw(address, "GET /pages/1 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.contains("; hit"));
+}
+
+/// An origin that says now more and now less of what a response depends on has as many variants as there are.
+#[tokio::test]
+async fn a_vary_that_differs_makes_no_more_variants() {
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let web = Web::new(&pages().build().unwrap(), move |request| {
+        let n = count.fetch_add(1, Ordering::SeqCst);
+        let accept = request.headers()["accept"].to_str().unwrap().to_owned();
+        async move {
+            let vary = if n % 2 == 0 { "accept" } else { "accept, accept-language" };
+            Ok(Response::builder().header("vary", vary).body(full(accept)).unwrap())
+        }
+    });
+    for n in 0..30 {
+        let accept = ["a", "b", "c"][n % 3];
+        assert_eq!(web.send(with(Method::GET, "/pages/1", &[("accept", accept)])).await.text(), accept);
+    }
+    assert!(calls.load(Ordering::SeqCst) <= 5, "{} calls for three variants", calls.load(Ordering::SeqCst));
+}
+
+/// A variant that lives for a second does not take the others along.
+#[tokio::test]
+async fn a_short_lived_variant_ends_no_other() {
+    let now = Arc::new(AtomicU64::new(1_000_000));
+    let clock = now.clone();
+    let cache = pages().clock(move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)));
+    let web = Web::new(&cache.build().unwrap(), move |request| async move {
+        let accept = request.headers()["accept"].to_str().unwrap().to_owned();
+        let control = if accept == "short" { "max-age=1" } else { "max-age=1000" };
+        let response = Response::builder().header("vary", "accept").header("cache-control", control);
+        Ok(response.body(full(accept)).unwrap())
+    });
+    let ask = async |accept: &str| web.send(with(Method::GET, "/pages/1", &[("accept", accept)])).await;
+    for accept in ["long", "short"] {
+        ask(accept).await;
+        assert!(ask(accept).await.is_hit());
+    }
+    now.fetch_add(5_000, Ordering::SeqCst);
+    assert!(ask("long").await.is_hit() && !ask("short").await.is_hit());
+}
+
+/// Where the type says so, heads and parts fill the cache, and a crowd of them is one call.
+#[tokio::test]
+async fn heads_and_parts_may_load_the_whole() {
+    for whole in [false, true] {
+        let page = DataType::new("page", Ttl::Standard);
+        let cache = of(if whole { page.loads_whole() } else { page }).build().unwrap();
+        let calls = Arc::new(AtomicU64::new(0));
+        let count = calls.clone();
+        let web = Web::new(&cache, move |request| {
+            count.fetch_add(1, Ordering::SeqCst);
+            let (head, part) = (request.method() == Method::HEAD, request.headers().contains_key("range"));
+            async move {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                Ok(match (head, part) {
+                    (true, _) => ok(""),
+                    (_, true) => {
+                        let part = Response::builder().status(206).header("content-range", "bytes 1-2/5");
+                        part.body(full("12")).unwrap()
+                    }
+                    _ => ok("01234"),
+                })
+            }
+        });
+        let part = || with(Method::GET, "/pages/1", &[("range", "bytes=1-2")]);
+        let replies: Vec<Reply> = join_all((0..10).map(|_| web.send(part()))).await;
+        assert!(replies.iter().all(|reply| (reply.status.as_u16(), reply.text()) == (206, "12")));
+        let heads = join_all((0..10).map(|_| web.send(request(Method::HEAD, "/pages/2")))).await;
+        assert!(heads.iter().all(|reply| reply.status == 200 && reply.body.is_empty()));
+        assert_eq!(calls.load(Ordering::SeqCst), if whole { 2 } else { 20 });
+        let hits = [web.get("/pages/1").await, web.get("/pages/2").await];
+        assert_eq!(
+            hits.map(|reply| (reply.is_hit(), reply.text().to_owned())),
+            [(whole, "01234".to_owned()), (whole, "01234".to_owned())]
+        );
+    }
+}
+
+// ---- and nothing grows -----------------------------------------------------------------------------------------------
+
+fn resident() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4_096
+}
+
+/// What a stranger asks for is remembered up to a bound in bytes, however long it is.
+#[tokio::test]
+async fn long_questions_take_no_more_than_short_ones() {
+    let cache = pages().memory(8 << 20).show_keys(true).build().unwrap();
+    let web = Web::new(&cache, |_| async {
+        Ok(Response::builder()
+            .header("cache-control", "private")
+            .header("cache-tag", "page=1")
+            .body(full("x"))
+            .unwrap())
+    });
+    let long = |n: usize| {
+        let parameters: Vec<_> = (0..900).map(|i| format!("{n}p{i}={}", "x".repeat(55))).collect();
+        format!("/pages/{n}?{}", parameters.join("&"))
+    };
+    let reply = web.get(&long(0)).await;
+    let key = reply.header("cache-status").split("key=").nth(1).unwrap_or_default().to_owned();
+    assert!(!key.is_empty() && key.len() < 1_200, "{} bytes", key.len());
+    assert_ne!(key, web.get(&long(1)).await.header("cache-status").split("key=").nth(1).unwrap());
+    let before = resident();
+    for n in 0..3_000 {
+        web.get(&long(n)).await;
+    }
+    let grown = resident().saturating_sub(before);
+    assert!(grown < 64 << 20, "{} MiB", grown >> 20);
+}
