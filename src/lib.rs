@@ -89,8 +89,8 @@ pub mod store;
 mod units;
 
 pub use cache::{
-    Cache, CacheBuilder, DescribedRead, DescribedWrite, Description, Drained, Dropped, EntryBuilder, Fetch, Generate,
-    Invalidation, Report, Source,
+    Cache, CacheBuilder, Codec, CodecError, DescribedRead, DescribedWrite, Description, Drained, Dropped, EntryBuilder,
+    Fetch, Generate, Invalidation, Json, MessagePack, Report, Source,
 };
 pub use catalog::{Canonical, Cascade, Coalesce, DataType, Freshness, Tier, Ttl};
 pub use config::{Config, OnUnreachable};

@@ -2,7 +2,7 @@
 //! and how it was obtained.
 
 use std::{
-    fmt,
+    collections::HashSet,
     future::{Future, IntoFuture},
     marker::PhantomData,
     pin::Pin,
@@ -10,74 +10,56 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 
+use super::value::{Codec, Loaded, MessagePack, Report, Shape, Sought, Source, obtain};
 use crate::{
-    catalog::Lifetime,
-    engine::{self, Asker, Engine, Inside, Leader, Obtained, Use},
     error::ConfigError,
-    key::{Key, KeyBuf, Tag, Tenant, bounded, push_ids, push_type},
-    layer::{Core, Reads, joined},
-    store::{Entry, Payload},
+    key::{Key, KeyBuf, Tag, Tenant, bounded, push_escaped, push_ids, push_type},
+    layer::Core,
 };
 
-/// Where a value came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Source {
-    /// The cache, or a load that another caller had under way.
-    Cache,
-    /// The `fetch` closure.
-    Origin,
-    /// The `generate` closure, because `fetch` found nothing.
-    Generated,
-}
-
-impl fmt::Display for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Cache => "cache",
-            Self::Origin => "origin",
-            Self::Generated => "generated",
-        })
-    }
-}
-
-/// How a value was obtained.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Report {
-    /// Where it came from.
-    pub source: Source,
-    /// Its data type.
-    pub data_type: String,
-    /// Its id.
-    pub resource: String,
-    /// How long the look-up took, waiting for another's load included.
-    pub lookup: Duration,
-    /// How long `fetch` took; zero on a hit.
-    pub fetch: Duration,
-    /// How long `generate` took; zero if it did not run.
-    pub generate: Duration,
-    /// How long it all took.
-    pub total: Duration,
-}
-
-/// A value to be obtained through the cache; made by [`Cache::entry`](crate::Cache::entry).
+/// A value to be obtained through the cache; made by [`Cache::entry`](crate::Cache::entry). `C` is how it is
+/// [written](Codec).
 #[must_use = "nothing is looked up before `fetch`"]
-pub struct EntryBuilder<T> {
+pub struct EntryBuilder<T, C = MessagePack> {
     core: Arc<Core>,
     data_type: String,
     resource: String,
     tenant: Option<String>,
     scope: Vec<(String, String)>,
-    value: PhantomData<fn() -> T>,
+    tags: Vec<(String, String)>,
+    version: Option<u32>,
+    variant: Vec<u8>,
+    ttl: Option<Duration>,
+    keep_none: Option<Duration>,
+    value: PhantomData<fn() -> (T, C)>,
 }
 
 impl<T> EntryBuilder<T> {
     pub(super) fn new(core: Arc<Core>, data_type: String, resource: String) -> Self {
-        Self { core, data_type, resource, tenant: None, scope: vec![], value: PhantomData }
+        Self {
+            core,
+            data_type,
+            resource,
+            tenant: None,
+            scope: vec![],
+            tags: vec![],
+            version: None,
+            variant: vec![],
+            ttl: None,
+            keep_none: None,
+            value: PhantomData,
+        }
+    }
+}
+
+impl<T, C: Codec> EntryBuilder<T, C> {
+    /// How the value is written; by default [`MessagePack`]. Values that are written in different ways are different ones.
+    pub fn codec<D: Codec>(self) -> EntryBuilder<T, D> {
+        let Self { core, data_type, resource, tenant, scope, tags, version, variant, ttl, keep_none, value: _ } = self;
+        let value = PhantomData;
+        EntryBuilder { core, data_type, resource, tenant, scope, tags, version, variant, ttl, keep_none, value }
     }
 
     /// Whose value it is. A cache with a [single tenant](crate::CacheBuilder::single_tenant) may leave it out.
@@ -92,26 +74,66 @@ impl<T> EntryBuilder<T> {
         self
     }
 
+    /// An entity that it belongs to, which is no part of its key: a cascade that drops this type by that entity finds it.
+    pub fn tag(mut self, entity: impl Into<String>, id: impl Into<String>) -> Self {
+        self.tags.push((entity.into(), id.into()));
+        self
+    }
+
+    /// The shape of the value: each has entries of its own, and falls with the same writes. Count it up when the type changes
+    /// in a way that [`Codec`] would read wrongly.
+    pub fn version(mut self, version: u32) -> Self {
+        self.version = Some(version);
+        self
+    }
+
+    /// What else the value depends on: a page, a language, a model's name.
+    pub fn variant(mut self, variant: impl Into<Vec<u8>>) -> Self {
+        self.variant = variant.into();
+        self
+    }
+
+    /// How long this value is kept, at most as long as its type says.
+    pub fn ttl(mut self, ttl: Duration) -> Self {
+        self.ttl = Some(ttl);
+        self
+    }
+
+    /// Also keeps for so long that there is none (`Ok(None)`), at most as long as its type says. A write that creates it must
+    /// drop it.
+    pub fn keep_none(mut self, ttl: Duration) -> Self {
+        self.keep_none = Some(ttl);
+        self
+    }
+
     /// How to get it from the database: `Ok(None)` when the database has none.
     ///
     /// The closure runs in a task of its own, which goes on when the caller is dropped. Its error goes to the caller
     /// and is not cached; callers that waited for it try themselves.
     ///
     /// # Errors
-    /// What no write would ever drop: an unknown data type, no tenant where there are several, a scope that lacks an entity
-    /// by which cascades drop this type.
-    pub fn fetch<F, Fut, E>(self, fetch: F) -> Result<Fetch<T, F>, ConfigError>
+    /// What no write would ever drop: an unknown data type, no tenant where there are several, neither scope nor tag of an
+    /// entity by which cascades drop this type; a tag by which none does.
+    pub fn fetch<F, Fut, E>(self, fetch: F) -> Result<Fetch<T, F, C>, ConfigError>
     where
+        T: Serialize + DeserializeOwned + Send + 'static,
         F: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = Result<Option<T>, E>> + Send + 'static,
     {
         let core = &self.core;
         let what = format!("entry of `{}`", self.data_type);
         core.catalogue.check(&what, &self.data_type)?;
-        let names = |entity: &str| self.scope.iter().any(|(scope, _)| scope == entity);
+        let names = |entity: &str| self.scope.iter().chain(&self.tags).any(|(named, _)| named == entity);
+        let expected = &core.routes.expected;
+        if let Some((entity, _)) = self.tags.iter().find(|(entity, _)| !expected.is_useful(&self.data_type, entity)) {
+            return Err(ConfigError::new(format!(
+                "{what}: no cascade drops this type by {entity}; mend the tag, or declare the cascade"
+            )));
+        }
         if let Some(missing) = core.routes.expected.missing(&self.data_type, names) {
             return Err(ConfigError::new(format!(
-                "{what}: cascades drop this type by {missing}, which neither its id nor its scope names; add it with `scope`"
+                "{what}: cascades drop this type by {missing}, which neither its id nor its scope names; add it with `scope` \
+                 (or `tag`)"
             )));
         }
         let tenant = core.space.tenant(core.tenants.by_hand(self.tenant.as_deref())?);
@@ -136,25 +158,49 @@ impl<T> EntryBuilder<T> {
         push_type(&mut key, &self.data_type);
         push_ids(&mut key, Some(&own.1), scope.iter().map(|(e, id)| (e.as_str(), &id[..])));
         key.push(b'v');
-        let entities = scope.iter().filter(|s| **s != own).chain([&own]);
+        push_escaped(&mut key, C::NAME.as_bytes());
+        if let Some(version) = self.version {
+            key.extend_from_slice(format!("@{version}").as_bytes());
+        }
+        if !self.variant.is_empty() {
+            key.push(b'?');
+            push_escaped(&mut key, &self.variant);
+        }
+        let tags = self.tags.iter().map(id).collect::<Option<Vec<_>>>()?;
+        let entities = scope.iter().chain(&tags).filter(|s| **s != own).chain([&own]);
         let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(head, &self.data_type, e, id)).collect();
         tags.push(Tag::all(head, &self.data_type));
+        let mut seen = HashSet::new();
+        tags.retain(|tag| seen.insert(tag.clone()));
         Some((Key::new(bounded(key)), tags))
     }
 }
 
 /// A value with its `fetch`; await it for an `Option`, or go on to [`generate`](Self::generate).
 #[must_use = "nothing is looked up before it is awaited"]
-pub struct Fetch<T, F> {
-    entry: EntryBuilder<T>,
+pub struct Fetch<T, F, C = MessagePack> {
+    entry: EntryBuilder<T, C>,
     tenant: Tenant,
     place: Option<(Key, Vec<Tag>)>,
     fetch: F,
 }
 
-impl<T, F> Fetch<T, F> {
+impl<T, F, C: Codec> Fetch<T, F, C> {
+    fn sought(&self) -> Sought {
+        let EntryBuilder { core, data_type, resource, ttl, keep_none, .. } = &self.entry;
+        Sought {
+            core: core.clone(),
+            data_type: data_type.clone(),
+            resource: resource.clone(),
+            tenant: self.tenant.clone(),
+            place: self.place.clone(),
+            ttl: *ttl,
+            keep_none: *keep_none,
+        }
+    }
+
     /// How to make one when the database has none; the result is stored like a fetched one.
-    pub fn generate<G, Fut, E>(self, generate: G) -> Generate<T, F, G>
+    pub fn generate<G, Fut, E>(self, generate: G) -> Generate<T, F, G, C>
     where
         G: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = Result<T, E>> + Send + 'static,
@@ -165,16 +211,17 @@ impl<T, F> Fetch<T, F> {
 
 /// A value with its `fetch` and its `generate`; await it.
 #[must_use = "nothing is looked up before it is awaited"]
-pub struct Generate<T, F, G> {
-    fetch: Fetch<T, F>,
+pub struct Generate<T, F, G, C = MessagePack> {
+    fetch: Fetch<T, F, C>,
     generate: G,
 }
 
 type Output<T, E> = Pin<Box<dyn Future<Output = Result<(T, Report), E>> + Send>>;
 
-impl<T, F, Fut, E> IntoFuture for Fetch<T, F>
+impl<T, F, C, Fut, E> IntoFuture for Fetch<T, F, C>
 where
     T: Serialize + DeserializeOwned + Send + 'static,
+    C: Codec,
     F: FnOnce() -> Fut + Send + 'static,
     Fut: Future<Output = Result<Option<T>, E>> + Send + 'static,
     E: Send + 'static,
@@ -183,19 +230,21 @@ where
     type IntoFuture = Output<Option<T>, E>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let fetch = self.fetch;
-        Box::pin(obtain(self.entry, self.tenant, self.place, move || async move {
+        let (sought, fetch) = (self.sought(), self.fetch);
+        // There may be none, and that may be kept.
+        let shape = Shape::<T, Option<T>> { of: Some, some: Option::as_ref };
+        Box::pin(obtain::<T, C, _, _, _, _>(sought, shape, move || async move {
             let start = Instant::now();
             let value = fetch().await?;
-            let keep = value.is_some();
-            Ok(Loaded { value, keep, source: Source::Origin, fetch: start.elapsed(), generate: Duration::ZERO })
+            Ok(Loaded { value, source: Source::Origin, fetch: start.elapsed(), generate: Duration::ZERO })
         }))
     }
 }
 
-impl<T, F, G, Fut, Gut, E> IntoFuture for Generate<T, F, G>
+impl<T, F, G, C, Fut, Gut, E> IntoFuture for Generate<T, F, G, C>
 where
     T: Serialize + DeserializeOwned + Send + 'static,
+    C: Codec,
     F: FnOnce() -> Fut + Send + 'static,
     Fut: Future<Output = Result<Option<T>, E>> + Send + 'static,
     G: FnOnce() -> Gut + Send + 'static,
@@ -206,8 +255,9 @@ where
     type IntoFuture = Output<T, E>;
 
     fn into_future(self) -> Self::IntoFuture {
-        let (fetch, generate) = (self.fetch.fetch, self.generate);
-        Box::pin(obtain(self.fetch.entry, self.fetch.tenant, self.fetch.place, move || async move {
+        let (sought, fetch, generate) = (self.fetch.sought(), self.fetch.fetch, self.generate);
+        let shape = Shape::<T, T> { of: |value| value, some: |value| Some(value) };
+        Box::pin(obtain::<T, C, _, _, _, _>(sought, shape, move || async move {
             let start = Instant::now();
             let found = fetch().await?;
             let fetch = start.elapsed();
@@ -215,138 +265,7 @@ where
                 Some(value) => (value, Source::Origin),
                 None => (generate().await?, Source::Generated),
             };
-            Ok(Loaded { value, keep: true, source, fetch, generate: start.elapsed() - fetch })
+            Ok(Loaded { value, source, fetch, generate: start.elapsed() - fetch })
         }))
-    }
-}
-
-/// What the closures gave, and how long they took.
-struct Loaded<V> {
-    value: V,
-    /// Whether it is stored; that there is none is only shared with those who wait for it.
-    keep: bool,
-    source: Source,
-    fetch: Duration,
-    generate: Duration,
-}
-
-async fn obtain<T, V, E, L, Fut>(
-    entry: EntryBuilder<T>,
-    tenant: Tenant,
-    place: Option<(Key, Vec<Tag>)>,
-    load: L,
-) -> Result<(V, Report), E>
-where
-    V: Serialize + DeserializeOwned + Send + 'static,
-    E: Send + 'static,
-    L: FnOnce() -> Fut + Send + 'static,
-    Fut: Future<Output = Result<Loaded<V>, E>> + Send + 'static,
-{
-    let start = Instant::now();
-    let EntryBuilder { core, data_type, resource, .. } = entry;
-    let policy = core.policy(&data_type);
-    let report = |loaded: Option<&Loaded<V>>, lookup| Report {
-        source: loaded.map_or(Source::Cache, |l| l.source),
-        data_type,
-        resource,
-        lookup,
-        fetch: loaded.map_or(Duration::ZERO, |l| l.fetch),
-        generate: loaded.map_or(Duration::ZERO, |l| l.generate),
-        total: start.elapsed(),
-    };
-    let engine = &core.engine;
-    // What this value becomes a part of depends on what this value depends on.
-    let whole = Reads::current();
-    let mut ask = Ask { whole: whole.clone(), value: PhantomData::<fn() -> V> };
-    let tags = place.as_ref().map(|(_, tags)| tags.clone());
-    let found = match place {
-        None => Obtained::Load(None),
-        Some((key, tags)) => {
-            let held = engine.peek(key.as_bytes(), engine.now());
-            match held.map(|entry| ask.judge(&entry, engine::Source::Store)) {
-                Some(Use::Answer(value)) => Obtained::Answer(value),
-                _ => engine.obtain(key, &tags, &policy, &mut ask).await,
-            }
-        }
-    };
-    let leader = match found {
-        Obtained::Answer(value) | Obtained::AnswerAndReload(value, _) => {
-            return Ok((value, report(None, start.elapsed())));
-        }
-        Obtained::Absent => None,
-        Obtained::Load(leader) => leader,
-    };
-    let lookup = start.elapsed();
-    let ttl = policy.jittered();
-    let fills = core.clone();
-    let reads = Reads::default();
-    let parts = reads.clone();
-    let scope = Inside::of(leader.as_ref());
-    let task = engine.spawn(scope.around(async move {
-        let loaded = reads.scope(load()).await?;
-        if let (Some(leader), Ok(late)) = (leader, reads.tags(&fills, &tenant)) {
-            let leader = leader.made_of(reads.stamps());
-            store(&fills.engine, leader, late, serde_json::to_vec(&loaded.value), loaded.keep, ttl).await;
-        }
-        Ok(loaded)
-    }));
-    let loaded = joined(task).await;
-    // That there was an error may depend on all that, too.
-    if let Some(whole) = whole {
-        whole.add_loaded(tags.as_deref(), &parts);
-    }
-    let loaded = loaded?;
-    let report = report(Some(&loaded), lookup);
-    Ok((loaded.value, report))
-}
-
-/// An entry of another shape than ours is loaded anew.
-struct Ask<V> {
-    /// What the value becomes a part of.
-    whole: Option<Reads>,
-    value: PhantomData<fn() -> V>,
-}
-
-impl<V: DeserializeOwned> Asker for Ask<V> {
-    type Answer = V;
-
-    fn judge(&mut self, entry: &Entry, source: engine::Source) -> Use<V> {
-        let Some(value) = decode(entry) else { return Use::Useless };
-        if let Some(whole) = &self.whole {
-            whole.add_stamps(&entry.stamps);
-            if source == engine::Source::Stale {
-                whole.spoil();
-            }
-        }
-        Use::Answer(value)
-    }
-}
-
-/// Gives a value to those who wait for it, and stores it if it is to be kept.
-async fn store(
-    engine: &Engine,
-    leader: Leader,
-    late: Vec<Tag>,
-    json: serde_json::Result<Vec<u8>>,
-    keep: bool,
-    ttl: Option<Duration>,
-) {
-    match json {
-        Ok(json) => {
-            let sealed = leader.seal(Payload::Value(Bytes::from(json)), late, Lifetime::fresh_for(ttl), None).await;
-            if let Some(sealed) = sealed.filter(|_| keep) {
-                engine.spawn(sealed.store());
-            }
-        }
-        Err(error) => tracing::warn!(%error, "value not cached: it cannot be written as JSON"),
-    }
-}
-
-fn decode<V: DeserializeOwned>(entry: &Entry) -> Option<V> {
-    match &entry.payload {
-        Payload::Value(json) => serde_json::from_slice(json)
-            .inspect_err(|error| tracing::warn!(%error, "cached value has another shape: loading it anew"))
-            .ok(),
-        Payload::Response(_) | Payload::Vary(_) => None,
     }
 }

@@ -4,13 +4,15 @@ mod builder;
 mod describe;
 mod entry;
 mod invalidation;
+mod value;
 
 use std::{fmt, sync::Arc, time::Duration};
 
 pub use builder::CacheBuilder;
 pub use describe::{DescribedRead, DescribedWrite, Description, Dropped};
-pub use entry::{EntryBuilder, Fetch, Generate, Report, Source};
+pub use entry::{EntryBuilder, Fetch, Generate};
 pub use invalidation::Invalidation;
+pub use value::{Codec, CodecError, Json, MessagePack, Report, Source};
 
 use crate::{
     engine::Invalidated,
