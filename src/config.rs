@@ -12,7 +12,7 @@ use serde::{
 
 use crate::{
     catalog::{Canonical, Cascade, DataType, Policy, Tier, Ttl},
-    route::{Hosts, Mutation, OnUnmapped, Route},
+    route::{Credentials, Hosts, Mutation, OnUnmapped, Route},
     units::{bytes, duration},
 };
 
@@ -31,6 +31,10 @@ pub struct Config {
     pub tenant_header: Option<String>,
     /// How far the host of a request tells its response from others.
     pub hosts: Option<Hosts>,
+    /// Whether anything is answered from the cache.
+    pub enabled: Option<bool>,
+    /// What becomes of requests with credentials, where a route says nothing else.
+    pub credentials: Option<Credentials>,
     /// Headers by which the service knows its users, besides the usual ones.
     pub credential_headers: Vec<String>,
     /// The version of what entries hold.
@@ -103,6 +107,8 @@ impl Config {
         }
         replace(&mut self.tenant_header, other.tenant_header);
         replace(&mut self.hosts, other.hosts);
+        replace(&mut self.enabled, other.enabled);
+        replace(&mut self.credentials, other.credentials);
         replace(&mut self.version, other.version);
         replace(&mut self.memory, other.memory);
         replace(&mut self.body_limit, other.body_limit);

@@ -481,6 +481,35 @@ async fn whoever_says_who_they_are_is_answered_alone() {
     assert!(web.send(request()).await.is_hit());
 }
 
+/// What the builder says counts where a route says nothing; and a cache that is off answers nothing, and drops.
+#[tokio::test]
+async fn a_default_is_for_all_that_say_nothing_else() {
+    let builder = || cached(|route| route).route(Route::new("/own/{page_id}", "page").credentials(Credentials::Bypass));
+    let web = mirror(&builder().credentials(Credentials::Shared).build().unwrap());
+    for (path, says) in [("/pages/1", "hit"), ("/own/1", "fwd=bypass; detail=credentials")] {
+        let ask = || with(Method::GET, path, &[("authorization", "x")]);
+        web.send(ask()).await;
+        assert!(web.send(ask()).await.cache_status().starts_with(says), "{path}");
+    }
+    let dropped = Arc::new(AtomicU64::new(0));
+    let count = dropped.clone();
+    let off = builder()
+        .mutation(Mutation::put("/pages/{page_id}", "page"))
+        .enabled(false)
+        .on_invalidated(move |_, _| _ = count.fetch_add(1, Ordering::SeqCst))
+        .build()
+        .unwrap();
+    let web = mirror(&off);
+    for _ in 0..2 {
+        assert_eq!(web.get("/pages/1").await.cache_status(), "fwd=bypass; detail=disabled");
+        let (_, report) =
+            off.entry::<u64>("page", "1").fetch(|| async { Ok::<_, io::Error>(Some(1)) }).unwrap().await.unwrap();
+        assert_eq!(report.source, tower_cache_aside::Source::Origin);
+    }
+    web.put("/pages/1").await;
+    assert_eq!(dropped.load(Ordering::SeqCst), 1, "other processes may be on");
+}
+
 /// A user is known by a header or by a closure, and stands nowhere in clear.
 #[tokio::test]
 async fn each_user_has_an_answer_of_their_own() {

@@ -20,7 +20,9 @@ use crate::{
     error::ConfigError,
     key::{Space, Tag},
     layer::{Core, OnInvalidated, Options, Warnings},
-    route::{Hosts, Identity, Mutation, OnUnmapped, Route, Routes, Table, TenantSource, UserFrom, entities},
+    route::{
+        Credentials, Hosts, Identity, Mutation, OnUnmapped, Route, Routes, Table, TenantSource, UserFrom, entities,
+    },
     store::{MemoryStore, Store},
 };
 
@@ -99,6 +101,20 @@ impl CacheBuilder {
     /// How far the host of a request tells its response from those for other hosts; by default each has its own.
     pub fn hosts(mut self, hosts: Hosts) -> Self {
         self.config.hosts = Some(hosts);
+        self
+    }
+
+    /// Whether anything is answered from the cache; by default yes. Off, every read goes to the inner service
+    /// (`detail=disabled`) and nothing is stored, while types, routes and checks stay, and writes drop what other processes
+    /// may have.
+    pub fn enabled(mut self, on: bool) -> Self {
+        self.config.enabled = Some(on);
+        self
+    }
+
+    /// What becomes of requests with credentials where a route or method says nothing else; by default they bypass the cache.
+    pub fn credentials(mut self, credentials: Credentials) -> Self {
+        self.config.credentials = Some(credentials);
         self
     }
 
@@ -316,7 +332,8 @@ impl CacheBuilder {
         let known = Entities::new(self.config.entities.clone(), entities(routes));
         let cascades = Cascades::new(&catalogue, cascades, &self.resolvers, known, self.patience)?;
         let (tenants, hosts) = (self.tenants()?, self.config.hosts.clone().unwrap_or_default().checked()?);
-        let identity = Identity::new(&self.config.credential_headers, &tenants, self.user.clone())?;
+        let credentials = self.config.credentials.clone().unwrap_or_default();
+        let identity = Identity::new(&self.config.credential_headers, &tenants, self.user.clone(), credentials)?;
         let table = Table {
             routes,
             uncached,
@@ -352,7 +369,7 @@ impl CacheBuilder {
     }
 
     fn options(&self) -> Result<Options, ConfigError> {
-        let Config { fence, report_header, on_unreachable, on_unmapped, body_limit, .. } = &self.config;
+        let Config { enabled, fence, report_header, on_unreachable, on_unmapped, body_limit, .. } = &self.config;
         if *fence == Some(Duration::ZERO) {
             return Err(ConfigError::new("a fence of zero fences nothing; make it longer than handlers take"));
         }
@@ -362,6 +379,7 @@ impl CacheBuilder {
             return Err(ConfigError::new(format!("`{tag_header}` is both tag header and targeted header; rename one")));
         }
         Ok(Options {
+            enabled: enabled.unwrap_or(true),
             body_limit: usize::try_from(body_limit.unwrap_or(BODY_LIMIT)).unwrap_or(usize::MAX),
             tag_header,
             targeted_header,

@@ -137,7 +137,7 @@ impl<T, C: Codec> EntryBuilder<T, C> {
             )));
         }
         let tenant = core.space.tenant(core.tenants.by_hand(self.tenant.as_deref())?);
-        let place = self.place(&tenant);
+        let place = self.place(&tenant).filter(|_| core.options.enabled);
         Ok(Fetch { entry: self, tenant, place, fetch })
     }
 

@@ -50,6 +50,8 @@ pub(crate) struct Core {
 /// What the layers do besides.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
+    /// Whether anything is answered from the cache.
+    pub(crate) enabled: bool,
     pub(crate) body_limit: usize,
     pub(crate) tag_header: HeaderName,
     pub(crate) targeted_header: HeaderName,

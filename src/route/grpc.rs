@@ -69,7 +69,7 @@ pub struct GrpcMethod {
     path: String,
     data_type: String,
     mutates: bool,
-    credentials: Credentials,
+    credentials: Option<Credentials>,
     per_host: bool,
     include: Vec<String>,
     describe: Option<Arc<Describe>>,
@@ -83,7 +83,7 @@ impl GrpcMethod {
             path: path.into(),
             data_type: data_type.into(),
             mutates: false,
-            credentials: Credentials::Bypass,
+            credentials: None,
             per_host: false,
             include: vec![],
             describe: None,
@@ -105,10 +105,11 @@ impl GrpcMethod {
         self
     }
 
-    /// What to do with requests that carry credentials (in their metadata, as in HTTP); by default they bypass the cache.
+    /// What to do with requests that carry credentials (in their metadata, as in HTTP); by default what the
+    /// [builder](crate::CacheBuilder::credentials) says.
     #[must_use]
     pub fn credentials(mut self, credentials: Credentials) -> Self {
-        self.credentials = credentials;
+        self.credentials = Some(credentials);
         self
     }
 
@@ -202,7 +203,7 @@ impl GrpcRoute {
             let route = Self {
                 data_type: data_type.into(),
                 mutates: method.mutates,
-                credentials: Credential::new(&what, &method.credentials, identity)?,
+                credentials: Credential::new(&what, method.credentials.as_ref(), identity)?,
                 per_host: method.per_host,
                 policy: catalogue.policy(data_type),
                 include,

@@ -88,11 +88,18 @@ pub(crate) struct Identity {
     /// Which lengths the names have, one bit for each: few headers of a request are looked at twice.
     lengths: u64,
     user: Option<UserFrom>,
+    /// Of routes that say nothing else.
+    default: Credentials,
 }
 
 impl Identity {
     /// `own` are headers that this service knows its users by, besides the usual ones. The one that names the tenant is none.
-    pub(crate) fn new(own: &[String], tenants: &TenantSource, user: Option<UserFrom>) -> Result<Self, ConfigError> {
+    pub(crate) fn new(
+        own: &[String],
+        tenants: &TenantSource,
+        user: Option<UserFrom>,
+        default: Credentials,
+    ) -> Result<Self, ConfigError> {
         let mut names: Vec<_> = CREDENTIALS.iter().map(|name| HeaderName::from_static(name)).collect();
         for name in own {
             let not_one = |_| ConfigError::new(format!("credential header `{name}` is not a header name; mend it"));
@@ -100,7 +107,7 @@ impl Identity {
         }
         names.retain(|name| !tenants.is_named_by(name));
         let lengths = names.iter().fold(0, |lengths, name| lengths | bit(name));
-        Ok(Self { names, lengths, user })
+        Ok(Self { names, lengths, user, default })
     }
 
     /// Whether this header says who asks.
@@ -134,8 +141,8 @@ pub(super) enum Credential {
 }
 
 impl Credential {
-    pub(super) fn new(what: &str, declared: &Credentials, identity: &Identity) -> Result<Self, ConfigError> {
-        Ok(match declared {
+    pub(super) fn new(what: &str, declared: Option<&Credentials>, identity: &Identity) -> Result<Self, ConfigError> {
+        Ok(match declared.unwrap_or(&identity.default) {
             Credentials::Bypass => Self::Bypass,
             Credentials::Shared => Self::Shared,
             Credentials::PerUser(name) => {

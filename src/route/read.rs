@@ -45,7 +45,7 @@ pub struct Route {
     #[serde(default)]
     vary: Vec<String>,
     #[serde(default)]
-    credentials: Credentials,
+    credentials: Option<Credentials>,
     #[serde(default)]
     pub(crate) declares_tags: bool,
     #[serde(default, deserialize_with = "optional_method")]
@@ -68,7 +68,7 @@ impl Route {
             entities: BTreeMap::new(),
             query: Query::All,
             vary: vec![],
-            credentials: Credentials::Bypass,
+            credentials: None,
             declares_tags: false,
             method: None,
             body: None,
@@ -120,10 +120,10 @@ impl Route {
         self
     }
 
-    /// What to do with requests that carry credentials; by default they bypass the cache.
+    /// What to do with requests that carry credentials; by default what the [builder](crate::CacheBuilder::credentials) says.
     #[must_use]
     pub fn credentials(mut self, credentials: Credentials) -> Self {
-        self.credentials = credentials;
+        self.credentials = Some(credentials);
         self
     }
 
@@ -246,7 +246,7 @@ impl ReadRoute {
         let mut vary = route.vary.iter().map(header).collect::<Result<Vec<_>, _>>()?;
         vary.sort_by(|a, b| a.as_str().cmp(b.as_str()));
         vary.dedup();
-        let credentials = Credential::new(what, &route.credentials, identity)?;
+        let credentials = Credential::new(what, route.credentials.as_ref(), identity)?;
         let has_own_id = resource.zip(home).is_some_and(|(at, home)| params[at].is_like(home));
         let name = if body.is_some() { format!("{method} {}", route.path) } else { route.path.clone() };
         let digest = Sha256::digest(name.as_bytes());

@@ -295,6 +295,9 @@ impl<S, M> CacheAside<S, M> {
         if !read.is_certain {
             return Err(bypass("route"));
         }
+        if !self.core.options.enabled {
+            return Err(bypass("disabled"));
+        }
         let at = At { params: &read.params, mount: read.mount };
         let wanted = route.wanted(parts, &at, &self.core.known()).map_err(bypass)?;
         if route.body.is_none() && has_body(parts, body) {

@@ -126,6 +126,7 @@ where
             // what it seems.
             Some(route) if !route.mutates => match tenants.tenant(&parts) {
                 _ if !is_grpc(&parts) => "not-grpc",
+                _ if !options.enabled => "disabled",
                 Err(reason) => reason,
                 Ok(_) if route.forbids(&parts.headers, identity) => "credentials",
                 Ok(_) if parts.extensions.get::<NoCache>().is_some() => "no-cache",
