@@ -34,7 +34,7 @@ use tokio::{
 };
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, Codec, DataType, EntryBuilder, Json, MessagePack, Route, Source, Ttl,
+    Cache, CacheBuilder, Cascade, Codec, DataType, EntryBuilder, Json, MessagePack, Route, Source, Ttl, depends_on,
 };
 use web::{Body, Reply, Web, full, ok, request, with};
 
@@ -147,6 +147,34 @@ async fn nobody_waits_for_themselves() {
     let reply = timeout(LONG, twice.get("/pages/1")).await.expect("it waits for itself");
     assert_eq!(reply.text(), "text");
     assert!(twice.get("/pages/1").await.header("cache-status").contains("; hit"));
+
+    // What is stale is no answer to who is to replace it, and what it declares is everybody's.
+    let now = Arc::new(AtomicU64::new(1_000_000));
+    let clock = now.clone();
+    let stale = DataType::new("page", Duration::from_secs(10)).stale_if_error(LONG).stale_while_revalidate(LONG);
+    let cached = of(stale)
+        .data_type(DataType::new("user", Ttl::Standard))
+        .clock(move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)))
+        .build()
+        .unwrap();
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let inner = service_fn(move |_: Request<Full<Bytes>>| {
+        let n = count.fetch_add(1, Ordering::SeqCst);
+        async move {
+            depends_on("user", 7);
+            Ok::<_, io::Error>(ok(n.to_string()))
+        }
+    });
+    let twice = Web::of(cached.layer().layer(cached.layer().layer(inner)));
+    assert_eq!(twice.get("/pages/1").await.text(), "0");
+    now.fetch_add(11_000, Ordering::SeqCst);
+    assert_eq!(twice.get("/pages/1").await.text(), "0");
+    while twice.get("/pages/1").await.text() == "0" {
+        tokio::task::yield_now().await;
+    }
+    cached.invalidate("t").mutated("user", "7").run().await.unwrap();
+    assert_eq!(twice.get("/pages/1").await.text(), "2");
 
     // Through the whole service, as a gateway that calls itself.
     let itself: Arc<Mutex<Option<Web>>> = Arc::default();
@@ -398,14 +426,19 @@ async fn conditions_count_where_nothing_is_stored() {
 #[tokio::test]
 async fn a_date_proves_nothing_within_its_second() {
     let modified = 1_000_000_000;
-    for (made, status) in [(0, 200), (999, 200), (1_000, 304), (60_000, 304)] {
-        let clock = move || std::time::UNIX_EPOCH + Duration::from_millis(modified * 1_000 + made);
+    for (made, later, status) in [(0, 0, 200), (999, 0, 200), (500, 3_000, 200), (1_000, 0, 304), (60_000, 3_000, 304)]
+    {
+        let now = Arc::new(AtomicU64::new(modified * 1_000 + made));
+        let time = now.clone();
+        let clock = move || std::time::UNIX_EPOCH + Duration::from_millis(time.load(Ordering::SeqCst));
         let web = Web::new(&pages().clock(clock).build().unwrap(), move |_| async move {
             let date = httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_secs(modified));
             Ok(Response::builder().header("last-modified", date).body(full("text")).unwrap())
         });
         let date = httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_secs(modified));
-        web.get("/pages/1").await;
+        let first = web.get("/pages/1").await;
+        assert_eq!(first.header("last-modified") == date, made >= 1_000, "nobody is to come back with it");
+        now.fetch_add(later, Ordering::SeqCst);
         let reply = web.send(with(Method::GET, "/pages/1", &[("if-modified-since", &date)])).await;
         assert_eq!(reply.status, status, "{made}");
     }
@@ -472,6 +505,57 @@ async fn a_short_lived_variant_ends_no_other() {
     }
     now.fetch_add(5_000, Ordering::SeqCst);
     assert!(ask("long").await.is_hit() && !ask("short").await.is_hit());
+}
+
+/// What another request of the same service has become a part of falls with it.
+#[tokio::test]
+async fn a_response_depends_on_the_responses_that_it_is_made_of() {
+    let cache = pages()
+        .data_type(DataType::new("digest", Ttl::Standard))
+        .data_type(DataType::new("user", Ttl::Standard))
+        .route(Route::new("/digests/{digest_id}", "digest"))
+        .build()
+        .unwrap();
+    let itself: Arc<Mutex<Option<Web>>> = Arc::default();
+    let seen = itself.clone();
+    let web = Web::new(&cache, move |asked| {
+        let web = seen.lock().unwrap().clone().unwrap();
+        async move {
+            if asked.uri().path() == "/pages/1" {
+                depends_on("user", 7);
+                return Ok(ok("page"));
+            }
+            Ok(ok(web.get("/pages/1").await.text().to_owned()))
+        }
+    });
+    *itself.lock().unwrap() = Some(web.clone());
+    for (data_type, id) in [("page", "1"), ("user", "7")] {
+        // One loads the page, and one finds it.
+        for digest in ["/digests/1", "/digests/2"] {
+            web.get(digest).await;
+            assert!(web.get(digest).await.is_hit());
+        }
+        cache.invalidate("t").mutated(data_type, id).run().await.unwrap();
+        for digest in ["/digests/1", "/digests/2"] {
+            assert!(!web.get(digest).await.is_hit(), "{digest} {data_type}");
+        }
+    }
+}
+
+/// A length that nobody keeps is not mended to none.
+#[tokio::test]
+async fn nothing_is_not_the_rest_of_something() {
+    let answers = |_: Request<hyper::body::Incoming>| async {
+        let slow = stream::once(async { tokio::time::sleep(Duration::from_millis(1)).await });
+        let nothing = slow.flat_map(|()| stream::empty::<io::Result<Frame<Bytes>>>());
+        let response = Response::builder().header("content-length", "5");
+        Ok::<_, io::Error>(response.body(Body::new(StreamBody::new(nothing))).unwrap())
+    };
+    let address = serve(pages().build().unwrap().layer().layer(service_fn(answers))).await;
+    for _ in 0..2 {
+        let answer = raw(address, "GET /pages/1 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+        assert!(!answer.contains("content-length: 0"), "{answer}");
+    }
 }
 
 /// Where the type says so, heads and parts fill the cache, and a crowd of them is one call.

@@ -32,8 +32,10 @@ pub(crate) enum Landed {
     Unshareable,
     /// The leader failed, panicked or vanished, or its result cannot be proven to be fresh.
     Failed,
-    /// It takes too long: who has waited goes on alone.
+    /// It takes too long: who has waited goes on alone, if there is nothing stale to serve.
     Overdue,
+    /// It is no good to wait for: whoever comes goes on alone.
+    Alone,
 }
 
 /// A load under way, and the generations it began under.
@@ -161,14 +163,18 @@ impl Follower {
         self.0.borrow().clone()
     }
 
+    /// Whether it is one of these, or comes to an end only after one of them.
+    pub(super) fn is_needed_by(&self, inside: &[Arc<Flight>]) -> bool {
+        inside.iter().any(|own| Arc::ptr_eq(own, &self.1)) || self.1.needs(inside)
+    }
+
     /// Waits until it has landed, and no longer than anybody should. `inside` are the flights whose calls the caller is a part
     /// of: one of them, or one that waits for them, it must not wait for.
     pub(super) async fn wait(&self, inside: &[Arc<Flight>]) -> Landed {
-        let is_own = inside.iter().any(|own| Arc::ptr_eq(own, &self.1));
         // Said before it is asked: of two that begin to wait for each other, one sees it.
         let waiting = Waiting::new(inside, &self.1);
-        if is_own || self.1.needs(inside) {
-            return Landed::Overdue;
+        if self.is_needed_by(inside) {
+            return Landed::Alone;
         }
         let mut landed = self.0.clone();
         let landed = timeout_at(self.1.until, landed.wait_for(Option::is_some)).await;

@@ -36,8 +36,8 @@ pub(crate) struct Leader {
     pub(super) stale: Option<Stale>,
     /// Its responses have turned out to be for nobody else.
     pub(crate) unshared: bool,
-    /// How long it is remembered at least by which headers its responses vary.
-    pub(crate) known_until: Millis,
+    /// Until when it is remembered by which headers its responses vary, and whether this one says all of that again.
+    pub(crate) known: Option<(Millis, bool)>,
     pub(super) landed: bool,
     /// Whether other processes wait for it.
     pub(super) claimed: bool,
@@ -109,7 +109,7 @@ impl Leader {
 
     /// Those who wait need not wait for the end of it: each calls the origin for itself. What comes of it is stored all the same.
     pub(crate) fn let_go(&mut self) {
-        self.land(Landed::Unshareable);
+        self.land(Landed::Alone);
     }
 
     /// The same, but the next one may be another: who waits tries again, together.
@@ -161,7 +161,7 @@ impl Sealed {
             Some((names, key)) => {
                 for (key, entry) in [
                     (key, self.entry.clone()),
-                    (&self.leader.primary, Arc::new(self.entry.marker(names, self.leader.known_until))),
+                    (&self.leader.primary, Arc::new(self.entry.marker(names, self.leader.known))),
                 ] {
                     filled = filled.and(engine.store.fill(key, entry, tier, now).await);
                 }

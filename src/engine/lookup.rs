@@ -126,7 +126,7 @@ impl Engine {
             policy: Box::new(policy.clone()),
             stale,
             unshared: false,
-            known_until: 0,
+            known: None,
             landed: false,
             claimed: false,
         }
@@ -164,7 +164,7 @@ impl Engine {
 
     /// Waits for another's call to end.
     pub(super) async fn follow(&self, flight: Follower) -> Landed {
-        match flight.wait(&Inside::current().0).await {
+        match flight.wait(Inside::current().flights()).await {
             Landed::Done(entry) if !self.is_proven(&entry, flight.tags()).await => Landed::Failed,
             landed => landed,
         }

@@ -60,6 +60,10 @@ impl Inside {
         INSIDE.try_with(Self::clone).unwrap_or_default()
     }
 
+    fn flights(&self) -> &[Arc<Flight>] {
+        &self.0
+    }
+
     /// That of a call. Without a leader it is a part of what the caller is.
     pub(crate) fn of(leader: Option<&Leader>) -> Self {
         leader.map_or_else(Self::current, |leader| {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tokio::time::timeout;
 
 use super::{
-    Engine,
+    Engine, Inside,
     flight::{Follower, Landed},
     leader::Leader,
     lookup::Begin,
@@ -112,6 +112,11 @@ impl Engine {
                 Begin::Unavailable => return Obtained::Load(None),
                 Begin::Hit(entry) => (entry, Source::Store),
                 Begin::Collapsed(entry) => (entry, Source::Flight),
+                // What is stale is no answer to who is to replace it.
+                Begin::Follow(flight, _) if flight.is_needed_by(Inside::current().flights()) => {
+                    (attempt.alone, attempt.reload) = (true, true);
+                    continue;
+                }
                 Begin::Follow(flight, stale) => {
                     let meanwhile = stale.as_ref().filter(|stale| stale.serves_meanwhile(self.now()));
                     if let Some(answer) = meanwhile.and_then(|stale| serve_stale(asker, &stale.entry)) {
@@ -134,7 +139,7 @@ impl Engine {
                             continue;
                         }
                         Landing::GoAlone => {
-                            attempt.alone = true;
+                            (attempt.alone, attempt.reload) = (true, true);
                             continue;
                         }
                     }
@@ -203,6 +208,7 @@ fn landing(landed: Landed, stale: Option<Stale>, now: Millis, policy: &Policy) -
     match landed {
         Landed::Done(ref entry) => Landing::Use(entry.clone()),
         Landed::Unshareable => Landing::TryAgain,
+        Landed::Alone => Landing::GoAlone,
         Landed::Overdue | Landed::Failed => match stale.filter(|stale| stale.serves_on_error(now, policy)) {
             Some(stale) => Landing::ServeStale(stale.entry),
             None if matches!(landed, Landed::Overdue) => Landing::GoAlone,

@@ -1,10 +1,13 @@
 //! Header fields as they are stored and sent on (RFC 9110, section 7.6.1; RFC 9111, section 3).
 
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-use super::{cache_status::CACHE_STATUS, directives::list};
+use super::{
+    cache_status::CACHE_STATUS,
+    directives::{date, list, single},
+};
 
 fn is_hop_by_hop(name: &HeaderName) -> bool {
     const HOP_BY_HOP: [HeaderName; 5] =
@@ -22,6 +25,15 @@ pub(crate) fn date_of(time: SystemTime) -> Option<HeaderValue> {
     // Its first clone allocates what all clones share; a hit is to find that done.
     drop(date.clone());
     Some(date)
+}
+
+/// Takes out a `Last-Modified` of the second in which the response is made: what is written in the rest of it has the same, and
+/// nobody could tell by it (RFC 9110, section 8.8.2.2).
+pub(crate) fn take_weak_date(headers: &mut HeaderMap, now: SystemTime) {
+    let modified = single(headers, header::LAST_MODIFIED).and_then(date);
+    if modified.is_some_and(|modified| now.duration_since(modified).is_ok_and(|since| since < Duration::from_secs(1))) {
+        headers.remove(header::LAST_MODIFIED);
+    }
 }
 
 /// Headers as they are stored: without those of the connection (RFC 9110, section 7.6.1), and with places for those that

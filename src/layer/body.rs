@@ -126,7 +126,7 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
-            Kind::Full { data, trailers, .. } => data.is_none() && trailers.is_none(),
+            Kind::Full { data, trailers, counted } => *counted && data.is_none() && trailers.is_none(),
             Kind::Inner { body } => body.is_end_stream(),
             Kind::Written { body } => body.is_end_stream(),
             Kind::Tee { rest, done, .. } => *done || rest.as_ref().is_some_and(|b| b.is_end_stream()),

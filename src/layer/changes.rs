@@ -188,6 +188,8 @@ struct Dependencies {
     stamps: Vec<Stamp>,
     /// It is made of a value that is stale, or that no write finds.
     is_spoiled: bool,
+    /// What loads depend on that it has asked for, which may still say more.
+    parts: Vec<Reads>,
 }
 
 impl Reads {
@@ -215,7 +217,28 @@ impl Reads {
 
     /// Under which generations the values were valid that it is made of.
     pub(crate) fn stamps(&self) -> Vec<Stamp> {
-        self.said().stamps.clone()
+        self.all().stamps
+    }
+
+    /// It is made of what another load comes to.
+    pub(crate) fn include(&self, part: &Self) {
+        let mut said = self.said();
+        if said.parts.len() <= MOST_READ {
+            said.parts.push(part.clone());
+        }
+    }
+
+    /// All that it depends on, by way of others too.
+    fn all(&self) -> Dependencies {
+        let mut all = self.said().clone();
+        for part in std::mem::take(&mut all.parts) {
+            let Dependencies { things, tags, stamps, is_spoiled, .. } = part.all();
+            things.into_iter().for_each(|one| push_bounded(&mut all.things, one));
+            tags.into_iter().for_each(|tag| push_bounded(&mut all.tags, tag));
+            stamps.into_iter().for_each(|stamp| push_bounded(&mut all.stamps, stamp));
+            all.is_spoiled |= is_spoiled;
+        }
+        all
     }
 
     /// It is made of a value that is stale, or that no write finds.
@@ -229,12 +252,7 @@ impl Reads {
             Some(tags) => self.add_tags(tags.iter()),
             None => self.spoil(),
         }
-        let Dependencies { things, tags, stamps, is_spoiled } = other.said().clone();
-        let mut said = self.said();
-        things.into_iter().for_each(|one| push_bounded(&mut said.things, one));
-        tags.into_iter().for_each(|tag| push_bounded(&mut said.tags, tag));
-        stamps.into_iter().for_each(|stamp| push_bounded(&mut said.stamps, stamp));
-        said.is_spoiled |= is_spoiled;
+        self.include(other);
     }
 
     /// Polls the load so that [`depends_on`] finds these.
@@ -243,13 +261,13 @@ impl Reads {
     }
 
     pub(crate) fn count(&self) -> usize {
-        let said = self.said();
+        let said = self.all();
         said.things.len() + said.tags.len() + said.stamps.len() + usize::from(said.is_spoiled)
     }
 
     /// The tags of what it depends on: those of the values that it is made of, and of that entity's own entries.
     pub(crate) fn tags(&self, core: &Core, tenant: &Tenant) -> Result<Vec<Tag>, &'static str> {
-        let Dependencies { things, mut tags, stamps, is_spoiled } = self.said().clone();
+        let Dependencies { things, mut tags, stamps, is_spoiled, .. } = self.all();
         if is_spoiled {
             return Err("stale-part");
         }

@@ -134,7 +134,7 @@ impl Reading {
         let size = body.size_hint();
         let mut body = Box::pin(body);
         let mut copy = Copy::default();
-        let mut client = Client::Waiting(reply);
+        let mut client = Client::Waiting(reply, asked.head);
         match self.copy(&mut body, &mut copy, &mut client, &size, asked).await {
             End::Whole => self.complete(client, copy, asked).await,
             End::GivenUp => self.give_up(client, copy, body, &size, asked),
@@ -157,9 +157,9 @@ impl Reading {
     {
         let mut deadline = pin!(tokio::time::sleep(STREAM_LIMIT));
         let mut grace = pin!(tokio::time::sleep(STREAM_GRACE));
-        let mut holds = size.exact().is_none();
+        let mut holds = size.exact().is_none() && !self.parts.headers.contains_key(header::CONTENT_LENGTH);
         loop {
-            let waits = matches!(client, Client::Waiting(_));
+            let waits = matches!(client, Client::Waiting(..));
             let poll = poll_fn(|cx| match body.as_mut().poll_frame(cx) {
                 Poll::Ready(frame) => Poll::Ready(Read::<R>::Frame(frame)),
                 Poll::Pending if waits => Poll::Ready(Read::Waits),
@@ -289,16 +289,22 @@ fn conditionally<R: Body>(
 
 /// The request that the load was begun for: it has its response or not.
 enum Client<R: Body, E> {
-    Waiting(Reply<R, E>),
+    /// And whether it wants no body.
+    Waiting(Reply<R, E>, bool),
     Streaming(mpsc::UnboundedSender<Piece<R>>),
     Gone,
+}
+
+/// A response to a `HEAD` that was loaded whole has none.
+fn without_body<R: Body>(response: Response<CacheBody<R>>, head: bool) -> Response<CacheBody<R>> {
+    if head { response.map(|_| CacheBody::full(Bytes::new(), None)) } else { response }
 }
 
 impl<R: Body, E> Client<R, E> {
     /// Begins to stream.
     fn stream(&mut self, response: Response<CacheBody<R>>, tx: mpsc::UnboundedSender<Piece<R>>) {
-        if let Self::Waiting(reply) = std::mem::replace(self, Self::Gone) {
-            let _ = reply.send(Ok(response));
+        if let Self::Waiting(reply, head) = std::mem::replace(self, Self::Gone) {
+            let _ = reply.send(Ok(without_body(response, head)));
         }
         *self = Self::Streaming(tx);
     }
@@ -313,7 +319,7 @@ impl<R: Body, E> Client<R, E> {
     /// It has all of it now, or gets it.
     fn end(&mut self, response: impl FnOnce() -> Response<CacheBody<R>>) {
         match std::mem::replace(self, Self::Gone) {
-            Self::Waiting(reply) => drop(reply.send(Ok(response()))),
+            Self::Waiting(reply, head) => drop(reply.send(Ok(without_body(response(), head)))),
             Self::Streaming(tx) => drop(tx.send(Piece::End)),
             Self::Gone => {}
         }
@@ -326,7 +332,7 @@ impl<R: Body, E> Client<R, E> {
         last: Piece<R>,
         response: impl FnOnce(mpsc::UnboundedReceiver<Piece<R>>) -> Response<CacheBody<R>>,
     ) {
-        if let Self::Waiting(_) = self {
+        if let Self::Waiting(..) = self {
             let (tx, rx) = mpsc::unbounded_channel();
             copy.replay(&tx);
             self.stream(response(rx), tx);

@@ -1,11 +1,11 @@
 //! From an entry and what a request asks for to a response: whole, without its body (`HEAD`), not modified (304), or a
 //! part (206).
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{
-    Extensions, HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode,
+    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode,
     header::{self, InvalidHeaderValue},
     request, response,
 };
@@ -109,7 +109,7 @@ pub(crate) fn serve<R: Body>(
         Some(handled) => make(handled),
     };
     let mut response = match &asked.conditions {
-        Some(conditions) => conditionally(stored, headers, asked.head, conditions, entry.created),
+        Some(conditions) => conditionally(stored, headers, asked.head, conditions),
         None => whole(stored, headers, asked.head),
     };
     if response.headers().get(header::AGE).is_some_and(HeaderValue::is_empty) {
@@ -118,18 +118,20 @@ pub(crate) fn serve<R: Body>(
     Some(response)
 }
 
-/// A response that is not stored, as far as its request asked for it.
-pub(crate) fn unstored<R: Body>(mut parts: response::Parts, body: R, asked: &Asked) -> Response<CacheBody<R>> {
-    let conditions = asked.conditions.as_ref().filter(|_| parts.status == StatusCode::OK);
-    if conditions.is_some_and(|conditions| conditions.preconditions.is_not_modified(&parts.headers, None)) {
+/// A response that is not stored, as far as its request asked for it. The handler that `is_asked` has said what it says.
+pub(crate) fn unstored<R: Body>(
+    parts: response::Parts,
+    body: R,
+    asked: &Asked,
+    is_asked: bool,
+) -> Response<CacheBody<R>> {
+    let conditions = asked.conditions.as_ref().filter(|_| parts.status == StatusCode::OK && !is_asked);
+    if conditions.is_some_and(|conditions| conditions.preconditions.is_not_modified(&parts.headers)) {
         return not_modified(parts.headers);
     }
-    if asked.head {
-        // Where it was loaded whole.
-        parts.extensions = Extensions::new();
-        return Response::from_parts(parts, CacheBody::full(Bytes::new(), None));
-    }
-    Response::from_parts(parts, CacheBody::inner(body))
+    // Where it was loaded whole.
+    let body = if asked.head { CacheBody::full(Bytes::new(), None) } else { CacheBody::inner(body) };
+    Response::from_parts(parts, body)
 }
 
 /// What the client needs to know of what it has (RFC 9110, section 15.4.5), not what describes a body.
@@ -170,13 +172,11 @@ fn conditionally<R: Body>(
     mut headers: HeaderMap,
     head: bool,
     conditions: &Conditions,
-    created: Millis,
 ) -> Response<CacheBody<R>> {
     if stored.status != StatusCode::OK {
         return whole(stored, headers, head);
     }
-    let created = SystemTime::UNIX_EPOCH + Duration::from_millis(created);
-    if conditions.preconditions.is_not_modified(&stored.headers, Some(created)) {
+    if conditions.preconditions.is_not_modified(&stored.headers) {
         return not_modified(headers);
     }
     let length = stored.body.len();

@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     catalog::Change,
+    engine::Inside,
     http::locations::Target,
     route::{Mutated, Place, Written},
 };
@@ -136,7 +137,8 @@ impl Write {
         let (parts, body) = request.into_parts();
         // Every tenant that the request may be about.
         self.writing.tenants = core.tenants.tenants(&parts, &core.space).into();
-        core.engine.spawn(self.run(inner, Request::from_parts(parts, body)).in_current_span())
+        let scope = Inside::of(None);
+        core.engine.spawn(scope.around(self.run(inner, Request::from_parts(parts, body))).in_current_span())
     }
 
     /// Calls the handler, and drops what it has made stale; or says that it was not called.

@@ -135,9 +135,14 @@ impl Entry {
     }
 
     /// What is stored under the key without request headers, to lead to a response that varies by these.
-    /// It stays for as long as any of those does that it leads to.
-    pub(crate) fn marker(&self, names: &[HeaderName], known_until: Millis) -> Self {
-        let until = self.keep_until.max(known_until);
+    /// It stays for as long as any of those does that it leads to; but what a response does not say again is forgotten when
+    /// it would have been.
+    pub(crate) fn marker(&self, names: &[HeaderName], known: Option<(Millis, bool)>) -> Self {
+        let until = match known {
+            None => self.keep_until,
+            Some((until, true)) => self.keep_until.max(until),
+            Some((until, false)) => until,
+        };
         Self {
             payload: Payload::Vary(names.into()),
             expires: until,

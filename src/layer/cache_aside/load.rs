@@ -10,14 +10,17 @@ use http::{HeaderMap, HeaderName, Method, Request, Response, StatusCode, header,
 use http_body::Body;
 use tower_service::Service;
 
-use super::miss::{Miss, stored};
+use super::{
+    Looked,
+    miss::{Miss, stored},
+};
 use crate::{
     catalog::{Freshness, Lifetime},
     engine::{Leader, Sealed},
     http::{
         cache_status::{Forwarded, Handled},
         conditions::validate,
-        fields::{date_of, stored_headers, updated_headers},
+        fields::{date_of, stored_headers, take_weak_date, updated_headers},
         freshness::{Exchange, Verdict, judge},
     },
     key::{Key, Tag},
@@ -45,10 +48,12 @@ impl Miss {
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
     {
-        let start = Instant::now();
-        let request_headers = request.headers().clone();
+        let (start, headers, reads) = (Instant::now(), request.headers().clone(), Reads::default());
         let confirmable = self.prepare(&mut request, leader.as_mut());
-        let reads = Reads::default();
+        let is_asked = leader.as_ref().is_none_or(|leader| leader.unshared);
+        if let Some(whole) = &self.whole {
+            whole.include(&reads);
+        }
         let result = reads.scope(future::call(&mut inner, request)).await;
         if !matches!(&result, Ok(response) if !response.status().is_server_error())
             && let Some(response) = self.instead(leader.as_ref())
@@ -65,8 +70,24 @@ impl Miss {
                 return;
             }
         };
+        let called = Called { start, headers, reads, confirmable, is_asked };
+        self.answered(response, called, leader, reply).await;
+    }
+
+    /// What becomes of a response.
+    async fn answered<R, E>(self, response: Response<R>, called: Called, leader: Option<Leader>, reply: Reply<R, E>)
+    where
+        R: Body<Data = Bytes>,
+    {
+        let Called { start, headers, reads, confirmable, is_asked } = called;
         let (mut parts, body) = response.into_parts();
+        if !is_asked {
+            take_weak_date(&mut parts.headers, self.core.date());
+        }
         let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type(), &reads);
+        if let (Some(whole), Ok(late)) = (&self.whole, &late) {
+            whole.add_tags(late.iter());
+        }
         let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(self.reason) };
         let confirmed = confirmable.filter(|_| parts.status == StatusCode::NOT_MODIFIED);
         let late = match &confirmed {
@@ -79,23 +100,27 @@ impl Miss {
             Ok(_) => self.verdict(&parts, size, start),
         };
         let late = late.unwrap_or_default();
-        let settled = settle(leader, verdict, &mut forwarded);
+        let settled = settle(leader, verdict, &mut forwarded).map(|(mut leader, life, names)| {
+            leader.known =
+                self.known.as_ref().map(|(known, until)| (*until, known.iter().all(|name| names.contains(name))));
+            (leader.made_of(reads.stamps()), life, names)
+        });
         if let (true, Some(header), Some((leader, ..))) = (forwarded.stored, &self.core.options.forwards, &settled) {
             forward_tags(&mut parts.headers, header, leader.tags().chain(&late));
         }
         if let Some(stored) = confirmed {
             let kept = settled.map(|(leader, life, names)| {
-                let varied = self.varied(names, &request_headers);
-                Kept { leader: leader.made_of(reads.stamps()), late, life, varied }
+                let varied = self.varied(names, &headers);
+                Kept { leader, late, life, varied }
             });
             return self.confirm(stored, parts, kept, forwarded, reply).await;
         }
         let Some((leader, life, names)) = settled else {
             Handled::Forwarded(forwarded).append(&mut parts.headers, None, self.asked.key.as_deref());
-            let _ = reply.send(Ok(unstored(parts, body, &self.asked)));
+            let _ = reply.send(Ok(unstored(parts, body, &self.asked, is_asked)));
             return;
         };
-        let (varied, limit) = (self.varied(names, &request_headers), self.core.options.body_limit);
+        let (varied, limit) = (self.varied(names, &headers), self.core.options.body_limit);
         let is_plain = parts.status == StatusCode::OK && !parts.headers.contains_key(header::ETAG);
         let adds_tag = self.core.options.entity_tags && is_plain;
         let accepts = |_: &Bytes, _: Option<&HeaderMap>| Ok(());
@@ -108,17 +133,17 @@ impl Miss {
     /// Asks for the whole response, or whether the stored one is still good, which is then returned. Where nothing will be
     /// stored, the handler is asked what the client asks.
     fn prepare<B>(&self, request: &mut Request<B>, leader: Option<&mut Leader>) -> Option<StoredResponse> {
-        if self.route.policy.loads_whole && self.asked.is_partial() {
-            *request.method_mut() = Method::GET;
-            request.headers_mut().remove(header::RANGE);
-        }
+        request.extensions_mut().get_or_insert_default::<Looked>().0.push(Arc::as_ptr(&self.core) as usize);
         let leader = leader?;
         leader.primary = self.primary.clone();
-        leader.known_until = self.known.as_ref().map_or(0, |(_, until)| *until);
         if leader.unshared {
             return None;
         }
+        if self.asked.head {
+            *request.method_mut() = Method::GET;
+        }
         let headers = request.headers_mut();
+        headers.remove(header::RANGE);
         // The client's conditions are met from the whole response.
         headers.remove(header::IF_NONE_MATCH);
         headers.remove(header::IF_MODIFIED_SINCE);
@@ -190,6 +215,19 @@ impl Miss {
             sealed.store().await;
         }
     }
+}
+
+/// A call of the inner service.
+struct Called {
+    start: Instant,
+    /// Of the request.
+    headers: HeaderMap,
+    /// What its handler says that the response depends on.
+    reads: Reads,
+    /// The stored response that a 304 confirms.
+    confirmable: Option<StoredResponse>,
+    /// Whether the handler is asked what the client asks.
+    is_asked: bool,
 }
 
 /// Makes the head of a confirmation that of the stored response, which is still made of what it was made of.

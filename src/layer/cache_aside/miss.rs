@@ -16,6 +16,7 @@ use crate::{
     key::{Key, Tag, Tenant},
     layer::{
         body::CacheBody,
+        changes::Reads,
         core::Core,
         future,
         reading::Replied,
@@ -40,6 +41,8 @@ pub(super) struct Miss {
     pub(super) reason: Reason,
     /// What responses are known to depend on, and for how long that is remembered.
     pub(super) known: Option<(Box<[HeaderName]>, Millis)>,
+    /// What its response becomes a part of, if it is asked for by another load.
+    pub(super) whole: Option<Reads>,
 }
 
 /// A request with its headers, which say which variant it wants.
@@ -54,6 +57,12 @@ impl<R: Body> Asker for Ask<'_, R> {
 
     fn judge(&mut self, entry: &Entry, source: Source) -> Use<Self::Answer> {
         let miss = &mut *self.miss;
+        if let Some(whole) = &miss.whole {
+            whole.add_stamps(&entry.stamps);
+            if source == Source::Stale {
+                whole.spoil();
+            }
+        }
         if let Payload::Vary(names) = &entry.payload {
             miss.known = Some((names.clone(), entry.keep_until()));
         }
@@ -135,7 +144,9 @@ impl Miss {
                 if let Some(leader) = &leader {
                     self.expired(leader);
                 }
-                if self.is_partial() {
+                // What cannot be stored is not loaded whole.
+                if self.is_partial() || self.asked.is_partial() && leader.as_ref().is_none_or(|leader| leader.unshared)
+                {
                     drop(leader);
                     return self.pass(inner, request).await;
                 }

@@ -16,12 +16,14 @@ use std::{
 use bytes::Bytes;
 use http::{Method, Request, Response, Version, header, request};
 use http_body::Body;
+use smallvec::SmallVec;
 use tower_layer::Layer;
 use tower_service::Service;
 use tracing::Instrument;
 
 use super::{
     body::CacheBody,
+    changes::Reads,
     core::Core,
     extensions::NoCache,
     future::{self, Finish, ResponseFuture},
@@ -157,6 +159,10 @@ where
         if let Some(write) = Write::of(&self.core, &mut request, self.mount.as_deref()) {
             return self.write(write, request);
         }
+        let own = Arc::as_ptr(&self.core) as usize;
+        if request.extensions().get::<Looked>().is_some_and(|looked| looked.0.contains(&own)) {
+            return ResponseFuture::pass(self.inner.clone(), request, None, CacheBody::inner);
+        }
         let (parts, body) = request.into_parts();
         let place = Place::new(&parts.uri, &parts.extensions, self.mount.as_deref());
         let finish = |handled| Some(Finish { handled, tag_header: self.core.options.tag_header.clone() });
@@ -186,20 +192,28 @@ where
         }
         let entry = entry.filter(|entry| asked.accepts(entry, now));
         let response = entry.as_ref().and_then(|entry| serve(entry, now, &asked, None));
-        let is_due = !asked.is_partial() && entry.is_some_and(|e| e.is_due(now, route.policy.early_refresh));
+        let is_due = !asked.is_partial() && entry.as_ref().is_some_and(|e| e.is_due(now, route.policy.early_refresh));
+        // What another load asks for becomes a part of what it makes.
+        let whole = Reads::current();
+        if let (Some(whole), Some(entry), true) = (&whole, &entry, response.is_some()) {
+            whole.add_stamps(&entry.stamps);
+        }
         let response = match response {
             Some(response) if !is_due => return ResponseFuture::ready(response),
             response => response,
         };
         let tenant = self.core.space.tenant(self.core.tenants.tenant(&parts).unwrap_or_default());
         let tags = route.tags(tenant.head(), &read.params);
+        if let Some(whole) = &whole {
+            whole.add_tags(tags.iter());
+        }
         let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
         let (needs_public, how) = (wanted.needs_public, route.body);
         let (route, core) = (route.clone(), self.core.clone());
         let miss = move |key: Vec<u8>| {
             let primary = Key::new(key);
             let key = variant.map_or_else(|| primary.clone(), Key::new);
-            Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked, known }
+            Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked, known, whole }
         };
         let inner = self.inner.clone();
         let request = Request::from_parts(parts, body);
@@ -213,6 +227,10 @@ where
         }
     }
 }
+
+/// The caches that have looked for a request's response already: another layer of theirs is no other.
+#[derive(Clone, Default)]
+struct Looked(SmallVec<[usize; 2]>);
 
 /// What a request looks for, by which route.
 type Sought<'k> = (&'k Arc<ReadRoute>, Wanted, Asked);

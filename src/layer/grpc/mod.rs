@@ -35,7 +35,10 @@ use super::{
     future::{self, Finish, ResponseFuture},
     request::RequestBody,
 };
-use crate::http::cache_status::{Forwarded, Reason};
+use crate::{
+    engine::Inside,
+    http::cache_status::{Forwarded, Reason},
+};
 pub use body::GrpcResponseBody;
 use read::Read;
 use write::Write;
@@ -143,7 +146,8 @@ where
                 return ResponseFuture::boxed(Box::pin(async move {
                     // Until then its client may still change its mind.
                     future::ready(&mut inner).await?;
-                    future::joined(engine.spawn(write.run(inner, request).in_current_span())).await
+                    let scope = Inside::of(None);
+                    future::joined(engine.spawn(scope.around(write.run(inner, request)).in_current_span())).await
                 }));
             }
         };
