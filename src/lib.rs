@@ -84,6 +84,7 @@ mod error;
 mod http;
 mod key;
 mod layer;
+mod observe;
 mod route;
 pub mod store;
 mod units;
@@ -103,6 +104,7 @@ pub use layer::{
 };
 #[cfg(feature = "grpc")]
 pub use layer::{Grpc, GrpcLayer, GrpcResponseBody};
+pub use observe::{FoundIn, Handling, Outcome};
 pub use route::{BodyKey, Credentials, Hosts, Mutation, OnUnmapped, Query, Route};
 #[cfg(feature = "grpc")]
 pub use route::{GrpcMethod, GrpcTarget};

@@ -2,12 +2,15 @@
 //! nothing grows without a bound.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/redis.rs"]
+mod redis;
 #[path = "support/web.rs"]
 mod web;
 
 use std::{
     collections::BTreeMap,
     io,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -26,7 +29,8 @@ use hyper_util::{
     server::conn::auto,
     service::TowerToHyperService,
 };
-use serde::{Serialize, de::DeserializeOwned};
+use rand::{RngExt, SeedableRng, rngs::SmallRng};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
@@ -34,7 +38,8 @@ use tokio::{
 };
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, Codec, DataType, EntryBuilder, Json, MessagePack, Route, Source, Ttl, depends_on,
+    Cache, CacheBuilder, Cascade, Codec, Credentials, DataType, EntryBuilder, FoundIn, Handling, Json, MessagePack,
+    Outcome, Route, Source, Tier, Ttl, depends_on, store::RedisStore,
 };
 use web::{Body, Reply, Web, full, ok, request, with};
 
@@ -425,15 +430,27 @@ async fn conditions_count_where_nothing_is_stored() {
 /// Two versions of one second have the same date: what was made in that second proves nothing.
 #[tokio::test]
 async fn a_date_proves_nothing_within_its_second() {
-    let modified = 1_000_000_000;
-    for (made, later, status) in [(0, 0, 200), (999, 0, 200), (500, 3_000, 200), (1_000, 0, 304), (60_000, 3_000, 304)]
-    {
-        let now = Arc::new(AtomicU64::new(modified * 1_000 + made));
-        let time = now.clone();
+    let modified: u64 = 1_000_000_000;
+    // (when it is asked, how long the handler takes, when a client comes back)
+    for (made, takes, later, status) in [
+        (0, 0, 0, 200),
+        // Of one whose clock is ahead.
+        (-5_000, 0, 0, 304),
+        (999, 0, 0, 200),
+        (900, 200, 0, 200),
+        (500, 0, 3_000, 200),
+        (1_000, 0, 0, 304),
+        (60_000, 0, 3_000, 304),
+    ] {
+        let now = Arc::new(AtomicU64::new((modified * 1_000).saturating_add_signed(made)));
+        let (time, own) = (now.clone(), now.clone());
         let clock = move || std::time::UNIX_EPOCH + Duration::from_millis(time.load(Ordering::SeqCst));
-        let web = Web::new(&pages().clock(clock).build().unwrap(), move |_| async move {
-            let date = httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_secs(modified));
-            Ok(Response::builder().header("last-modified", date).body(full("text")).unwrap())
+        let web = Web::new(&pages().clock(clock).build().unwrap(), move |_| {
+            own.fetch_add(takes, Ordering::SeqCst);
+            async move {
+                let date = httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_secs(modified));
+                Ok(Response::builder().header("last-modified", date).body(full("text")).unwrap())
+            }
         });
         let date = httpdate::fmt_http_date(std::time::UNIX_EPOCH + Duration::from_secs(modified));
         let first = web.get("/pages/1").await;
@@ -542,6 +559,231 @@ async fn a_response_depends_on_the_responses_that_it_is_made_of() {
     }
 }
 
+/// A digest of a page: its handler asks for it as it likes.
+fn digests(more: impl Fn(CacheBuilder) -> CacheBuilder, page: DataType) -> Cache {
+    let builder = of(page).data_type(DataType::new("digest", Ttl::Standard));
+    let digest = Route::new("/digests/{digest_id}", "digest").credentials(Credentials::Shared);
+    more(builder.route(digest)).build().unwrap()
+}
+
+/// What is made of a part that is served although it is stale is not stored, whoever serves that.
+#[tokio::test]
+async fn what_is_made_of_something_stale_is_not_stored() {
+    for soft in [false, true] {
+        let mut page = DataType::new("page", Ttl::Standard).stale_if_error(LONG);
+        page = match soft {
+            false => page.serve_invalidated_on_error(),
+            true => page.soft_timeout(Duration::from_millis(20)),
+        };
+        let now = Arc::new(AtomicU64::new(1_000_000));
+        let clock = now.clone();
+        let clock = move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst));
+        let cache = digests(|builder| builder.clock(clock.clone()), page);
+        let (itself, ill) = (Arc::new(Mutex::new(None::<Web>)), Arc::new(AtomicBool::new(false)));
+        let (seen, is_ill) = (itself.clone(), ill.clone());
+        let web = Web::new(&cache, move |asked| {
+            let (web, is_ill) = (seen.lock().unwrap().clone().unwrap(), is_ill.load(Ordering::SeqCst));
+            async move {
+                Ok(match asked.uri().path() {
+                    "/pages/1" if is_ill && soft => std::future::pending().await,
+                    "/pages/1" if is_ill => Response::builder().status(500).body(full("")).unwrap(),
+                    "/pages/1" => ok("page"),
+                    _ => ok(web.get("/pages/1").await.text().to_owned()),
+                })
+            }
+        });
+        *itself.lock().unwrap() = Some(web.clone());
+        web.get("/pages/1").await;
+        ill.store(true, Ordering::SeqCst);
+        match soft {
+            false => drop(cache.invalidate("t").mutated("page", "1").run().await.unwrap()),
+            true => drop(now.fetch_add(3_600_000 + 1_000, Ordering::SeqCst)),
+        }
+        let made = web.get("/digests/1").await;
+        assert_eq!((made.text(), made.cache_status()), ("page", "fwd=uri-miss; detail=stale-part"), "soft: {soft}");
+    }
+}
+
+/// Neither is it forgotten when the cache keeps out of the part: one with credentials, and one that is asked for by the
+/// request for the whole itself.
+#[tokio::test]
+async fn what_the_cache_keeps_out_of_is_a_part_all_the_same() {
+    for how in ["credentials", "extensions", "range", "tags"] {
+        let cache = digests(|builder| builder, DataType::new("page", Ttl::Standard));
+        let itself = Arc::new(Mutex::new(None::<Web>));
+        let seen = itself.clone();
+        let web = Web::new(&cache, move |asked| {
+            let web = seen.lock().unwrap().clone().unwrap();
+            async move {
+                if asked.uri().path() == "/pages/1" {
+                    let tags = (how == "tags").then_some(("cache-tag", "page=2"));
+                    let page = tags.into_iter().fold(Response::builder(), |page, (name, tags)| page.header(name, tags));
+                    return Ok(page.body(full("page")).unwrap());
+                }
+                let (name, value) = match how {
+                    "credentials" | "tags" => ("authorization", "x"),
+                    "range" => ("range", "bytes=0-1"),
+                    _ => ("x-nothing", ""),
+                };
+                let mut part = with(Method::GET, "/pages/1", &[(name, value)]);
+                *part.extensions_mut() = asked.extensions().clone();
+                Ok(ok(web.send(part).await.text().to_owned()))
+            }
+        });
+        *itself.lock().unwrap() = Some(web.clone());
+        web.get("/digests/1").await;
+        // What it was told by those tags is not known any more.
+        assert_eq!(web.get("/digests/1").await.is_hit(), how != "tags", "{how}");
+        cache.invalidate("t").mutated("page", "1").run().await.unwrap();
+        assert!(!web.get("/digests/1").await.is_hit(), "{how}");
+    }
+}
+
+/// Of more parts than can be remembered, none is forgotten.
+#[tokio::test]
+async fn no_part_is_one_too_many() {
+    let cache = digests(|builder| builder.data_type(DataType::new("user", 60 * LONG)), DataType::new("page", LONG));
+    let itself = Arc::new(Mutex::new(None::<Web>));
+    let seen = itself.clone();
+    let web = Web::new(&cache, move |asked| {
+        let web = seen.lock().unwrap().clone().unwrap();
+        async move {
+            if asked.uri().path().starts_with("/pages/") {
+                if asked.uri().query() == Some("1001") {
+                    depends_on("user", 7);
+                }
+                return Ok(ok("page"));
+            }
+            for part in 0..=1_001 {
+                web.get(&format!("/pages/1?{part}")).await;
+            }
+            Ok(ok("digest"))
+        }
+    });
+    *itself.lock().unwrap() = Some(web.clone());
+    web.get("/digests/1").await;
+    cache.invalidate("t").mutated("user", "7").run().await.unwrap();
+    assert!(!web.get("/digests/1").await.is_hit());
+}
+
+/// A refresh for a `HEAD` is none, where the key has turned out to be unshared.
+#[tokio::test]
+async fn a_head_never_fills_with_nothing() {
+    let page = DataType::new("page", Duration::from_secs(10)).stale_while_revalidate(600 * LONG).loads_whole();
+    let now = Arc::new(AtomicU64::new(1_000_000));
+    let clock = now.clone();
+    let clock = move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst));
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let web = Web::new(&of(page).clock(clock).build().unwrap(), move |asked| {
+        let n = count.fetch_add(1, Ordering::SeqCst);
+        let text = if asked.method() == Method::HEAD { "" } else { "text" };
+        let private = if n == 1 { "private" } else { "public" };
+        async move { Ok(Response::builder().header("cache-control", private).body(full(text)).unwrap()) }
+    });
+    let settled = async |n| {
+        while calls.load(Ordering::SeqCst) < n {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    web.get("/pages/1").await;
+    now.fetch_add(11_000, Ordering::SeqCst);
+    assert!(web.get("/pages/1").await.is_hit());
+    settled(2).await;
+    web.send(request(Method::HEAD, "/pages/1")).await;
+    settled(2).await;
+    assert_eq!(web.get("/pages/1").await.text(), "text");
+}
+
+/// A 304 to a client's own condition says nothing of whom the response is for: the key is shared again when its time is over.
+#[tokio::test]
+async fn polling_keeps_no_key_from_being_shared() {
+    let now = Arc::new(AtomicU64::new(1_000_000));
+    let clock = now.clone();
+    let clock = move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst));
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let web = Web::new(&pages().clock(clock).build().unwrap(), move |asked| {
+        let private = if count.fetch_add(1, Ordering::SeqCst) == 0 { "private" } else { "public" };
+        let knows = asked.headers().contains_key("if-none-match");
+        async move {
+            let response = Response::builder().header("cache-control", private).header("etag", "\"1\"");
+            Ok(response.status(if knows { 304 } else { 200 }).body(full(if knows { "" } else { "text" })).unwrap())
+        }
+    });
+    for _ in 0..4 {
+        assert_eq!(web.send(with(Method::GET, "/pages/1", &[("if-none-match", "\"1\"")])).await.status, 304);
+        now.fetch_add(6_000, Ordering::SeqCst);
+    }
+    assert_eq!(calls.load(Ordering::SeqCst), 3, "private, asked itself, loaded whole, and a hit");
+}
+
+// ---- what is said of it ----------------------------------------------------------------------------------------------
+
+/// Layers outside need not read headers.
+#[tokio::test]
+async fn every_response_says_how_it_came_to_be() {
+    let page = DataType::new("page", Duration::from_secs(10)).stale_if_error(LONG);
+    let now = Arc::new(AtomicU64::new(1_000_000));
+    let clock = now.clone();
+    let clock = move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst));
+    let (ill, slow) = (Arc::new(AtomicBool::new(false)), Arc::new(tokio::sync::Semaphore::new(1_000)));
+    let (is_ill, may) = (ill.clone(), slow.clone());
+    for (name, status) in [(Some("edge.1"), "edge.1; "), (None, "")] {
+        ill.store(false, Ordering::SeqCst);
+        let (is_ill, may, clock) = (is_ill.clone(), may.clone(), clock.clone());
+        let cache = of(page.clone()).uncached("/pages/me").cache_status(name).clock(clock).build().unwrap();
+        let web = Web::new(&cache, move |asked| {
+            let (is_ill, may) = (is_ill.load(Ordering::SeqCst), may.clone());
+            let private = if asked.uri().path() == "/pages/mine" { "private" } else { "public" };
+            async move {
+                may.acquire().await.unwrap().forget();
+                let status = if is_ill { 500 } else { 200 };
+                Ok(Response::builder().status(status).header("cache-control", private).body(full("text")).unwrap())
+            }
+        });
+        let ask = async |request| {
+            let response = web.start(request).await.unwrap();
+            let said = response.headers().get("cache-status").map_or("", |value| value.to_str().unwrap()).to_owned();
+            assert!(said.starts_with(status) && said.is_empty() == status.is_empty(), "{said}");
+            let Outcome { outcome, reason, data_type, tier, age, .. } =
+                response.extensions().get::<Outcome>().expect("an outcome").clone();
+            assert_eq!(&*data_type, "page");
+            (outcome, reason, tier, age.map(|age| age.as_secs()))
+        };
+        let get = |path| request(Method::GET, path);
+        assert_eq!(ask(get("/pages/1")).await, (Handling::Miss, Some("uri-miss"), None, None));
+        now.fetch_add(3_000, Ordering::SeqCst);
+        assert_eq!(ask(get("/pages/1")).await, (Handling::Hit, None, Some(FoundIn::Process), Some(3)));
+        assert_eq!(ask(get("/pages/mine")).await, (Handling::Miss, Some("private"), None, None));
+        let credentials = with(Method::GET, "/pages/1", &[("authorization", "x")]);
+        assert_eq!(ask(credentials).await, (Handling::Bypass, Some("credentials"), None, None));
+        assert_eq!(ask(request(Method::OPTIONS, "/pages/1")).await, (Handling::Bypass, Some("method"), None, None));
+        slow.forget_permits(1_000);
+        let (one, other) = tokio::join!(ask(get("/pages/2")), async {
+            let other = tokio::spawn({
+                let web = web.clone();
+                async move { web.start(request(Method::GET, "/pages/2")).await.unwrap().extensions().get().cloned() }
+            });
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            slow.add_permits(1_000);
+            other.await.unwrap().map(|outcome: Outcome| outcome.outcome)
+        });
+        let both = [one.0, other.unwrap()];
+        assert!(both.contains(&Handling::Miss) && both.contains(&Handling::Coalesced), "{both:?}");
+        now.fetch_add(10_000, Ordering::SeqCst);
+        ill.store(true, Ordering::SeqCst);
+        assert_eq!(ask(get("/pages/1")).await, (Handling::Stale, None, Some(FoundIn::Process), Some(13)));
+        let unmatched = web.start(get("/others/1")).await.unwrap();
+        assert!(unmatched.extensions().get::<Outcome>().is_none() && !unmatched.headers().contains_key("cache-status"));
+    }
+    for name in ["", "1st", "my cache", "a,b", "\u{e9}"] {
+        let error = pages().cache_status(name).build().unwrap_err();
+        assert!(error.to_string().contains(&format!("`{name}`")), "{error}");
+    }
+}
+
 /// A length that nobody keeps is not mended to none.
 #[tokio::test]
 async fn nothing_is_not_the_rest_of_something() {
@@ -597,6 +839,27 @@ async fn heads_and_parts_may_load_the_whole() {
 
 // ---- values ----------------------------------------------------------------------------------------------------------
 
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind")]
+enum Seen {
+    Login {
+        ip: IpAddr,
+        #[serde(flatten)]
+        more: More,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct More {
+    at: SocketAddr,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Untagged {
+    Ip(IpAddr),
+}
+
 /// What is read is what was written, whatever it is.
 #[tokio::test]
 async fn a_value_comes_back_as_it_was() {
@@ -627,6 +890,12 @@ async fn a_value_comes_back_as_it_was() {
     assert_eq!(twice::<_, Json>(&cache, "tuples", tuples.clone()).await, (Some(tuples), Source::Origin));
     let wide = u128::MAX;
     assert_eq!(twice::<_, MessagePack>(&cache, "wide", wide).await.0, Some(wide));
+    // What types have two forms of, where serde reads ahead.
+    let ip: IpAddr = "::1".parse().unwrap();
+    let login = Seen::Login { ip, more: More { at: (ip, 80).into() } };
+    assert_eq!(twice::<_, MessagePack>(&cache, "login", login.clone()).await, (Some(login), Source::Cache));
+    let from = Untagged::Ip(ip);
+    assert_eq!(twice::<_, MessagePack>(&cache, "from", from.clone()).await, (Some(from), Source::Cache));
 }
 
 /// A value has versions and variants, tags by which it falls, and a time of its own; and that there is none can be kept.
@@ -752,4 +1021,153 @@ async fn long_questions_take_no_more_than_short_ones() {
     }
     let grown = resident().saturating_sub(before);
     assert!(grown < 64 << 20, "{} MiB", grown >> 20);
+}
+
+// ---- everything at once ----------------------------------------------------------------------------------------------
+
+/// What an origin answers, in whatever way.
+#[derive(Clone, Debug)]
+struct Answer {
+    status: u16,
+    body: Vec<Vec<u8>>,
+    /// What it says of its length, if anything.
+    length: Option<usize>,
+    slow: bool,
+    trailers: bool,
+    etag: bool,
+    control: &'static str,
+}
+
+impl Answer {
+    fn any(rng: &mut SmallRng) -> Self {
+        let body: Vec<Vec<u8>> = (0..rng.random_range(0..4))
+            .map(|_| vec![b'a' + rng.random_range(0..26u8); rng.random_range(0..40)])
+            .collect();
+        let size: usize = body.iter().map(Vec::len).sum();
+        let length = match rng.random_range(0..6) {
+            0..3 => None,
+            3 | 4 => Some(size),
+            _ => Some(size + rng.random_range(1..5usize)),
+        };
+        let pick = |rng: &mut SmallRng, of: &[&'static str]| of[rng.random_range(0..of.len())];
+        let control = pick(rng, &["", "", "", "private", "no-store", "max-age=0"]);
+        let status = [200, 200, 200, 200, 203, 404, 500][rng.random_range(0..7)];
+        let (slow, etag) = (rng.random_bool(0.3), rng.random_bool(0.5));
+        // One who says how long it is has no room for trailers.
+        let trailers = length.is_none() && rng.random_bool(0.3);
+        Self { status, body, length, slow, trailers, etag, control }
+    }
+
+    fn response(&self) -> Response<Body> {
+        let mut response = Response::builder().status(self.status);
+        if let Some(length) = self.length {
+            response = response.header("content-length", length);
+        }
+        if self.trailers {
+            response = response.header("trailer", "x-sum");
+        }
+        if self.etag {
+            response = response.header("etag", "\"1\"");
+        }
+        if !self.control.is_empty() {
+            response = response.header("cache-control", self.control);
+        }
+        let mut frames: Vec<_> = self.body.iter().map(|piece| Frame::data(Bytes::from(piece.clone()))).collect();
+        if self.trailers {
+            frames.push(Frame::trailers(HeaderMap::from_iter([("x-sum".parse().unwrap(), "5".parse().unwrap())])));
+        }
+        let slow = self.slow;
+        let frames = stream::iter(frames).then(move |frame| async move {
+            if slow {
+                tokio::task::yield_now().await;
+            }
+            Ok::<_, io::Error>(frame)
+        });
+        response.body(Body::new(StreamBody::new(frames))).unwrap()
+    }
+}
+
+/// What of an answer is promised: all of it if it is whole, and that it is not, if it is not.
+fn meaning(answer: &str) -> Option<(String, String)> {
+    let (head, body) = answer.split_once("\r\n\r\n")?;
+    let field = |name: &str| {
+        let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with(name));
+        line.map(|line| line.split_once(':').unwrap().1.trim().to_owned())
+    };
+    let status = head.lines().next().unwrap().trim().to_owned();
+    if field("transfer-encoding").is_some() {
+        let (mut rest, mut whole) = (body, String::new());
+        loop {
+            let (size, after) = rest.split_once("\r\n")?;
+            let size = usize::from_str_radix(size, 16).ok()?;
+            if size == 0 {
+                // Trailers, and the end.
+                let trailers = after.strip_suffix("\r\n")?;
+                return Some((format!("{status} {}", trailers.trim()).trim().to_owned(), whole));
+            }
+            whole.push_str(after.get(..size)?);
+            rest = after.get(size..)?.strip_prefix("\r\n")?;
+        }
+    }
+    match field("content-length").map(|length| length.parse::<usize>().unwrap()) {
+        Some(length) if body.len() != length => None,
+        _ => Some((status, body.to_owned())),
+    }
+}
+
+/// The same bytes as without the cache, for any framing, condition and part; and the same again from the cache.
+async fn the_same_bytes(store: impl Fn(CacheBuilder) -> CacheBuilder, seeds: std::ops::Range<u64>) {
+    let answers: Arc<Mutex<Vec<Answer>>> = Arc::default();
+    let seen = answers.clone();
+    let origin = service_fn(move |request: Request<hyper::body::Incoming>| {
+        let at: usize = request.uri().path().rsplit('/').next().unwrap().parse().unwrap();
+        let answer = seen.lock().unwrap()[at].clone();
+        let has_it = request.headers().get("if-none-match").is_some_and(|tag| tag == "\"1\"");
+        let response = match answer.etag && answer.status == 200 && has_it {
+            true => Response::builder().status(304).header("etag", "\"1\"").body(Body::default()).unwrap(),
+            false => answer.response(),
+        };
+        async move { Ok::<_, io::Error>(response) }
+    });
+    let cache = store(pages().hosts(tower_cache_aside::Hosts::Any)).build().unwrap();
+    let (alone, cached) = (serve(origin.clone()).await, serve(cache.layer().layer(origin)).await);
+    let (mut hits, mut broken) = (0, 0);
+    for seed in seeds {
+        let rng = &mut SmallRng::seed_from_u64(seed);
+        let at = answers.lock().unwrap().len();
+        let answer = Answer::any(rng);
+        answers.lock().unwrap().push(answer.clone());
+        for round in 0..3 {
+            let ask = format!("GET /pages/{at} HTTP/1.1\r\nhost: x\r\nte: trailers\r\nconnection: close\r\n\r\n");
+            let (expected, found) = (raw(alone, &ask).await, raw(cached, &ask).await);
+            assert_eq!(
+                meaning(&found),
+                meaning(&expected),
+                "seed {seed} round {round}: {answer:?}\n{found}\n{expected}"
+            );
+            hits += usize::from(found.contains("; hit"));
+            broken += usize::from(meaning(&expected).is_none());
+            if !answer.etag || answer.status != 200 || meaning(&expected).is_none() {
+                continue;
+            }
+            for (name, value, status) in [("if-none-match", "\"1\"", "304"), ("if-none-match", "\"2\"", "200")] {
+                let ask = ask.replace("te: trailers", &format!("{name}: {value}"));
+                let found = raw(cached, &ask).await;
+                assert!(found.starts_with(&format!("HTTP/1.1 {status}")), "seed {seed} {value}: {answer:?}\n{found}");
+            }
+        }
+    }
+    assert!(hits > 10 && broken > 3, "{hits} hits, {broken} broken");
+}
+
+#[tokio::test]
+async fn the_same_bytes_from_memory() {
+    the_same_bytes(|builder| builder, 0..120).await;
+}
+
+#[tokio::test]
+async fn the_same_bytes_from_redis() {
+    let redis = redis::Redis::start(&[]);
+    let store = RedisStore::builder([redis.url()]).build().unwrap();
+    the_same_bytes(|builder| builder.store(store.clone()).tier(Tier::Off), 1_000..1_060).await;
 }

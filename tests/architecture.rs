@@ -12,13 +12,14 @@ use std::{
 
 /// Each room, from the top down, and those that it may know. The root only shows what is in them.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("lib", &["cache", "config", "layer", "http", "route", "engine", "store", "catalog", "key", "error"]),
-    ("cache", &["layer", "config", "engine", "route", "store", "catalog", "key", "clock", "error"]),
-    ("layer", &["http", "route", "engine", "store", "catalog", "key", "clock", "error"]),
+    ("lib", &["cache", "config", "layer", "http", "observe", "route", "engine", "store", "catalog", "key", "error"]),
+    ("cache", &["layer", "config", "engine", "observe", "route", "store", "catalog", "key", "clock", "error"]),
+    ("layer", &["http", "observe", "route", "engine", "store", "catalog", "key", "clock", "error"]),
     ("config", &["route", "store", "catalog", "error", "units"]),
     ("engine", &["store", "catalog", "key", "clock", "error"]),
     ("store", &["catalog", "key", "clock", "error", "units"]),
-    ("route", &["catalog", "key", "error"]),
+    ("route", &["observe", "catalog", "key", "error"]),
+    ("observe", &["http"]),
     ("http", &["catalog", "clock"]),
     ("catalog", &["key", "error", "units"]),
     ("key", &["error"]),

@@ -65,7 +65,8 @@ async fn connect(endpoint: &Endpoint) -> Channel {
 
 fn status(metadata: &MetadataMap) -> String {
     let status = metadata.get("cache-status").map_or("", |v| v.to_str().unwrap());
-    status.strip_prefix("tower-cache-aside; ").unwrap_or(status).to_owned()
+    let status = status.strip_prefix("tower-cache-aside; ").unwrap_or(status);
+    status.split("; fwd-status").next().unwrap().to_owned()
 }
 
 #[tokio::test]
@@ -783,6 +784,45 @@ async fn reads_are_no_writes_to_the_layers_of_http() {
     assert!(read(GET).await);
     read("/agents.v1.Agents/Unknown").await;
     assert!(!read(GET).await, "what nobody has declared may be a write");
+}
+
+/// What a call in this process has become a part of falls with it.
+#[tokio::test]
+async fn what_is_made_of_a_call_falls_with_it() {
+    let cache = noted(|builder| {
+        let digest = tower_cache_aside::Route::new("/digests/{digest_id}", "digest");
+        builder.data_type(DataType::new("digest", Ttl::Standard)).route(digest)
+    });
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let agents = cache.grpc_layer().layer(service_fn(move |request: Request<_>| {
+        count.fetch_add(1, Ordering::SeqCst);
+        let _: &Request<_> = &request;
+        async { Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))])) }
+    }));
+    let digests = cache.layer().layer(service_fn(move |_: Request<Full<Bytes>>| {
+        let agents = agents.clone();
+        async move {
+            let message = prost::Message::encode_to_vec(&GetAgent { id: "1".into() });
+            let agent = agents.oneshot(call(GET, framed(&message))).await.unwrap();
+            agent.into_body().collect().await.unwrap();
+            Ok::<_, Infallible>(Response::new(Full::new(Bytes::from("digest"))))
+        }
+    }));
+    let is_hit = async |id: &str| {
+        let request = Request::get(format!("/digests/{id}")).header("x-tenant-id", "t").body(Full::default()).unwrap();
+        let response = digests.clone().oneshot(request).await.unwrap();
+        let outcome = response.extensions().get::<tower_cache_aside::Outcome>().unwrap().outcome;
+        response.into_body().collect().await.unwrap();
+        outcome == tower_cache_aside::Handling::Hit
+    };
+    for _ in 0..2 {
+        // One loads the agent, and one finds it.
+        assert!(!is_hit("1").await && !is_hit("2").await);
+        assert!(is_hit("1").await && is_hit("2").await);
+        cache.invalidate("t").mutated("agent", "1").run().await.unwrap();
+    }
+    assert_eq!(calls.load(Ordering::SeqCst), 2);
 }
 
 /// Handlers of any call say what they change, and those of reads what they depend on.

@@ -230,6 +230,30 @@ async fn a_read_after_a_write_joins_no_flight_from_before_it() {
 
 /// The cache-aside function shares its loads as well, passes errors on, and reports.
 #[tokio::test]
+async fn what_is_not_good_enough_is_made_once() {
+    let cache = cache();
+    let entry = || cache.entry::<String>("conversation_memory", "7").tenant("t").scope("agent", "42");
+    let none = entry().keep_none(Duration::from_secs(60)).fetch(|| async { Ok::<_, &str>(None) }).unwrap();
+    assert_eq!(none.await.unwrap().0, None);
+    let calls = Arc::new(AtomicU64::new(0));
+    let crowd = (0..50).map(|_| {
+        let (entry, calls) = (entry(), calls.clone());
+        let generate = move || async move {
+            calls.fetch_add(1, Ordering::SeqCst);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            Ok("generated".to_owned())
+        };
+        async move {
+            let fetch = || async { Ok::<_, &str>(None) };
+            entry.fetch(fetch).unwrap().generate(generate).await.unwrap().0
+        }
+    });
+    let values = futures_util::future::join_all(crowd).await;
+    assert!(values.iter().all(|value| value == "generated"));
+    assert_eq!(calls.load(Ordering::SeqCst), 1);
+}
+
+#[tokio::test]
 async fn values_are_loaded_once() {
     let cache = cache();
     let calls = Arc::new(AtomicU64::new(0));

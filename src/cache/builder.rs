@@ -20,6 +20,7 @@ use crate::{
     error::ConfigError,
     key::{Space, Tag},
     layer::{Core, OnInvalidated, Options, Warnings},
+    observe::Tellers,
     route::{
         Credentials, Hosts, Identity, Mutation, OnUnmapped, Route, Routes, Table, TenantSource, UserFrom, entities,
     },
@@ -47,6 +48,7 @@ pub struct CacheBuilder {
     entity_tags: bool,
     request_directives: bool,
     show_keys: bool,
+    cache_status: Option<String>,
     forwards: Option<String>,
     on_invalidated: Option<OnInvalidated>,
     #[cfg(feature = "grpc")]
@@ -69,6 +71,7 @@ impl CacheBuilder {
             entity_tags: true,
             request_directives: false,
             show_keys: false,
+            cache_status: Some("tower-cache-aside".to_owned()),
             forwards: None,
             on_invalidated: None,
             #[cfg(feature = "grpc")]
@@ -292,6 +295,14 @@ impl CacheBuilder {
         self
     }
 
+    /// What this cache is called in `Cache-Status` (RFC 9211, section 2), such as the name of the service or of the host;
+    /// by default `tower-cache-aside`. With `None` the header is not said: layers outside still find the
+    /// [`Outcome`](crate::Outcome).
+    pub fn cache_status<'n>(mut self, name: impl Into<Option<&'n str>>) -> Self {
+        self.cache_status = name.into().map(str::to_owned);
+        self
+    }
+
     /// Also says the tags of stored responses in this header, `cache-tag` or `surrogate-key` (separated by spaces), for
     /// a CDN that is to be purged by them ([`on_invalidated`](Self::on_invalidated)): those of whole types first, and as many
     /// as have room in 16 KiB. They hold the names of service and tenant, and ids. By default they stay inside.
@@ -334,7 +345,9 @@ impl CacheBuilder {
         let (tenants, hosts) = (self.tenants()?, self.config.hosts.clone().unwrap_or_default().checked()?);
         let credentials = self.config.credentials.clone().unwrap_or_default();
         let identity = Identity::new(&self.config.credential_headers, &tenants, self.user.clone(), credentials)?;
+        let tellers = Tellers::new(self.cache_name()?, catalogue.known());
         let table = Table {
+            tellers: &tellers,
             routes,
             uncached,
             mutations,
@@ -392,6 +405,19 @@ impl CacheBuilder {
             forwards: self.forwards.as_deref().map(|name| own_header("header for tags", name)).transpose()?,
             rejects: *on_unreachable == Some(OnUnreachable::Reject),
         })
+    }
+
+    fn cache_name(&self) -> Result<Option<Arc<str>>, ConfigError> {
+        let Some(name) = &self.cache_status else { return Ok(None) };
+        // A token of structured fields (RFC 8941, section 3.3.4).
+        let begins = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '*');
+        let is_token = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~:/".contains(c);
+        if !begins || !name.chars().all(is_token) {
+            return Err(ConfigError::new(format!(
+                "cache status `{name}` is no token; begin it with a letter, and use letters, digits and `-._:/`"
+            )));
+        }
+        Ok(Some(name.as_str().into()))
     }
 
     fn tenants(&self) -> Result<TenantSource, ConfigError> {

@@ -42,7 +42,9 @@ pub trait Codec: 'static {
 }
 
 /// [MessagePack](https://msgpack.org), with the names of fields: reads what it wrote, also `NaN`, keys of maps that are no text,
-/// `()` and nulls; fields may be added with a default.
+/// `()` and nulls; fields may be added with a default. Like most formats it writes an option in an option as one: `Some(None)`
+/// in a field comes back as `None`.
+// As text where types know two forms: what serde buffers (`flatten`, `tag`, `untagged`) is read as if it were.
 #[derive(Clone, Copy, Debug)]
 pub struct MessagePack;
 
@@ -50,11 +52,13 @@ impl Codec for MessagePack {
     const NAME: &'static str = "m";
 
     fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CodecError> {
-        Ok(rmp_serde::to_vec_named(value)?)
+        let mut bytes = vec![];
+        value.serialize(&mut rmp_serde::Serializer::new(&mut bytes).with_struct_map().with_human_readable())?;
+        Ok(bytes)
     }
 
     fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
-        Ok(rmp_serde::from_slice(bytes)?)
+        Ok(T::deserialize(&mut rmp_serde::Deserializer::from_read_ref(bytes).with_human_readable())?)
     }
 }
 
@@ -201,7 +205,7 @@ impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
     type Answer = V;
 
     fn judge(&mut self, entry: &Entry, source: engine::Source) -> Use<V> {
-        let Some(value) = self.shape.decode::<C>(entry) else { return Use::Useless };
+        let Some(value) = self.shape.decode::<C>(entry) else { return Use::Lacking };
         if let Some(whole) = &self.whole {
             whole.add_stamps(&entry.stamps);
             if source == engine::Source::Stale {

@@ -152,7 +152,8 @@ impl Engine {
             };
         }
         // A flight may have begun and landed since the look-up; its entry was stored before it was taken off the table.
-        if let Some(entry) = self.peek(leader.key.as_bytes(), self.now()).filter(|_| !attempt.refresh) {
+        let is_enough = |entry: &Arc<Entry>| attempt.lacking.is_none_or(|made| entry.created > made);
+        if let Some(entry) = self.peek(leader.key.as_bytes(), self.now()).filter(|e| !attempt.refresh && is_enough(e)) {
             leader.flight.land(Landed::Done(entry.clone()));
             return Begin::Hit(entry);
         }

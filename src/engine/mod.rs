@@ -132,6 +132,11 @@ impl Engine {
         self.store.clear().await
     }
 
+    /// Whether other processes use the store, too.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.store.is_shared()
+    }
+
     pub(crate) fn health(&self) -> Health {
         self.store.health()
     }

@@ -64,8 +64,10 @@ pub(crate) enum Use<T> {
     Answer(T),
     /// It answers others; this request's is under another key.
     Elsewhere(Key),
-    /// It is to be replaced.
+    /// It is to be replaced, by this request.
     Useless,
+    /// It is to be replaced, by whoever makes a better one.
+    Lacking,
 }
 
 /// What became of a request.
@@ -152,6 +154,10 @@ impl Engine {
                     attempt.failures += 1;
                 }
                 Use::Useless => attempt.reload = true,
+                Use::Lacking => {
+                    attempt.lacking = Some(entry.created);
+                    attempt.failures += 1;
+                }
             }
         }
     }
@@ -200,7 +206,7 @@ impl Engine {
 fn serve_stale<A: Asker>(asker: &mut A, entry: &Entry) -> Option<A::Answer> {
     match asker.judge(entry, Source::Stale) {
         Use::Answer(answer) => Some(answer),
-        Use::Elsewhere(_) | Use::Useless => None,
+        Use::Elsewhere(_) | Use::Useless | Use::Lacking => None,
     }
 }
 

@@ -13,6 +13,8 @@ pub(crate) struct Attempt {
     pub(crate) alone: bool,
     /// What is stored is of no use to it, and is to be replaced.
     pub(crate) reload: bool,
+    /// What was made then is not good enough.
+    pub(crate) lacking: Option<Millis>,
     /// What is stored is good, and is to be replaced, unless somebody does so already.
     pub(crate) refresh: bool,
 }
@@ -43,6 +45,7 @@ impl Stale {
 
     /// Whether it is not stale at all, and what the request is after.
     pub(super) fn answers(&self, now: Millis, attempt: Attempt) -> bool {
-        !self.invalidated && self.entry.is_fresh(now) && !attempt.reload && !attempt.refresh
+        let is_enough = attempt.lacking.is_none_or(|made| self.entry.created > made);
+        !self.invalidated && self.entry.is_fresh(now) && is_enough && !attempt.reload && !attempt.refresh
     }
 }

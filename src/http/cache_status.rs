@@ -9,9 +9,6 @@ type Text = SmallVec<[u8; 128]>;
 
 pub(crate) const CACHE_STATUS: HeaderName = HeaderName::from_static("cache-status");
 
-/// The name of this cache in the header.
-const NAME: &str = "tower-cache-aside";
-
 /// How a request was handled.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Handled {
@@ -52,7 +49,7 @@ pub(crate) enum Reason {
 }
 
 impl Reason {
-    fn as_str(self) -> &'static str {
+    pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::UriMiss => "uri-miss",
             Self::VaryMiss => "vary-miss",
@@ -75,8 +72,8 @@ impl Forwarded {
 }
 
 impl Handled {
-    fn write(self, out: &mut Text, forwarded_status: Option<StatusCode>, key: Option<&[u8]>) {
-        out.extend_from_slice(NAME.as_bytes());
+    fn write(self, out: &mut Text, name: &str, forwarded_status: Option<StatusCode>, key: Option<&[u8]>) {
+        out.extend_from_slice(name.as_bytes());
         match self {
             Self::Hit { ttl } => {
                 out.extend_from_slice(b"; hit");
@@ -111,13 +108,25 @@ impl Handled {
         }
     }
 
-    /// Appends this cache's member to the header, after those of caches nearer to the origin. `status` is what the
-    /// inner service answered, if it was asked.
-    pub(crate) fn append(self, headers: &mut HeaderMap, status: Option<StatusCode>, key: Option<&[u8]>) {
+    /// Appends the member of the cache of this name to the header, after those of caches nearer to the origin; without a name
+    /// nothing. `status` is what the inner service answered, if it was asked.
+    pub(crate) fn say(
+        self,
+        name: Option<&str>,
+        headers: &mut HeaderMap,
+        status: Option<StatusCode>,
+        key: Option<&[u8]>,
+    ) {
+        let Some(name) = name else {
+            if headers.get(CACHE_STATUS).is_some_and(HeaderValue::is_empty) {
+                headers.remove(CACHE_STATUS);
+            }
+            return;
+        };
         let mut text = Text::new();
         // The usual case on a hit: stored headers have a place for it, so that the map does not grow.
         if let Some(place) = headers.get_mut(CACHE_STATUS).filter(|place| place.is_empty()) {
-            self.write(&mut text, status, key);
+            self.write(&mut text, name, status, key);
             if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(&text)) {
                 *place = value;
             }
@@ -127,7 +136,7 @@ impl Handled {
             text.extend_from_slice(value.as_bytes());
             text.extend_from_slice(b", ");
         }
-        self.write(&mut text, status, key);
+        self.write(&mut text, name, status, key);
         if let Ok(value) = HeaderValue::from_maybe_shared(Bytes::copy_from_slice(&text)) {
             headers.insert(CACHE_STATUS, value);
         }

@@ -63,7 +63,7 @@ fn tags(line: &[u8]) -> impl Iterator<Item = &[u8]> {
     .map(opaque)
 }
 
-/// A strong entity tag: 120 bits of the body's SHA-256.
+/// A weak entity tag: 120 bits of the body's SHA-256.
 pub(crate) fn entity_tag(body: &[u8]) -> Result<HeaderValue, InvalidHeaderValue> {
     let digest = Sha256::digest(body);
     let hex: String = digest[..15].iter().map(|b| format!("{b:02x}")).collect();

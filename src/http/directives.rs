@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use sfv::{BareItem, Dictionary, ListEntry, Parser};
 
 /// More than anybody means: what is larger is this (RFC 9111, section 1.2.2).
-const MAX_SECONDS: u64 = 1 << 31;
+pub(crate) const MAX_SECONDS: u64 = 1 << 31;
 
 /// The directives of a response.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -193,9 +193,30 @@ pub(crate) fn single(headers: &HeaderMap, name: HeaderName) -> Option<&str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// A date as HTTP writes it (RFC 9110, section 5.6.7).
+/// The days as they are written before a date, in short and whole.
+const DAYS: [[&str; 2]; 7] = [
+    ["Mon", "Monday"],
+    ["Tue", "Tuesday"],
+    ["Wed", "Wednesday"],
+    ["Thu", "Thursday"],
+    ["Fri", "Friday"],
+    ["Sat", "Saturday"],
+    ["Sun", "Sunday"],
+];
+
+/// A date as HTTP writes it, or has written it once (RFC 9110, section 5.6.7); in any case, and with any day of the week.
 pub(crate) fn date(text: &str) -> Option<SystemTime> {
-    httpdate::parse_http_date(text).ok()
+    httpdate::parse_http_date(text).ok().or_else(|| {
+        let (day, rest) = text.split_at_checked(text.find([',', ' '])?)?;
+        let length = DAYS.iter().flatten().find(|name| name.eq_ignore_ascii_case(day)).map(|name| name.len() > 3)?;
+        let words = rest.split_inclusive([' ', '-']).map(|word| match word.get(..1) {
+            _ if word.eq_ignore_ascii_case("gmt") => "GMT".to_owned(),
+            Some(first) => first.to_ascii_uppercase() + &word[1..].to_ascii_lowercase(),
+            None => word.to_owned(),
+        });
+        let rest: String = words.collect();
+        DAYS.iter().find_map(|day| httpdate::parse_http_date(&format!("{}{rest}", day[usize::from(length)])).ok())
+    })
 }
 
 #[cfg(test)]

@@ -27,11 +27,11 @@ pub(crate) fn date_of(time: SystemTime) -> Option<HeaderValue> {
     Some(date)
 }
 
-/// Takes out a `Last-Modified` of the second in which the response is made: what is written in the rest of it has the same, and
-/// nobody could tell by it (RFC 9110, section 8.8.2.2).
-pub(crate) fn take_weak_date(headers: &mut HeaderMap, now: SystemTime) {
+/// Takes out a `Last-Modified` of the second in which the load began, or later: what is written in the rest of it has the same,
+/// and nobody could tell by it (RFC 9110, section 8.8.2.2).
+pub(crate) fn take_weak_date(headers: &mut HeaderMap, began: SystemTime) {
     let modified = single(headers, header::LAST_MODIFIED).and_then(date);
-    if modified.is_some_and(|modified| now.duration_since(modified).is_ok_and(|since| since < Duration::from_secs(1))) {
+    if modified.is_some_and(|modified| modified + Duration::from_secs(1) > began) {
         headers.remove(header::LAST_MODIFIED);
     }
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response};
 
-use super::directives::{ResponseDirectives, date, list, single};
+use super::directives::{MAX_SECONDS, ResponseDirectives, date, list, single};
 use crate::catalog::{Freshness, Lifetime, Policy};
 
 /// How long a response is kept that can only be used after the origin has confirmed it.
@@ -48,7 +48,9 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Verdict
     let policy = exchange.policy;
     let by_response = policy.freshness == Freshness::Response;
     let (status, headers) = (parts.status, &parts.headers);
-    let directives = ResponseDirectives::of(headers, exchange.targeted);
+    let mut directives = ResponseDirectives::of(headers, exchange.targeted);
+    // It is for caches that know nothing of this directive, or not what the status means (section 5.2.2.3).
+    directives.no_store &= !(directives.must_understand && status.canonical_reason().is_some());
     let says = directives.lifetime(headers, exchange.now);
     let has_validator = headers.contains_key(header::ETAG) || headers.contains_key(header::LAST_MODIFIED);
     let is_meant = || says.is_some() || heuristic(exchange, status, headers, &directives).is_some();
@@ -82,8 +84,7 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Verdict
         _ => stricter(own),
     };
     let age = age(headers, exchange.now);
-    let fresh = if directives.no_cache || age.is_none() { Some(Duration::ZERO) } else { fresh };
-    let age = age.unwrap_or_default();
+    let fresh = if directives.no_cache { Some(Duration::ZERO) } else { fresh };
     // What must be validated is no use when the origin fails; `s-maxage` says so too (section 5.2.2.10).
     let strict = directives.no_cache || directives.must_revalidate || directives.proxy_revalidate;
     let strict = strict || directives.s_maxage.is_some();
@@ -203,18 +204,15 @@ fn heuristic(
     since.duration_since(modified).ok().map(|unchanged| unchanged / 10)
 }
 
-/// How old a response is when it arrives (section 4.2.3); `None` if it says so in a way that cannot be read.
-fn age(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
-    let mut lines = headers.get_all(header::AGE).iter().filter(|line| !line.is_empty());
-    let said = match (lines.next(), lines.next()) {
-        (None, _) => 0,
-        (Some(line), None) => line.to_str().ok()?.parse().ok()?,
-        (Some(_), Some(_)) => return None,
-    };
+/// How old a response is when it arrives (section 4.2.3). Of several `Age`s the first counts, and what is none is ignored
+/// (section 5.1).
+fn age(headers: &HeaderMap, now: SystemTime) -> Duration {
+    let said = list(headers, header::AGE).next().filter(|age| age.bytes().all(|digit| digit.is_ascii_digit()));
+    let said = said.map_or(0, |age| age.parse().unwrap_or(MAX_SECONDS).min(MAX_SECONDS));
     let apparent = single(headers, header::DATE).and_then(date).and_then(|sent| now.duration_since(sent).ok());
     // Dates have no fractions.
     let apparent = apparent.filter(|age| age.as_secs() > 0).unwrap_or_default();
-    Some(apparent.max(Duration::from_secs(said)))
+    apparent.max(Duration::from_secs(said))
 }
 
 #[cfg(test)]
@@ -268,9 +266,15 @@ mod tests {
             (200, &[("cache-control", "max-age=5"), ("age", "3")], "2"),
             (200, &[("cache-control", "max-age=5"), ("date", "Sun, 06 Nov 1994 08:49:33 GMT")], "1"),
             (200, &[("cache-control", "max-age=5"), ("age", "9")], "shared: stale"),
-            (200, &[("cache-control", "max-age=5"), ("age", "1, 2")], "shared: stale"),
-            (200, &[("cache-control", "max-age=5"), ("age", "1"), ("age", "1")], "shared: stale"),
-            (200, &[("cache-control", "max-age=5"), ("age", "-1")], "shared: stale"),
+            (200, &[("cache-control", "max-age=5"), ("age", "1, 9")], "4"),
+            (200, &[("cache-control", "max-age=5"), ("age", "9, 1")], "shared: stale"),
+            (200, &[("cache-control", "max-age=5"), ("age", "1"), ("age", "9")], "4"),
+            (200, &[("cache-control", "max-age=5"), ("age", "-1")], "5"),
+            (200, &[("cache-control", "max-age=5"), ("age", "abc")], "5"),
+            (200, &[("cache-control", "max-age=5"), ("age", "9.0")], "5"),
+            (200, &[("cache-control", "max-age=5"), ("age", "99999999999999999999999")], "shared: stale"),
+            (200, &[("cache-control", "max-age=5, no-store, must-understand")], "5"),
+            (200, &[("cache-control", "max-age=5, no-store")], "no: no-store"),
             (200, &[("cache-control", "max-age=-1")], "shared: stale"),
             (200, &[("expires", "0")], "shared: stale"),
             (200, &[("expires", "Sun, 06 Nov 1994 08:50:07 GMT")], "30"),
@@ -321,6 +325,8 @@ mod tests {
             (502, &[modified], "failed: status"),
             (599, &[("cache-control", "max-age=5")], "5"),
             (599, &[("cache-control", "max-age=5, must-understand")], "no: must-understand"),
+            (599, &[("cache-control", "max-age=5, no-store, must-understand")], "no: must-understand"),
+            (200, &[("expires", "SUN, 06 nov 1994 08:50:07 gmt")], "30"),
             (403, &[modified], "declined: status"),
             (401, &[("cache-control", "max-age=0")], "declined: status"),
             (401, &[("cache-control", "no-cache"), ("etag", "\"a\"")], "declined: status"),

@@ -225,6 +225,8 @@ impl Reads {
         let mut said = self.said();
         if said.parts.len() <= MOST_READ {
             said.parts.push(part.clone());
+        } else {
+            said.is_spoiled = true;
         }
     }
 

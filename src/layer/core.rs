@@ -16,6 +16,7 @@ use crate::{
     engine::{Engine, Invalidated},
     error::ConfigError,
     key::{Space, Tag, Tenant},
+    observe::FoundIn,
     route::{Hosts, Identity, Known, OnUnmapped, Routes, TenantSource},
     store::Fence,
 };
@@ -75,6 +76,11 @@ impl Core {
     /// What identifies a request besides its route.
     pub(crate) fn known(&self) -> Known<'_> {
         Known { tenants: &self.tenants, space: &self.space, identity: &self.identity, hosts: &self.hosts }
+    }
+
+    /// Where a stored response is found that is looked up.
+    pub(crate) fn found_in(&self) -> FoundIn {
+        if self.engine.is_shared() { FoundIn::Store } else { FoundIn::Process }
     }
 
     /// A path that no route reads. If one would, but for a prefix, somebody has taken pains for nothing.

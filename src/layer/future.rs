@@ -14,14 +14,17 @@ use tokio::{
 };
 use tower_service::Service;
 
-use crate::http::cache_status::Handled;
+use super::{changes::Reads, extensions::CacheTags};
+use crate::{http::cache_status::Handled, observe::Teller};
 
 /// What is done to a response that passes through.
 pub(crate) struct Finish {
     /// What is said of it, if its route is cacheable.
-    pub(crate) handled: Option<Handled>,
+    pub(crate) handled: Option<(Handled, Teller)>,
     /// Declared tags are for the cache alone.
     pub(crate) tag_header: HeaderName,
+    /// What it becomes a part of.
+    pub(crate) whole: Option<Reads>,
 }
 
 pub(crate) type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<Response<T>, E>> + Send>>;
@@ -87,15 +90,27 @@ struct Pass<R, T> {
     body: fn(R) -> T,
 }
 
-impl<R, T> Pass<R, T> {
-    fn finish(self, mut response: Response<R>) -> Response<T> {
-        if let Some(Finish { handled, tag_header }) = self.finish {
-            response.headers_mut().remove(&tag_header);
-            let status = response.status();
-            if let Some(handled) = handled {
-                handled.append(response.headers_mut(), Some(status), None);
-            }
+impl Finish {
+    pub(crate) fn finish<R>(self, response: Response<R>) -> Response<R> {
+        let (mut parts, body) = response.into_parts();
+        let has_tags = parts.headers.remove(&self.tag_header).is_some();
+        // What they are is not read here.
+        if let Some(whole) = self.whole.filter(|_| has_tags || parts.extensions.get::<CacheTags>().is_some()) {
+            whole.spoil();
         }
+        if let Some((handled, teller)) = self.handled {
+            teller.tell(handled, None, &mut parts);
+        }
+        Response::from_parts(parts, body)
+    }
+}
+
+impl<R, T> Pass<R, T> {
+    fn finish(self, response: Response<R>) -> Response<T> {
+        let response = match self.finish {
+            Some(finish) => finish.finish(response),
+            None => response,
+        };
         response.map(self.body)
     }
 }

@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     body::{CacheBody, Piece},
     changes::Reads,
-    serve::{Asked, serve},
+    serve::{Asked, How, not_modified, serve},
 };
 use crate::{
     catalog::Lifetime,
@@ -38,6 +38,7 @@ use crate::{
         freshness::Verdict,
     },
     key::{Key, Tag},
+    observe::Teller,
     store::{Payload, StoredResponse},
 };
 
@@ -92,6 +93,7 @@ pub(super) fn settle(
 /// A response whose body is being read, to be stored or at least shared.
 pub(super) struct Reading {
     pub(super) leader: Leader,
+    pub(super) teller: Teller,
     pub(super) late: Vec<Tag>,
     /// What it depends on, and how much of that is among its tags: its body may say more.
     pub(super) known: (Reads, usize),
@@ -138,8 +140,8 @@ impl Reading {
         match self.copy(&mut body, &mut copy, &mut client, &size, asked).await {
             End::Whole => self.complete(client, copy, asked).await,
             End::GivenUp => self.give_up(client, copy, body, &size, asked),
-            End::Error(error) => self.fail(client, copy, Piece::Error(error), &size),
-            End::Panic(panic) => self.fail(client, copy, Piece::Panic(panic), &size),
+            End::Error(error) => self.fail(client, copy, Piece::Error(error), &size, asked),
+            End::Panic(panic) => self.fail(client, copy, Piece::Panic(panic), &size, asked),
         }
     }
 
@@ -167,6 +169,7 @@ impl Reading {
                 Poll::Pending => deadline.as_mut().poll(cx).map(|()| Read::TooLong),
             });
             match AssertUnwindSafe(poll).catch_unwind().await {
+                Ok(Read::Waits) if asked.is_not_modified(&self.parts) => client.end(|| not_modified(self.head(asked))),
                 Ok(Read::Waits) => {
                     let (tx, rx) = mpsc::unbounded_channel();
                     copy.replay(&tx);
@@ -201,7 +204,7 @@ impl Reading {
             drop(self.leader);
             (self.forwarded.stored, self.forwarded.detail) = (false, Some(detail));
             return client.end(|| {
-                Handled::Forwarded(self.forwarded).append(&mut self.parts.headers, None, asked.key.as_deref());
+                self.teller.tell(Handled::Forwarded(self.forwarded), asked.key.as_deref(), &mut self.parts);
                 let body = CacheBody::full(data, trailers);
                 Response::from_parts(self.parts, if is_counted { body } else { body.uncounted() })
             });
@@ -221,11 +224,11 @@ impl Reading {
         let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
         self.forwarded.stored = keep && sealed.as_ref().is_some_and(Sealed::is_kept);
         client.end(|| {
-            let handled = Handled::Forwarded(self.forwarded);
+            let how = How::forwarded(&self.teller, self.forwarded);
             let conditional = sealed.as_ref().filter(|_| asked.head || asked.conditions.is_some());
-            conditional.and_then(|sealed| conditionally(sealed, &self.parts, asked, handled)).unwrap_or_else(|| {
+            conditional.and_then(|sealed| conditionally(sealed, &self.parts, asked, how)).unwrap_or_else(|| {
                 let mut parts = self.parts;
-                handled.append(&mut parts.headers, None, asked.key.as_deref());
+                self.teller.tell(Handled::Forwarded(self.forwarded), asked.key.as_deref(), &mut parts);
                 Response::from_parts(parts, CacheBody::full(data, trailers))
             })
         });
@@ -238,14 +241,14 @@ impl Reading {
     fn head(&self, asked: &Asked) -> response::Parts {
         let mut parts = self.parts.clone();
         let forwarded = Forwarded { stored: false, ..self.forwarded };
-        Handled::Forwarded(forwarded).append(&mut parts.headers, None, asked.key.as_deref());
+        self.teller.tell(Handled::Forwarded(forwarded), asked.key.as_deref(), &mut parts);
         parts
     }
 
     /// The client reads on by itself, and those who wait call the origin.
     fn give_up<R: Body, E>(
         mut self,
-        client: Client<R, E>,
+        mut client: Client<R, E>,
         copy: Copy,
         body: Pin<Box<R>>,
         size: &SizeHint,
@@ -254,13 +257,16 @@ impl Reading {
         (self.forwarded.stored, self.forwarded.detail) = (false, Some("body-limit"));
         let parts = self.head(asked);
         self.leader.unshareable();
+        if let (Client::Waiting(..), true) = (&client, asked.is_not_modified(&self.parts)) {
+            return client.end(|| not_modified(parts));
+        }
         client.finish(copy, Piece::Rest(body), |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
     }
 
     /// The client gets what there was, and what it ended with.
-    fn fail<R: Body, E>(self, client: Client<R, E>, copy: Copy, last: Piece<R>, size: &SizeHint) {
+    fn fail<R: Body, E>(self, client: Client<R, E>, copy: Copy, last: Piece<R>, size: &SizeHint, asked: &Asked) {
+        let parts = self.head(asked);
         drop(self.leader);
-        let parts = self.parts;
         client.finish(copy, last, |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
     }
 }
@@ -276,9 +282,9 @@ fn conditionally<R: Body>(
     sealed: &Sealed,
     parts: &response::Parts,
     asked: &Asked,
-    handled: Handled,
+    how: How<'_>,
 ) -> Option<Response<CacheBody<R>>> {
-    let mut response = serve(&sealed.entry, sealed.entry.created, asked, Some(handled))?;
+    let mut response = serve(&sealed.entry, sealed.entry.created, asked, how)?;
     // The age it came with, if it came with one: it is not from the cache.
     match parts.headers.get(header::AGE) {
         Some(age) => response.headers_mut().insert(header::AGE, age.clone()),

@@ -13,13 +13,15 @@ use http_body::Body;
 
 use crate::{
     clock::Millis,
+    engine::Source,
     http::{
-        cache_status::Handled,
+        cache_status::{Forwarded, Handled},
         conditions::Preconditions,
         directives::{RequestDirectives, ResponseDirectives},
         ranges::parse_range,
     },
     layer::body::CacheBody,
+    observe::{Found, FoundIn, Outcome, Teller},
     store::{Entry, Payload, StoredResponse},
 };
 
@@ -59,6 +61,12 @@ impl Asked {
         self.conditions.as_ref().map(|c| &c.directives)
     }
 
+    /// Whether what the client has is this response of the inner service.
+    pub(crate) fn is_not_modified(&self, parts: &response::Parts) -> bool {
+        let conditions = self.conditions.as_ref().filter(|_| parts.status == StatusCode::OK);
+        conditions.is_some_and(|conditions| conditions.preconditions.is_not_modified(&parts.headers))
+    }
+
     /// Whether the response to this request would be no good for others.
     pub(crate) fn is_partial(&self) -> bool {
         self.head || self.conditions.as_ref().is_some_and(|c| c.range.is_some())
@@ -85,28 +93,82 @@ impl Asked {
     }
 }
 
-/// The response that an entry holds, or the part of it that was asked for; `None` if it holds none. `handled` is how it
-/// came to be, if not by a hit.
+/// How an entry came to answer a request, and who tells of it.
+#[derive(Clone, Copy)]
+pub(crate) struct How<'a> {
+    pub(crate) teller: &'a Teller,
+    /// If not by a hit.
+    handled: Option<Handled>,
+    tier: FoundIn,
+    is_stale: bool,
+}
+
+impl<'a> How<'a> {
+    pub(crate) fn hit(teller: &'a Teller, tier: FoundIn) -> Self {
+        Self { teller, handled: None, tier, is_stale: false }
+    }
+
+    /// On purpose, although it is not fresh.
+    pub(crate) fn stale(teller: &'a Teller, tier: FoundIn) -> Self {
+        Self { is_stale: true, ..Self::hit(teller, tier) }
+    }
+
+    /// It came from the inner service.
+    pub(crate) fn forwarded(teller: &'a Teller, forwarded: Forwarded) -> Self {
+        Self { handled: Some(Handled::Forwarded(forwarded)), ..Self::hit(teller, FoundIn::Process) }
+    }
+
+    /// As the engine has it.
+    pub(crate) fn of(source: Source, teller: &'a Teller, tier: FoundIn, collapsed: Forwarded) -> Self {
+        match source {
+            Source::Store => Self::hit(teller, tier),
+            Source::Flight => Self::forwarded(teller, collapsed),
+            Source::Stale => Self::stale(teller, tier),
+        }
+    }
+
+    pub(crate) fn handled(&self, ttl: Option<i64>) -> Handled {
+        self.handled.unwrap_or(Handled::Hit { ttl })
+    }
+
+    pub(crate) fn outcome(&self, entry: &Entry, now: Millis) -> Outcome {
+        let found = Found { tier: self.tier, age: entry.age(now), is_stale: self.is_stale };
+        self.teller.outcome(self.handled(entry.ttl(now)), Some(found))
+    }
+}
+
+/// The response that an entry holds, or the part of it that was asked for; `None` if it holds none.
 pub(crate) fn serve<R: Body>(
     entry: &Entry,
     now: Millis,
     asked: &Asked,
-    handled: Option<Handled>,
+    how: How<'_>,
+) -> Option<Response<CacheBody<R>>> {
+    let mut response = answer(entry, now, asked, how)?;
+    response.extensions_mut().insert(how.outcome(entry, now));
+    Some(response)
+}
+
+/// The same, without the [`Outcome`].
+pub(crate) fn answer<R: Body>(
+    entry: &Entry,
+    now: Millis,
+    asked: &Asked,
+    how: How<'_>,
 ) -> Option<Response<CacheBody<R>>> {
     let Payload::Response(stored) = &entry.payload else { return None };
     let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now));
-    let make = |handled: Handled| {
+    let make = || {
         let mut headers = stored.headers.clone();
-        handled.append(&mut headers, Some(stored.status), asked.key.as_deref());
+        how.teller.say(how.handled(ttl), &mut headers, Some(stored.status), asked.key.as_deref());
         if let (Some(place), Ok(age)) = (headers.get_mut(header::AGE), number(age)) {
             *place = age;
         }
         headers
     };
-    let headers = match handled {
-        None if asked.key.is_none() => entry.replay.headers(age, ttl.unwrap_or(0), || make(Handled::Hit { ttl })),
-        None => make(Handled::Hit { ttl }),
-        Some(handled) => make(handled),
+    let headers = match how.handled {
+        None if asked.key.is_none() => entry.replay.headers(age, ttl.unwrap_or(0), make),
+        _ => make(),
     };
     let mut response = match &asked.conditions {
         Some(conditions) => conditionally(stored, headers, asked.head, conditions),
@@ -125,9 +187,8 @@ pub(crate) fn unstored<R: Body>(
     asked: &Asked,
     is_asked: bool,
 ) -> Response<CacheBody<R>> {
-    let conditions = asked.conditions.as_ref().filter(|_| parts.status == StatusCode::OK && !is_asked);
-    if conditions.is_some_and(|conditions| conditions.preconditions.is_not_modified(&parts.headers)) {
-        return not_modified(parts.headers);
+    if !is_asked && asked.is_not_modified(&parts) {
+        return not_modified(parts);
     }
     // Where it was loaded whole.
     let body = if asked.head { CacheBody::full(Bytes::new(), None) } else { CacheBody::inner(body) };
@@ -135,7 +196,8 @@ pub(crate) fn unstored<R: Body>(
 }
 
 /// What the client needs to know of what it has (RFC 9110, section 15.4.5), not what describes a body.
-fn not_modified<R: Body>(mut headers: HeaderMap) -> Response<CacheBody<R>> {
+pub(crate) fn not_modified<R: Body>(mut parts: response::Parts) -> Response<CacheBody<R>> {
+    parts.status = StatusCode::NOT_MODIFIED;
     for of_body in [
         header::CONTENT_LENGTH,
         header::CONTENT_TYPE,
@@ -143,9 +205,9 @@ fn not_modified<R: Body>(mut headers: HeaderMap) -> Response<CacheBody<R>> {
         header::CONTENT_LANGUAGE,
         header::CONTENT_RANGE,
     ] {
-        headers.remove(of_body);
+        parts.headers.remove(of_body);
     }
-    respond(StatusCode::NOT_MODIFIED, headers, CacheBody::full(Bytes::new(), None))
+    Response::from_parts(parts, CacheBody::full(Bytes::new(), None))
 }
 
 fn respond<R: Body>(status: StatusCode, headers: HeaderMap, body: CacheBody<R>) -> Response<CacheBody<R>> {
@@ -177,7 +239,9 @@ fn conditionally<R: Body>(
         return whole(stored, headers, head);
     }
     if conditions.preconditions.is_not_modified(&stored.headers) {
-        return not_modified(headers);
+        let mut parts = Response::new(()).into_parts().0;
+        parts.headers = headers;
+        return not_modified(parts);
     }
     let length = stored.body.len();
     match conditions.range.as_ref().and_then(|range| parse_range(range, length)) {

@@ -155,7 +155,7 @@ impl Write {
         let result = AssertUnwindSafe(call).catch_unwind().await;
         let response = result.as_ref().ok().and_then(|result| result.as_ref().ok());
         let outcome = match response.map(Response::status) {
-            Some(status) if refuses(status) => Outcome::Refused,
+            Some(status) if refuses(status) || self.refuses_with(status) => Outcome::Refused,
             Some(status) if !status.is_client_error() && !status.is_server_error() => Outcome::Done,
             _ => Outcome::Unknown,
         };
@@ -174,6 +174,10 @@ impl Write {
         }
         let again = streams(response.body()).then(|| Due::arm(again));
         Ok(Ok(Answered { response, again }))
+    }
+
+    fn refuses_with(&self, status: StatusCode) -> bool {
+        matches!(&self.written, Written::Declared(mutated) if mutated.refuses_with().contains(&status.as_u16()))
     }
 
     /// Before the handler: it may remove the rows that name the children.

@@ -22,6 +22,7 @@ use crate::{
     catalog::{Cascades, Catalogue, Entities, Policy},
     error::ConfigError,
     key::{KeyBuf, Tag, Tenant, bounded, push_ids, push_secret, push_type},
+    observe::{Teller, Tellers},
 };
 
 /// What a message is about.
@@ -159,6 +160,7 @@ pub(crate) struct GrpcRoute {
     credentials: Credential,
     per_host: bool,
     pub(crate) policy: Policy,
+    pub(crate) teller: Teller,
     pub(crate) include: Arc<[Arc<str>]>,
     pub(crate) path: String,
     pub(crate) declares_tags: bool,
@@ -180,7 +182,7 @@ impl GrpcRoute {
         methods: &[GrpcMethod],
         catalogue: &Catalogue,
         cascades: &Cascades,
-        identity: &Identity,
+        (identity, tellers): (&Identity, &Tellers),
         check: &mut Check<'_>,
     ) -> Result<BTreeMap<String, Arc<Self>>, ConfigError> {
         let mut routes = BTreeMap::new();
@@ -206,6 +208,7 @@ impl GrpcRoute {
                 credentials: Credential::new(&what, method.credentials.as_ref(), identity)?,
                 per_host: method.per_host,
                 policy: catalogue.policy(data_type),
+                teller: tellers.of(data_type),
                 include,
                 path: method.path.clone(),
                 declares_tags: method.declares_tags,

@@ -46,6 +46,7 @@ use http::Method;
 use crate::{
     catalog::{Cascades, Catalogue, Change, Entities},
     error::ConfigError,
+    observe::Tellers,
 };
 use check::{Cause, Check, Expected, Reader};
 use pattern::{Param, Pattern, pattern_error};
@@ -79,6 +80,8 @@ impl<T> place::Pattern for OfPath<T> {
 pub(crate) struct Read<'k, 'p> {
     /// By this method; `None` if only by others.
     pub(crate) route: Option<&'k Arc<ReadRoute>>,
+    /// By any.
+    pub(crate) any: &'k ReadRoute,
     pub(crate) params: matchit::Params<'k, 'p>,
     pub(crate) mount: &'p str,
     /// The router does not say that it is another route.
@@ -100,6 +103,7 @@ pub(crate) struct Table<'a> {
     pub(crate) uncached: &'a [String],
     pub(crate) mutations: &'a [Mutation],
     pub(crate) identity: &'a Identity,
+    pub(crate) tellers: &'a Tellers,
     #[cfg(feature = "grpc")]
     pub(crate) grpc: &'a [GrpcMethod],
 }
@@ -159,7 +163,8 @@ impl Routes {
         let mut reads: BTreeMap<&str, Vec<Arc<ReadRoute>>> = BTreeMap::new();
         for route in table.routes {
             let home = homes.get(&*route.data_type);
-            let compiled = Arc::new(ReadRoute::new(route, catalogue, &cascades.entities, table.identity, home)?);
+            let compiled =
+                Arc::new(ReadRoute::new(route, catalogue, &cascades.entities, (table.identity, table.tellers), home)?);
             let what = format!("route {}", compiled.what());
             let of_path = reads.entry(&route.path).or_default();
             if of_path.iter().any(|other| other.what() == compiled.what()) {
@@ -248,7 +253,7 @@ impl Routes {
         table: Table<'_>,
         check: &mut Check<'_>,
     ) -> Result<(), ConfigError> {
-        self.grpc = GrpcRoute::compile(table.grpc, catalogue, cascades, table.identity, check)?;
+        self.grpc = GrpcRoute::compile(table.grpc, catalogue, cascades, (table.identity, table.tellers), check)?;
         Ok(())
     }
 
@@ -294,9 +299,10 @@ impl Routes {
 
     /// What reads this path, if anything cacheable does.
     pub(crate) fn read<'k, 'p>(&'k self, method: &Method, place: &'p Place<'_>) -> Option<Read<'k, 'p>> {
-        let found = place.find(&self.reads).filter(|found| !found.value.routes.is_empty())?;
+        let found = place.find(&self.reads)?;
+        let any = found.value.routes.first()?;
         let route = found.value.routes.iter().find(|route| route.is_for(method));
-        Some(Read { route, params: found.params, mount: found.mount, is_certain: found.is_certain })
+        Some(Read { route, any, params: found.params, mount: found.mount, is_certain: found.is_certain })
     }
 
     /// What a request changes, as far as that is declared; `None` if it may change nothing, or nothing that is not seen to

@@ -40,6 +40,8 @@ pub struct Mutation {
     entities: BTreeMap<String, String>,
     #[serde(default)]
     follows_locations: bool,
+    #[serde(default)]
+    refuses_with: Vec<u16>,
 }
 
 /// Stands for every method that is not safe.
@@ -57,6 +59,7 @@ impl Mutation {
             include: vec![],
             entities: BTreeMap::new(),
             follows_locations: false,
+            refuses_with: vec![],
         }
     }
 
@@ -127,6 +130,14 @@ impl Mutation {
         self.follows_locations = true;
         self
     }
+
+    /// Statuses by which the handler says that it has changed nothing, besides those that always do: a 500 or 503 where the
+    /// handler rolls back. Not for 502 and 504, which proxies in between say of what they do not know.
+    #[must_use]
+    pub fn refuses_with(mut self, statuses: impl IntoIterator<Item = u16>) -> Self {
+        self.refuses_with.extend(statuses);
+        self
+    }
 }
 
 /// A compiled [`Mutation`].
@@ -141,6 +152,7 @@ pub(crate) struct MutationRoute {
     creates: Option<Arc<str>>,
     include: Arc<[Arc<str>]>,
     follows_locations: bool,
+    refuses_with: Vec<u16>,
 }
 
 impl MutationRoute {
@@ -154,6 +166,11 @@ impl MutationRoute {
         let pattern = Pattern::new(&mutation.path, &mutation.entities, &cascades.entities);
         let pattern = pattern.map_err(|e| pattern_error(what, &e))?;
         check_method(what, &mutation.method)?;
+        if let Some(status) = mutation.refuses_with.iter().find(|status| !(400..600).contains(*status)) {
+            return Err(ConfigError::new(format!(
+                "{what}: {status} is no status of a refusal; refuse with one from 400 to 599, or take it out"
+            )));
+        }
         let types = mutation.mutates.iter().chain(&mutation.all).chain(&mutation.creates).map(String::as_str);
         for data_type in types.clone() {
             catalogue.check(what, data_type)?;
@@ -203,6 +220,7 @@ impl MutationRoute {
             creates: mutation.creates.as_deref().map(Into::into),
             include,
             follows_locations: mutation.follows_locations,
+            refuses_with: mutation.refuses_with.clone(),
         })
     }
 
@@ -301,6 +319,10 @@ impl Mutated {
 
     pub(crate) fn include(&self) -> &[Arc<str>] {
         &self.route.include
+    }
+
+    pub(crate) fn refuses_with(&self) -> &[u16] {
+        &self.route.refuses_with
     }
 
     pub(crate) fn follows_locations(&self) -> bool {

@@ -19,6 +19,7 @@ use crate::{
     catalog::{Catalogue, Entities, Policy},
     error::ConfigError,
     key::{KeyBuf, Space, Tag, bounded, push_escaped, push_ids, push_type},
+    observe::{Teller, Tellers},
 };
 
 /// A route whose `GET` responses are cached (and answer `HEAD` too).
@@ -144,6 +145,7 @@ pub(crate) struct ReadRoute {
     /// The data type as a part of the key.
     type_part: KeyBuf,
     pub(crate) policy: Policy,
+    pub(crate) teller: Teller,
     pattern: Pattern,
     /// Position of the resource among the parameters.
     resource: Option<usize>,
@@ -215,7 +217,7 @@ impl ReadRoute {
         route: &Route,
         catalogue: &Catalogue,
         entities: &Entities,
-        identity: &Identity,
+        (identity, tellers): (&Identity, &Tellers),
         home: Option<&Param>,
     ) -> Result<Self, ConfigError> {
         let method = route.method.clone().unwrap_or_default();
@@ -257,6 +259,7 @@ impl ReadRoute {
             data_type: route.data_type.clone(),
             type_part,
             policy: catalogue.policy(&route.data_type),
+            teller: tellers.of(&route.data_type),
             pattern,
             resource,
             has_own_id,

@@ -44,7 +44,7 @@ pub struct StoredResponse {
 #[derive(Clone, Debug)]
 pub(crate) enum Payload {
     Response(StoredResponse),
-    /// A value of the cache-aside function, as JSON.
+    /// A value of the cache-aside function, as its codec writes it.
     Value(Bytes),
     /// The responses depend on these request headers, and are stored under keys that hold them too.
     Vary(Box<[HeaderName]>),

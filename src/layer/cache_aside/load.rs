@@ -12,7 +12,7 @@ use tower_service::Service;
 
 use super::{
     Looked,
-    miss::{Miss, stored},
+    miss::{Miss, serve_stale, stored},
 };
 use crate::{
     catalog::{Freshness, Lifetime},
@@ -30,7 +30,7 @@ use crate::{
         extensions::{NoCache, forward_tags, take_tags},
         future,
         reading::{Reading, Reply, settle},
-        serve::{serve, unstored},
+        serve::{How, serve, unstored},
     },
     route::variant_key,
     store::{Entry, Payload, StoredResponse},
@@ -48,7 +48,8 @@ impl Miss {
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
     {
-        let (start, headers, reads) = (Instant::now(), request.headers().clone(), Reads::default());
+        let (start, date) = (Instant::now(), self.core.date());
+        let (headers, reads) = (request.headers().clone(), Reads::default());
         let confirmable = self.prepare(&mut request, leader.as_mut());
         let is_asked = leader.as_ref().is_none_or(|leader| leader.unshared);
         if let Some(whole) = &self.whole {
@@ -70,7 +71,7 @@ impl Miss {
                 return;
             }
         };
-        let called = Called { start, headers, reads, confirmable, is_asked };
+        let called = Called { start, date, headers, reads, confirmable, is_asked };
         self.answered(response, called, leader, reply).await;
     }
 
@@ -79,11 +80,11 @@ impl Miss {
     where
         R: Body<Data = Bytes>,
     {
-        let Called { start, headers, reads, confirmable, is_asked } = called;
+        let Called { start, date, headers, reads, confirmable, is_asked } = called;
         let (mut parts, body) = response.into_parts();
-        if !is_asked {
-            take_weak_date(&mut parts.headers, self.core.date());
-        }
+        take_weak_date(&mut parts.headers, date);
+        // What a part says from now on is not among its tags.
+        let known = (reads.clone(), reads.count());
         let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type(), &reads);
         if let (Some(whole), Ok(late)) = (&self.whole, &late) {
             whole.add_tags(late.iter());
@@ -97,6 +98,8 @@ impl Miss {
         let size = if confirmed.is_some() { 0 } else { body.size_hint().lower() };
         let verdict = match &late {
             Err(reason) => Verdict::Alone(reason),
+            // It answers the client's own condition, and says nothing of what others would get.
+            Ok(_) if is_asked && parts.status == StatusCode::NOT_MODIFIED => Verdict::Fail("status"),
             Ok(_) => self.verdict(&parts, size, start),
         };
         let late = late.unwrap_or_default();
@@ -116,7 +119,7 @@ impl Miss {
             return self.confirm(stored, parts, kept, forwarded, reply).await;
         }
         let Some((leader, life, names)) = settled else {
-            Handled::Forwarded(forwarded).append(&mut parts.headers, None, self.asked.key.as_deref());
+            self.route.teller.tell(Handled::Forwarded(forwarded), self.asked.key.as_deref(), &mut parts);
             let _ = reply.send(Ok(unstored(parts, body, &self.asked, is_asked)));
             return;
         };
@@ -124,16 +127,17 @@ impl Miss {
         let is_plain = parts.status == StatusCode::OK && !parts.headers.contains_key(header::ETAG);
         let adds_tag = self.core.options.entity_tags && is_plain;
         let accepts = |_: &Bytes, _: Option<&HeaderMap>| Ok(());
-        let known = (reads.clone(), reads.count());
         let date = self.core.date();
-        let reading = Reading { leader, late, known, parts, date, forwarded, life, varied, adds_tag, limit, accepts };
+        let teller = self.route.teller.clone();
+        let reading =
+            Reading { leader, teller, late, known, parts, date, forwarded, life, varied, adds_tag, limit, accepts };
         reads.scope(reading.read(body, &self.asked, reply)).await;
     }
 
     /// Asks for the whole response, or whether the stored one is still good, which is then returned. Where nothing will be
     /// stored, the handler is asked what the client asks.
     fn prepare<B>(&self, request: &mut Request<B>, leader: Option<&mut Leader>) -> Option<StoredResponse> {
-        request.extensions_mut().get_or_insert_default::<Looked>().0.push(Arc::as_ptr(&self.core) as usize);
+        request.extensions_mut().get_or_insert_default::<Looked>().add(&self.core, self.primary.clone());
         let leader = leader?;
         leader.primary = self.primary.clone();
         if leader.unshared {
@@ -158,7 +162,7 @@ impl Miss {
     fn instead<R: Body>(&self, leader: Option<&Leader>) -> Option<Response<CacheBody<R>>> {
         let now = self.core.engine.now();
         let stale = leader?.stale().filter(|stale| stale.serves_on_error(now, &self.route.policy))?;
-        serve(&stale.entry, now, &self.asked, None)
+        serve_stale(&self.core, &self.route, (&self.asked, self.whole.as_ref()), &stale.entry)
     }
 
     fn verdict(&self, parts: &response::Parts, size: u64, start: Instant) -> Verdict {
@@ -208,7 +212,8 @@ impl Miss {
         forwarded.stored = sealed.as_ref().is_some_and(Sealed::is_kept);
         let unstored = || Arc::new(Entry::new(payload, Box::default(), engine.now(), life));
         let entry = sealed.as_ref().map_or_else(unstored, |sealed| sealed.entry.clone());
-        if let Some(response) = serve(&entry, engine.now(), &self.asked, Some(Handled::Forwarded(forwarded))) {
+        let how = How::forwarded(&self.route.teller, forwarded);
+        if let Some(response) = serve(&entry, engine.now(), &self.asked, how) {
             let _ = reply.send(Ok(response));
         }
         if let Some(sealed) = sealed {
@@ -220,6 +225,8 @@ impl Miss {
 /// A call of the inner service.
 struct Called {
     start: Instant,
+    /// When it began.
+    date: SystemTime,
     /// Of the request.
     headers: HeaderMap,
     /// What its handler says that the response depends on.

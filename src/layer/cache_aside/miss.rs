@@ -12,16 +12,18 @@ use tracing::Instrument;
 use crate::{
     clock::Millis,
     engine::{Asker, Inside, Leader, Obtained, Source, Stale, Use},
-    http::cache_status::{Forwarded, Handled, Reason},
+    http::cache_status::{Forwarded, Reason},
     key::{Key, Tag, Tenant},
     layer::{
         body::CacheBody,
         changes::Reads,
         core::Core,
+        extensions::take_tags,
         future,
         reading::Replied,
-        serve::{Asked, serve},
+        serve::{Asked, How, serve},
     },
+    observe::Teller,
     route::{ReadRoute, variant_key},
     store::{Entry, Payload},
 };
@@ -84,8 +86,8 @@ impl<R: Body> Asker for Ask<'_, R> {
         }
         let now = miss.core.engine.now();
         let collapsed = Forwarded { collapsed: true, ..Forwarded::new(miss.reason) };
-        let handled = (source == Source::Flight).then_some(Handled::Forwarded(collapsed));
-        match serve(entry, now, &miss.asked, handled) {
+        let how = How::of(source, &miss.route.teller, miss.core.found_in(), collapsed);
+        match serve(entry, now, &miss.asked, how) {
             Some(response) if source == Source::Stale || miss.asked.accepts(entry, now) => Use::Answer(response),
             _ => {
                 miss.reason = Reason::Request;
@@ -113,6 +115,12 @@ impl Miss {
         self.asked.is_partial() && !self.route.policy.loads_whole
     }
 
+    /// Whether the inner service is asked for the whole response: not for what cannot be stored.
+    fn loads_whole(&self, leader: Option<&Leader>) -> bool {
+        let is_shared = || leader.is_some_and(|leader| !leader.unshared);
+        !self.asked.is_partial() || self.route.policy.loads_whole && is_shared()
+    }
+
     fn only_stored(&self) -> bool {
         self.asked.directives().is_some_and(|directives| directives.only_if_cached)
     }
@@ -132,9 +140,9 @@ impl Miss {
         let obtained = core.engine.obtain(key, &tags, &route.policy, &mut ask).await;
         match obtained {
             Obtained::Answer(response) => Ok(response),
-            Obtained::Absent => Ok(gateway_timeout()),
+            Obtained::Absent => Ok(gateway_timeout(&route.teller)),
             Obtained::AnswerAndReload(response, leader) => {
-                if !self.is_partial() {
+                if self.loads_whole(Some(&leader)) {
                     self.expired(&leader);
                     self.spawn_load(inner, request, Some(leader));
                 }
@@ -144,9 +152,7 @@ impl Miss {
                 if let Some(leader) = &leader {
                     self.expired(leader);
                 }
-                // What cannot be stored is not loaded whole.
-                if self.is_partial() || self.asked.is_partial() && leader.as_ref().is_none_or(|leader| leader.unshared)
-                {
+                if !self.loads_whole(leader.as_ref()) {
                     drop(leader);
                     return self.pass(inner, request).await;
                 }
@@ -169,12 +175,14 @@ impl Miss {
         R: Body,
     {
         let detail = if self.asked.head { "head" } else { "range" };
-        let mut response = future::call(&mut inner, request).await?;
-        response.headers_mut().remove(&self.core.options.tag_header);
-        let status = response.status();
+        let (mut parts, body) = future::call(&mut inner, request).await?.into_parts();
+        let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type(), &Reads::default());
+        if let Some(whole) = &self.whole {
+            late.map_or_else(|_| whole.spoil(), |late| whole.add_tags(late.iter()));
+        }
         let forwarded = Forwarded::because(self.reason, detail);
-        forwarded.append(response.headers_mut(), Some(status), self.asked.key.as_deref());
-        Ok(response.map(CacheBody::inner))
+        self.route.teller.tell(forwarded, self.asked.key.as_deref(), &mut parts);
+        Ok(Response::from_parts(parts, CacheBody::inner(body)))
     }
 
     /// Waits for the origin, or for as long as its type has patience with it while there is something else to serve.
@@ -187,15 +195,17 @@ impl Miss {
         R: Body<Data = Bytes> + Send + 'static,
         R::Error: Send,
     {
-        let (engine, policy, asked) = (self.core.engine.clone(), self.route.policy.clone(), self.asked.clone());
+        let (core, route, asked, whole) =
+            (self.core.clone(), self.route.clone(), self.asked.clone(), self.whole.clone());
+        let (engine, policy) = (&core.engine, &route.policy);
         let stale = leader.as_ref().and_then(stored).filter(|stale| !stale.invalidated).cloned();
-        let stale = stale.filter(|stale| stale.serves_on_error(engine.now(), &policy));
+        let stale = stale.filter(|stale| stale.serves_on_error(engine.now(), policy));
         let (task, mut replied) = self.spawn_load(inner, request, leader);
         let outcome = match policy.soft_timeout.zip(stale) {
             None => replied.await,
             Some((patience, stale)) => match timeout(patience, &mut replied).await {
                 Ok(outcome) => outcome,
-                Err(_) => match serve(&stale.entry, engine.now(), &asked, None) {
+                Err(_) => match serve_stale(&core, &route, (&asked, whole.as_ref()), &stale.entry) {
                     Some(response) => return Ok(response),
                     None => replied.await,
                 },
@@ -245,10 +255,25 @@ pub(super) fn stored(leader: &Leader) -> Option<&Stale> {
     leader.stale().filter(|stale| matches!(stale.entry.payload, Payload::Response(_)))
 }
 
+/// What is stale, as an answer. What that becomes a part of is stale, too.
+pub(super) fn serve_stale<R: Body>(
+    core: &Core,
+    route: &ReadRoute,
+    (asked, whole): (&Asked, Option<&Reads>),
+    entry: &Entry,
+) -> Option<Response<CacheBody<R>>> {
+    if let Some(whole) = whole {
+        whole.spoil();
+    }
+    serve(entry, core.engine.now(), asked, How::stale(&route.teller, core.found_in()))
+}
+
 /// The answer to a request that wants nothing but what is stored, when nothing is (RFC 9111, section 5.2.1.7).
-fn gateway_timeout<R: Body>() -> Response<CacheBody<R>> {
+fn gateway_timeout<R: Body>(teller: &Teller) -> Response<CacheBody<R>> {
     let mut response = Response::new(CacheBody::full(Bytes::new(), None));
     *response.status_mut() = StatusCode::GATEWAY_TIMEOUT;
-    Forwarded::because(Reason::Request, "only-if-cached").append(response.headers_mut(), None, None);
+    let handled = Forwarded::because(Reason::Request, "only-if-cached");
+    teller.say(handled, response.headers_mut(), None, None);
+    response.extensions_mut().insert(teller.outcome(handled, None));
     response
 }

@@ -14,7 +14,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Method, Request, Response, Version, header, request};
+use http::{Extensions, HeaderMap, HeaderName, Method, Request, Response, Version, header, request};
 use http_body::Body;
 use smallvec::SmallVec;
 use tower_layer::Layer;
@@ -27,16 +27,18 @@ use super::{
     core::Core,
     extensions::NoCache,
     future::{self, Finish, ResponseFuture},
-    invalidate::{answer, mount, unavailable},
+    invalidate::{answer as answer_write, mount, unavailable},
     request::{Bodies, NoBodies, ReadBody, RequestBody},
-    serve::{Asked, serve},
+    serve::{Asked, How, answer},
     write::Write,
 };
 use crate::{
+    clock::Millis,
     http::cache_status::{Forwarded, Handled, Reason},
     key::Key,
+    observe::{FoundIn, Outcome, Teller},
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
-    store::Payload,
+    store::{Entry, Payload},
 };
 use miss::Miss;
 
@@ -159,48 +161,49 @@ where
         if let Some(write) = Write::of(&self.core, &mut request, self.mount.as_deref()) {
             return self.write(write, request);
         }
-        let own = Arc::as_ptr(&self.core) as usize;
-        if request.extensions().get::<Looked>().is_some_and(|looked| looked.0.contains(&own)) {
-            return ResponseFuture::pass(self.inner.clone(), request, None, CacheBody::inner);
-        }
         let (parts, body) = request.into_parts();
         let place = Place::new(&parts.uri, &parts.extensions, self.mount.as_deref());
-        let finish = |handled| Some(Finish { handled, tag_header: self.core.options.tag_header.clone() });
+        let tag_header = || self.core.options.tag_header.clone();
         let Some(read) = self.core.routes.read(&parts.method, &place) else {
             if parts.method == Method::GET {
                 self.core.unmatched(place.full());
             }
-            let request = Request::from_parts(parts, body);
-            return ResponseFuture::pass(self.inner.clone(), request, finish(None), CacheBody::inner);
+            let finish = Finish { handled: None, tag_header: tag_header(), whole: None };
+            return self.pass(Request::from_parts(parts, body), Some(finish));
         };
+        // What another load asks for becomes a part of what it makes.
+        let whole = Reads::current();
         let (route, wanted, asked) = match self.wanted(&read, &parts, &body) {
             Ok(wanted) => wanted,
             Err(handled) => {
-                let request = Request::from_parts(parts, body);
-                return ResponseFuture::pass(self.inner.clone(), request, finish(Some(handled)), CacheBody::inner);
+                self.bypassed(&read, &parts, whole.as_ref());
+                let told = Some((handled, read.route.map_or(read.any, |route| route).teller.clone()));
+                let finish = Finish { handled: told, tag_header: tag_header(), whole };
+                return self.pass(Request::from_parts(parts, body), Some(finish));
             }
         };
-        let engine = &self.core.engine;
-        let now = engine.now();
-        let (mut variant, mut known) = (None, None);
-        let mut entry = if route.body.is_some() { None } else { engine.peek(&wanted.key, now) };
-        if let Some(Payload::Vary(names)) = entry.as_deref().map(|e| &e.payload) {
-            let key = variant_key(&wanted.key, names, &parts.headers);
-            let of_variant = engine.peek(&key, now);
-            known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
-            (variant, entry) = (Some(key), of_variant);
+        if parts.extensions.get::<Looked>().is_some_and(|looked| looked.has(&self.core, &wanted.key)) {
+            return self.pass(Request::from_parts(parts, body), None);
         }
+        let now = self.core.engine.now();
+        let Held { entry, variant, known } = match route.body {
+            Some(_) => Held::default(),
+            None => self.held(&wanted.key, &parts.headers, now),
+        };
         let entry = entry.filter(|entry| asked.accepts(entry, now));
-        let response = entry.as_ref().and_then(|entry| serve(entry, now, &asked, None));
+        let how = How::hit(&route.teller, FoundIn::Process);
+        let response =
+            entry.as_ref().and_then(|entry| Some((answer(entry, now, &asked, how)?, how.outcome(entry, now))));
         let is_due = !asked.is_partial() && entry.as_ref().is_some_and(|e| e.is_due(now, route.policy.early_refresh));
-        // What another load asks for becomes a part of what it makes.
-        let whole = Reads::current();
         if let (Some(whole), Some(entry), true) = (&whole, &entry, response.is_some()) {
             whole.add_stamps(&entry.stamps);
         }
         let response = match response {
-            Some(response) if !is_due => return ResponseFuture::ready(response),
-            response => response,
+            // What the request's map held its extensions in has room for this one.
+            Some((response, outcome)) if !is_due => {
+                return ResponseFuture::ready(with_outcome(response, parts.extensions, outcome));
+            }
+            response => response.map(|(response, outcome)| with_outcome(response, Extensions::new(), outcome)),
         };
         let tenant = self.core.space.tenant(self.core.tenants.tenant(&parts).unwrap_or_default());
         let tags = route.tags(tenant.head(), &read.params);
@@ -209,7 +212,7 @@ where
         }
         let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
         let (needs_public, how) = (wanted.needs_public, route.body);
-        let (route, core) = (route.clone(), self.core.clone());
+        let (teller, route, core) = (route.teller.clone(), route.clone(), self.core.clone());
         let miss = move |key: Vec<u8>| {
             let primary = Key::new(key);
             let key = variant.map_or_else(|| primary.clone(), Key::new);
@@ -218,7 +221,7 @@ where
         let inner = self.inner.clone();
         let request = Request::from_parts(parts, body);
         match (response, how) {
-            (None, Some(how)) => self.answer_body(miss, wanted.key, how, inner, request),
+            (None, Some(how)) => self.answer_body(miss, wanted.key, (how, teller), inner, request),
             (None, None) => ResponseFuture::boxed(Box::pin(miss(wanted.key).answer(inner, request))),
             (Some(response), _) => {
                 self.core.engine.spawn(miss(wanted.key).refresh(inner, request).in_current_span());
@@ -228,20 +231,61 @@ where
     }
 }
 
-/// The caches that have looked for a request's response already: another layer of theirs is no other.
+/// Which caches have looked for a request's response already, and under which key: another layer of theirs is no other. (A
+/// request for something else that was made of this one is.)
 #[derive(Clone, Default)]
-struct Looked(SmallVec<[usize; 2]>);
+struct Looked(SmallVec<[(usize, Key); 2]>);
+
+impl Looked {
+    fn add(&mut self, core: &Arc<Core>, key: Key) {
+        self.0.push((Arc::as_ptr(core) as usize, key));
+    }
+
+    /// The key of a request with a body goes on with that.
+    fn has(&self, core: &Arc<Core>, key: &[u8]) -> bool {
+        let own = Arc::as_ptr(core) as usize;
+        self.0.iter().any(|(cache, looked)| *cache == own && looked.as_bytes().starts_with(key))
+    }
+}
 
 /// What a request looks for, by which route.
 type Sought<'k> = (&'k Arc<ReadRoute>, Wanted, Asked);
 
+/// What this process holds for a request.
+#[derive(Default)]
+struct Held {
+    entry: Option<Arc<Entry>>,
+    /// The key of its variant, where there are any.
+    variant: Option<Vec<u8>>,
+    /// By which headers, and for how long that is remembered.
+    known: Option<(Box<[HeaderName]>, Millis)>,
+}
+
 impl<S, M> CacheAside<S, M> {
+    fn held(&self, key: &[u8], headers: &HeaderMap, now: Millis) -> Held {
+        let engine = &self.core.engine;
+        let entry = engine.peek(key, now);
+        let Some(Payload::Vary(names)) = entry.as_deref().map(|entry| &entry.payload) else {
+            return Held { entry, ..Held::default() };
+        };
+        let variant = variant_key(key, names, headers);
+        let known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
+        Held { entry: engine.peek(&variant, now), variant: Some(variant), known }
+    }
+
+    fn pass<B, R: Body>(&self, request: Request<B>, finish: Option<Finish>) -> ResponseFuture<S, B, R, CacheBody<R>>
+    where
+        S: Service<Request<B>> + Clone,
+    {
+        ResponseFuture::pass(self.inner.clone(), request, finish, CacheBody::inner)
+    }
+
     /// A request whose body says what it asks for.
     fn answer_body<B, R>(
         &self,
         miss: impl FnOnce(Vec<u8>) -> Miss + Send + 'static,
         mut key: Vec<u8>,
-        how: BodyKey,
+        (how, teller): (BodyKey, Teller),
         mut inner: S,
         request: Request<B>,
     ) -> ResponseFuture<S, B, R, CacheBody<R>>
@@ -263,13 +307,20 @@ impl<S, M> CacheAside<S, M> {
                 how.push(&mut key, request.headers(), &whole);
                 return miss(key).answer(inner, request).await;
             }
-            let mut response = future::call(&mut inner, request).await?;
-            response.headers_mut().remove(&core.options.tag_header);
-            let status = response.status();
-            let handled = Forwarded::because(Reason::Bypass, "request-body");
-            handled.append(response.headers_mut(), Some(status), None);
-            Ok(response.map(CacheBody::inner))
+            let response = future::call(&mut inner, request).await?;
+            let handled = Some((Forwarded::because(Reason::Bypass, "request-body"), teller));
+            let finish = Finish { handled, tag_header: core.options.tag_header.clone(), whole: None };
+            Ok(finish.finish(response).map(CacheBody::inner))
         }))
+    }
+
+    /// What the cache keeps out of is a part of what asks for it, all the same.
+    fn bypassed(&self, read: &Read<'_, '_>, parts: &request::Parts, whole: Option<&Reads>) {
+        let (Some(whole), Some(route)) = (whole, read.route.filter(|_| read.is_certain)) else { return };
+        match self.core.tenants.tenant(parts) {
+            Ok(tenant) => whole.add_tags(route.tags(self.core.space.tenant(tenant).head(), &read.params).iter()),
+            Err(_) => whole.spoil(),
+        }
     }
 
     /// A write that no [`Invalidate`](crate::Invalidate) outside takes care of.
@@ -282,22 +333,17 @@ impl<S, M> CacheAside<S, M> {
         R: Body<Data = Bytes> + Send + 'static,
     {
         let place = Place::new(request.uri(), request.extensions(), self.mount.as_deref());
-        let is_read = self.core.routes.read(request.method(), &place).is_some();
+        let teller = self.core.routes.read(request.method(), &place).map(|read| read.any.teller.clone());
         let mut inner = self.inner.clone();
         let tag_header = self.core.options.tag_header.clone();
         ResponseFuture::boxed(Box::pin(async move {
             future::ready(&mut inner).await?;
-            let mut response = match future::joined(write.spawn(inner, request)).await? {
-                Ok(answered) => answer(answered).map(CacheBody::written),
+            let response = match future::joined(write.spawn(inner, request)).await? {
+                Ok(answered) => answer_write(answered).map(CacheBody::written),
                 Err(refused) => return Ok(unavailable(refused)),
             };
-            response.headers_mut().remove(tag_header);
-            if is_read {
-                let status = response.status();
-                let handled = Handled::Forwarded(Forwarded::new(Reason::Method));
-                handled.append(response.headers_mut(), Some(status), None);
-            }
-            Ok(response)
+            let handled = teller.map(|teller| (Handled::Forwarded(Forwarded::new(Reason::Method)), teller));
+            Ok(Finish { handled, tag_header, whole: None }.finish(response))
         }))
     }
 
@@ -338,6 +384,13 @@ impl<S, M> CacheAside<S, M> {
         }
         Ok((route, wanted, asked))
     }
+}
+
+fn with_outcome<T>(mut response: Response<T>, mut extensions: Extensions, outcome: Outcome) -> Response<T> {
+    extensions.clear();
+    extensions.insert(outcome);
+    *response.extensions_mut() = extensions;
+    response
 }
 
 /// Whether a request has a body. One that a layer outside has wrapped may not say itself that it is empty; of HTTP/1.1 the

@@ -30,6 +30,7 @@ use tracing::Instrument;
 
 use super::{
     body::CacheBody,
+    changes::Reads,
     core::Core,
     extensions::NoCache,
     future::{self, Finish, ResponseFuture},
@@ -124,17 +125,18 @@ where
         let route = self.core.routes.grpc(request.uri().path()).cloned();
         let (parts, body) = request.into_parts();
         let Core { tenants, space, identity, options, .. } = &*self.core;
-        let passed = match route {
+        let (passed, teller) = match route {
             // A server answers a call that is framed or spelled in another way, too; only what is answered here must be
             // what it seems.
             Some(route) if !route.mutates => match tenants.tenant(&parts) {
-                _ if !is_grpc(&parts) => "not-grpc",
-                _ if !options.enabled => "disabled",
-                Err(reason) => reason,
-                Ok(_) if route.forbids(&parts.headers, identity) => "credentials",
-                Ok(_) if parts.extensions.get::<NoCache>().is_some() => "no-cache",
+                _ if !is_grpc(&parts) => ("not-grpc", route.teller.clone()),
+                _ if !options.enabled => ("disabled", route.teller.clone()),
+                Err(reason) => (reason, route.teller.clone()),
+                Ok(_) if route.forbids(&parts.headers, identity) => ("credentials", route.teller.clone()),
+                Ok(_) if parts.extensions.get::<NoCache>().is_some() => ("no-cache", route.teller.clone()),
                 Ok(tenant) => {
-                    let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone() };
+                    let whole = Reads::current();
+                    let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone(), whole };
                     let request = Request::from_parts(parts, body);
                     return ResponseFuture::boxed(Box::pin(read.answer(self.inner.clone(), request)));
                 }
@@ -151,8 +153,11 @@ where
                 }));
             }
         };
-        let handled = Some(Forwarded::because(Reason::Bypass, passed));
-        let finish = Finish { handled, tag_header: options.tag_header.clone() };
+        let handled = Some((Forwarded::because(Reason::Bypass, passed), teller));
+        // Which entities its message names, nobody has read.
+        let whole = Reads::current();
+        whole.iter().for_each(Reads::spoil);
+        let finish = Finish { handled, tag_header: options.tag_header.clone(), whole };
         let request = Request::from_parts(parts, RequestBody::passing(body));
         ResponseFuture::pass(self.inner.clone(), request, Some(finish), |body| {
             GrpcResponseBody::untouched(CacheBody::inner(body))

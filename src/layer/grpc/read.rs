@@ -24,11 +24,12 @@ use crate::{
         changes::Reads,
         core::Core,
         extensions::{NoCache, take_tags},
-        future,
+        future::{self, Finish},
         reading::{Reading, Reply, settle},
         request::RequestBody,
-        serve::Asked,
+        serve::{Asked, How},
     },
+    observe::FoundIn,
     route::{GrpcRoute, GrpcWanted},
     store::{Entry, Payload},
 };
@@ -51,27 +52,37 @@ pub(super) fn out<R: Body>(response: Response<CacheBody<R>>) -> Out<R> {
 }
 
 /// The response that an entry holds: as it was, so that a client sees no difference.
-fn replay<R: Body>(entry: &Entry, now: u64, handled: Option<Handled>) -> Option<Response<CacheBody<R>>> {
+fn replay<R: Body>(entry: &Entry, now: u64, how: How<'_>) -> Option<Response<CacheBody<R>>> {
     let Payload::Response(stored) = &entry.payload else { return None };
     let mut response = Response::new(CacheBody::full(stored.body.clone(), stored.trailers.clone()));
     *response.status_mut() = stored.status;
     *response.headers_mut() = stored.headers.clone();
     response.headers_mut().remove(header::AGE);
-    let handled = handled.unwrap_or_else(|| Handled::Hit { ttl: entry.ttl(now) });
-    handled.append(response.headers_mut(), None, None);
+    how.teller.say(how.handled(entry.ttl(now)), response.headers_mut(), Some(stored.status), None);
+    response.extensions_mut().insert(how.outcome(entry, now));
     Some(response)
 }
 
 /// Every entry under its key answers it.
-struct Ask<'a, R>(&'a Core, PhantomData<fn() -> R>);
+struct Ask<'a, R> {
+    read: &'a Read,
+    body: PhantomData<fn() -> R>,
+}
 
 impl<R: Body> Asker for Ask<'_, R> {
     type Answer = Response<CacheBody<R>>;
 
     fn judge(&mut self, entry: &Entry, source: Source) -> Use<Self::Answer> {
-        let collapsed = Handled::Forwarded(Forwarded { collapsed: true, ..Forwarded::new(Reason::UriMiss) });
-        let handled = (source == Source::Flight).then_some(collapsed);
-        replay(entry, self.0.engine.now(), handled).map_or(Use::Useless, Use::Answer)
+        let Read { core, route, whole, .. } = self.read;
+        if let Some(whole) = whole {
+            whole.add_stamps(&entry.stamps);
+            if source == Source::Stale {
+                whole.spoil();
+            }
+        }
+        let collapsed = Forwarded { collapsed: true, ..Forwarded::new(Reason::UriMiss) };
+        let how = How::of(source, &route.teller, core.found_in(), collapsed);
+        replay(entry, core.engine.now(), how).map_or(Use::Useless, Use::Answer)
     }
 }
 
@@ -79,6 +90,8 @@ pub(super) struct Read {
     pub(super) tenant: Tenant,
     pub(super) route: Arc<GrpcRoute>,
     pub(super) core: Arc<Core>,
+    /// What its response becomes a part of, if it is asked for by another load.
+    pub(super) whole: Option<Reads>,
 }
 
 impl Read {
@@ -99,18 +112,24 @@ impl Read {
         let GrpcWanted { key, needs_public, tags } = match wanted {
             Ok(wanted) => wanted,
             Err(reason) => {
-                let mut response = future::call(&mut inner, request).await?;
-                response.headers_mut().remove(&self.core.options.tag_header);
-                Forwarded::because(Reason::Bypass, reason).append(response.headers_mut(), None, None);
-                return Ok(out(response.map(CacheBody::inner)));
+                self.whole.iter().for_each(Reads::spoil);
+                let response = future::call(&mut inner, request).await?;
+                let handled = Some((Forwarded::because(Reason::Bypass, reason), self.route.teller.clone()));
+                let finish = Finish { handled, tag_header: self.core.options.tag_header.clone(), whole: None };
+                return Ok(out(finish.finish(response).map(CacheBody::inner)));
             }
         };
         let (core, route) = (self.core.clone(), self.route.clone());
         let engine = &core.engine;
-        if let Some(response) = engine.peek(&key, engine.now()).and_then(|e| replay(&e, engine.now(), None)) {
+        let hit = How::hit(&route.teller, FoundIn::Process);
+        if let Some((entry, response)) =
+            engine.peek(&key, engine.now()).and_then(|e| replay(&e, engine.now(), hit).map(|response| (e, response)))
+        {
+            self.whole.iter().for_each(|whole| whole.add_stamps(&entry.stamps));
             return Ok(out(response));
         }
-        let mut ask = Ask(&core, PhantomData::<fn() -> R>);
+        self.whole.iter().for_each(|whole| whole.add_tags(tags.iter()));
+        let mut ask = Ask { read: &self, body: PhantomData::<fn() -> R> };
         let leader = match engine.obtain(Key::new(key), &tags, &route.policy, &mut ask).await {
             Obtained::Answer(response) | Obtained::AnswerAndReload(response, _) => return Ok(out(response)),
             Obtained::Absent => None,
@@ -146,6 +165,9 @@ impl Read {
     {
         let start = Instant::now();
         let reads = Reads::default();
+        if let Some(whole) = &self.whole {
+            whole.include(&reads);
+        }
         let response = match reads.scope(future::call(&mut inner, request)).await {
             Ok(response) => response,
             Err(error) => {
@@ -155,7 +177,11 @@ impl Read {
             }
         };
         let (mut parts, body) = response.into_parts();
+        let known = (reads.clone(), reads.count());
         let late = take_tags(&mut parts, &self.core, &self.tenant, &self.route.data_type, &reads);
+        if let (Some(whole), Ok(late)) = (&self.whole, &late) {
+            whole.add_tags(late.iter());
+        }
         let limit = self.core.options.body_limit;
         let verdict = match &late {
             Err(reason) => Verdict::Alone(reason),
@@ -164,14 +190,14 @@ impl Read {
         };
         let mut forwarded = Forwarded::new(Reason::UriMiss);
         let Some((leader, life, _)) = settle(leader, verdict, &mut forwarded) else {
-            Handled::Forwarded(forwarded).append(&mut parts.headers, None, None);
+            self.route.teller.tell(Handled::Forwarded(forwarded), None, &mut parts);
             let _ = reply.send(Ok(Response::from_parts(parts, CacheBody::inner(body))));
             return;
         };
         let late = late.unwrap_or_default();
-        let known = (reads.clone(), reads.count());
         let reading = Reading {
             leader,
+            teller: self.route.teller.clone(),
             late,
             known,
             parts,
