@@ -38,8 +38,8 @@ use tokio::{
 };
 use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, Codec, Credentials, DataType, EntryBuilder, FoundIn, Handling, Json, MessagePack,
-    Outcome, Route, Source, Tier, Ttl, depends_on, store::RedisStore,
+    Cache, CacheBuilder, Cascade, Coalesce, Codec, Credentials, DataType, EntryBuilder, FoundIn, Handling, Json,
+    MessagePack, Outcome, Route, Source, Tier, Ttl, depends_on, store::RedisStore,
 };
 use web::{Body, Reply, Web, full, ok, request, with};
 
@@ -60,7 +60,13 @@ fn pages() -> CacheBuilder {
 #[tokio::test]
 async fn a_call_that_hangs_is_nobodys() {
     let page = DataType::new("page", Ttl::Standard).coalesce_timeout(Duration::from_millis(200));
-    let cache = of(page).build().unwrap();
+    is_nobodys(of(page.clone()).build().unwrap()).await;
+    let redis = redis::Redis::start(&[]);
+    let store = RedisStore::builder([redis.url()]).build().unwrap();
+    is_nobodys(of(page.coalesce(Coalesce::Fleet)).store(store).build().unwrap()).await;
+}
+
+async fn is_nobodys(cache: Cache) {
     let calls = Arc::new(AtomicU64::new(0));
     let count = calls.clone();
     let web = Web::new(&cache, move |_| {
@@ -459,6 +465,22 @@ async fn a_date_proves_nothing_within_its_second() {
         let reply = web.send(with(Method::GET, "/pages/1", &[("if-modified-since", &date)])).await;
         assert_eq!(reply.status, status, "{made}");
     }
+}
+
+/// How long the origin took is a part of the age (RFC 9111, section 4.2.3).
+#[tokio::test]
+async fn a_response_is_as_old_as_its_request() {
+    let now = Arc::new(AtomicU64::new(1_000_000));
+    let (clock, own) = (now.clone(), now.clone());
+    let cache = pages().clock(move || std::time::UNIX_EPOCH + Duration::from_millis(clock.load(Ordering::SeqCst)));
+    let web = Web::new(&cache.build().unwrap(), move |_| {
+        own.fetch_add(3_000, Ordering::SeqCst);
+        async { Ok(ok("text")) }
+    });
+    web.get("/pages/1").await;
+    now.fetch_add(2_000, Ordering::SeqCst);
+    let hit = web.get("/pages/1").await;
+    assert_eq!((hit.is_hit(), hit.header("age")), (true, "5"));
 }
 
 /// A hit over HTTP/1.1 has its trailers, and the date at which it was made.

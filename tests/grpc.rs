@@ -20,6 +20,7 @@ use http::{HeaderMap, HeaderValue, Request, Response};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use prost::Message;
+use rand::{RngExt, SeedableRng};
 use service::{Agents, AgentsClient, GET, GetAgent, UPDATE, UpdateAgent, WATCH};
 use support::example;
 use tokio::net::TcpListener;
@@ -290,6 +291,82 @@ async fn only_one_whole_message_is_stored() {
         service.clone().oneshot(call(GET, framed(b"2"))).await.unwrap().into_body().collect().await.unwrap();
         assert_eq!(calls.load(Ordering::SeqCst), if stored { 2 } else { 3 }, "{what}");
     }
+}
+
+/// A call that never comes back is nobody's after a while.
+#[tokio::test]
+async fn a_call_that_hangs_is_nobodys() {
+    let agent = DataType::new("agent", Ttl::Standard).coalesce_timeout(Duration::from_millis(200));
+    let builder = Cache::builder("test").tenant_header("x-tenant-id").data_type(agent);
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let inner = service_fn(move |request: Request<_>| {
+        let n = count.fetch_add(1, Ordering::SeqCst);
+        let _: &Request<_> = &request;
+        async move {
+            if n == 0 {
+                std::future::pending::<()>().await;
+            }
+            Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]))
+        }
+    });
+    let service = builder.grpc(GrpcMethod::read(GET, "agent")).build().unwrap().grpc_layer().layer(inner);
+    let ask = || service.clone().oneshot(call(GET, framed(b"1")));
+    let hangs = tokio::spawn(ask());
+    while calls.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let all = futures_util::future::join_all((0..25).map(|_| ask()));
+    let all = tokio::time::timeout(Duration::from_secs(20), all).await.expect("they wait for ever");
+    assert!(all.iter().all(|response| response.as_ref().unwrap().status() == 200));
+    hangs.abort();
+}
+
+/// The same bytes and trailers as without the cache, however they come; and again from the cache.
+#[tokio::test]
+async fn the_same_frames_as_without_the_cache() {
+    let builder = Cache::builder("test").tenant_header("x-tenant-id").data_type(DataType::new("agent", Ttl::Standard));
+    let cache = builder.grpc(GrpcMethod::read(GET, "agent")).build().unwrap();
+    let mut hits = 0;
+    for seed in 0..200_u64 {
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
+        let messages: Vec<u8> = (0..[1, 1, 1, 0, 2][rng.random_range(0..5)])
+            .flat_map(|_| framed(&vec![b'x'; rng.random_range(0..60)]))
+            .collect();
+        let cut = if rng.random_bool(0.1) { messages.len() / 2 } else { messages.len() };
+        let pieces: Vec<Bytes> =
+            messages[..cut].chunks(rng.random_range(1..40)).map(|piece| Bytes::copy_from_slice(piece)).collect();
+        let (slow, status) = (rng.random_bool(0.5), ["0", "0", "0", "5", "14", ""][rng.random_range(0..6)]);
+        let respond = move || {
+            let mut frames: Vec<Result<_, std::io::Error>> = pieces.iter().cloned().map(Frame::data).map(Ok).collect();
+            if !status.is_empty() {
+                frames.push(Ok(trailers(status)));
+            }
+            let frames = futures_util::stream::iter(frames).then(move |frame| async move {
+                if slow {
+                    tokio::task::yield_now().await;
+                }
+                frame
+            });
+            let response = Response::builder().header("content-type", "application/grpc");
+            response.body(UnsyncBoxBody::new(StreamBody::new(frames))).unwrap()
+        };
+        let question = || call(GET, framed(&seed.to_be_bytes()));
+        let expected = respond().into_body().collect().await.unwrap();
+        let expected = (expected.trailers().cloned(), expected.to_bytes());
+        let cached = cache.grpc_layer().layer(service_fn(move |request: Request<_>| {
+            let (_, response): (&Request<_>, _) = (&request, respond());
+            async { Ok::<_, Infallible>(response) }
+        }));
+        for round in 0..3 {
+            let response = cached.clone().oneshot(question()).await.unwrap();
+            let outcome = response.extensions().get::<tower_cache_aside::Outcome>().unwrap().outcome;
+            hits += usize::from(outcome == tower_cache_aside::Handling::Hit);
+            let found = response.into_body().collect().await.unwrap();
+            assert_eq!((found.trailers().cloned(), found.to_bytes()), expected, "seed {seed} round {round}");
+        }
+    }
+    assert!(hits > 50, "{hits}");
 }
 
 /// (how a mutation ends, whether it drops): unknown is a write.

@@ -135,6 +135,28 @@ async fn only_a_clear_refusal_is_no_write() {
     }
 }
 
+/// A handler that rolls back says by which statuses; nothing else is one of them.
+#[tokio::test]
+async fn a_handler_may_say_by_what_it_refuses() {
+    let put = |statuses: &[u16]| Mutation::put("/tasks/{task_id}", "task").refuses_with(statuses.iter().copied());
+    let cache = tasks().mutation(put(&[500, 503])).build().unwrap();
+    let answer = Arc::new(AtomicU64::new(0));
+    let code = answer.clone();
+    let web = answering(&cache, move |_| {
+        let code = code.load(Ordering::SeqCst);
+        async move { Ok(status(code as u16)) }
+    });
+    for (code, falls) in [(500, false), (503, false), (502, true), (404, false), (200, true), (408, true)] {
+        answer.store(code, Ordering::SeqCst);
+        let fallen = dropped(&web, async |web| _ = web.put("/tasks/10").await).await;
+        assert_eq!(!fallen.is_empty(), falls, "{code}");
+    }
+    for status in [200, 304, 399, 600] {
+        let error = tasks().mutation(put(&[status])).build().unwrap_err().to_string();
+        assert!(error.contains("PUT /tasks/{task_id}") && error.contains(&status.to_string()), "{error}");
+    }
+}
+
 /// A time-out inside answers 408 after the commit, as tower-http's does.
 #[tokio::test]
 async fn a_time_out_inside_is_a_write() {
