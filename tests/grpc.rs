@@ -334,8 +334,7 @@ async fn the_same_frames_as_without_the_cache() {
             .flat_map(|_| framed(&vec![b'x'; rng.random_range(0..60)]))
             .collect();
         let cut = if rng.random_bool(0.1) { messages.len() / 2 } else { messages.len() };
-        let pieces: Vec<Bytes> =
-            messages[..cut].chunks(rng.random_range(1..40)).map(|piece| Bytes::copy_from_slice(piece)).collect();
+        let pieces: Vec<Bytes> = messages[..cut].chunks(rng.random_range(1..40)).map(Bytes::copy_from_slice).collect();
         let (slow, status) = (rng.random_bool(0.5), ["0", "0", "0", "5", "14", ""][rng.random_range(0..6)]);
         let respond = move || {
             let mut frames: Vec<Result<_, std::io::Error>> = pieces.iter().cloned().map(Frame::data).map(Ok).collect();
