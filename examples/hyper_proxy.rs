@@ -76,9 +76,8 @@ fn parse() -> Result<Option<Args>, String> {
 fn cache() -> Result<Cache, tower_cache_aside::ConfigError> {
     let page = |name| DataType::new(name, Duration::ZERO).freshness(Freshness::Response).stores_cookies();
     let route = |path, data_type| Route::new(path, data_type).credentials(Credentials::Declared);
-    // An error changes nothing (RFC 9111, section 4.4), unless a proxy says it of what it does not know.
-    let errors = (500..600).filter(|status| ![502, 504].contains(status));
-    let mutation = |path| Mutation::any(path).follows_locations().refuses_with(errors.clone());
+    // An error changes nothing (RFC 9111, section 4.4); what is a gateway's word is no such error.
+    let mutation = |path| Mutation::any(path).follows_locations().refuses_with([500, 501]);
     Cache::builder("hyper_proxy")
         .single_tenant("proxy")
         .data_type(page("page"))

@@ -235,6 +235,13 @@ impl Tag {
         &self.0
     }
 
+    /// What people call it: `agent:agent=a1`, without service and tenant.
+    #[cfg(feature = "stats")]
+    pub(crate) fn label(&self) -> String {
+        let rest = self.0.get(self.tenant().len()..).unwrap_or_default();
+        String::from_utf8_lossy(rest.strip_prefix(b":").unwrap_or(rest)).into_owned()
+    }
+
     /// The service and the tenant in braces: what all keys and tags of that tenant begin with.
     pub fn tenant(&self) -> &[u8] {
         tenant(&self.0)

@@ -104,6 +104,8 @@ pub use layer::{
 };
 #[cfg(feature = "grpc")]
 pub use layer::{Grpc, GrpcLayer, GrpcResponseBody};
+#[cfg(feature = "stats")]
+pub use observe::{Alert, AlertRules};
 pub use observe::{FoundIn, Handling, Outcome};
 pub use route::{BodyKey, Credentials, Hosts, Mutation, OnUnmapped, Query, Route};
 #[cfg(feature = "grpc")]

@@ -20,7 +20,7 @@ use crate::{
     error::ConfigError,
     key::{Space, Tag},
     layer::{Core, OnInvalidated, Options, Warnings},
-    observe::Tellers,
+    observe::{Observer, Tellers},
     route::{
         Credentials, Hosts, Identity, Mutation, OnUnmapped, Route, Routes, Table, TenantSource, UserFrom, entities,
     },
@@ -50,6 +50,8 @@ pub struct CacheBuilder {
     show_keys: bool,
     cache_status: Option<String>,
     forwards: Option<String>,
+    #[cfg(feature = "stats")]
+    alerts: crate::AlertRules,
     on_invalidated: Option<OnInvalidated>,
     #[cfg(feature = "grpc")]
     grpc: Vec<crate::GrpcMethod>,
@@ -73,6 +75,8 @@ impl CacheBuilder {
             show_keys: false,
             cache_status: Some("tower-cache-aside".to_owned()),
             forwards: None,
+            #[cfg(feature = "stats")]
+            alerts: crate::AlertRules::default(),
             on_invalidated: None,
             #[cfg(feature = "grpc")]
             grpc: vec![],
@@ -319,6 +323,13 @@ impl CacheBuilder {
         self
     }
 
+    /// When to raise an alert ([`Cache::stats`](crate::Cache::stats)). (Feature `stats`.)
+    #[cfg(feature = "stats")]
+    pub fn alerts(mut self, rules: crate::AlertRules) -> Self {
+        self.alerts = rules;
+        self
+    }
+
     /// What becomes of a successful write that nothing is said of; by default a warning names its route, once.
     pub fn on_unmapped(mut self, what: OnUnmapped) -> Self {
         self.config.on_unmapped = Some(what);
@@ -345,7 +356,12 @@ impl CacheBuilder {
         let (tenants, hosts) = (self.tenants()?, self.config.hosts.clone().unwrap_or_default().checked()?);
         let credentials = self.config.credentials.clone().unwrap_or_default();
         let identity = Identity::new(&self.config.credential_headers, &tenants, self.user.clone(), credentials)?;
-        let tellers = Tellers::new(self.cache_name()?, catalogue.known());
+        #[cfg(feature = "stats")]
+        let observer = Observer::new(&self.service, catalogue.known(), self.alerts.clone());
+        #[cfg(not(feature = "stats"))]
+        let observer = Observer;
+        let observer = Arc::new(observer);
+        let tellers = Tellers::new(self.cache_name()?, &observer, catalogue.known());
         let table = Table {
             tellers: &tellers,
             routes,
@@ -376,6 +392,7 @@ impl CacheBuilder {
             engine,
             options,
             warnings,
+            observer,
             on_invalidated,
         };
         Ok(Cache(Arc::new(core)))

@@ -6,7 +6,7 @@ use crate::{
     catalog::{Change, Drops},
     engine::Invalidated,
     error::ConfigError,
-    layer::Core,
+    layer::{Blame, Core},
 };
 
 /// An invalidation by hand; made by [`Cache::invalidate`](crate::Cache::invalidate).
@@ -16,11 +16,12 @@ pub struct Invalidation {
     tenant: String,
     change: Change,
     everything: bool,
+    what: &'static str,
 }
 
 impl Invalidation {
     pub(super) fn new(core: Arc<Core>, tenant: String) -> Self {
-        Self { core, tenant, change: Change::default(), everything: false }
+        Self { core, tenant, change: Change::default(), everything: false, what: "Cache::invalidate" }
     }
 
     /// The entity of this data type was changed: its cascade is dropped. (An id that has no
@@ -67,7 +68,8 @@ impl Invalidation {
         self.core
             .add_change(&mut drops, std::slice::from_ref(&tenant), &self.change, self.core.cascades.patience)
             .await;
-        Ok(self.core.drop_all(drops, None).await)
+        let blame = Blame { by_hand: true, what: self.what, tenant: Some(self.tenant.as_bytes()) };
+        Ok(self.core.drop_all(drops, None, &blame).await)
     }
 }
 

@@ -36,6 +36,12 @@ impl Invalidated {
         self.undelivered
     }
 
+    /// How many entries of each data type were dropped.
+    #[cfg(feature = "stats")]
+    pub(crate) fn types(&self) -> &[(Arc<str>, u64)] {
+        &self.types
+    }
+
     /// How many entries were dropped altogether.
     pub fn total(&self) -> u64 {
         self.types.iter().map(|(_, count)| count).sum()

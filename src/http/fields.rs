@@ -28,8 +28,10 @@ pub(crate) fn date_of(time: SystemTime) -> Option<HeaderValue> {
 }
 
 /// Takes out a `Last-Modified` of the second in which the load began, or later: what is written in the rest of it has the same,
-/// and nobody could tell by it (RFC 9110, section 8.8.2.2).
-pub(crate) fn take_weak_date(headers: &mut HeaderMap, began: SystemTime) {
+/// and nobody could tell by it (RFC 9110, section 8.8.2.2). It began when this clock says, or that of the origin.
+pub(crate) fn take_weak_date(headers: &mut HeaderMap, began: SystemTime, took: Duration) {
+    let by_origin = single(headers, header::DATE).and_then(date).and_then(|sent| sent.checked_sub(took));
+    let began = by_origin.map_or(began, |by_origin| by_origin.min(began));
     let modified = single(headers, header::LAST_MODIFIED).and_then(date);
     if modified.is_some_and(|modified| modified + Duration::from_secs(1) > began) {
         headers.remove(header::LAST_MODIFIED);

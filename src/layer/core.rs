@@ -11,18 +11,48 @@ use http::HeaderName;
 use tokio::time::Instant;
 
 use super::warnings::Warnings;
+#[cfg(feature = "stats")]
+use crate::observe::{Cause, Dropped};
 use crate::{
     catalog::{Cascades, Catalogue, Change, Drops, FenceTimes, Policy},
     engine::{Engine, Invalidated},
     error::ConfigError,
     key::{Space, Tag, Tenant},
-    observe::FoundIn,
+    observe::{FoundIn, Observer},
     route::{Hosts, Identity, Known, OnUnmapped, Routes, TenantSource},
     store::Fence,
 };
 
 /// Of more tenants than this in one request, children are not looked for: everything of theirs falls.
 const MOST_TENANTS: usize = 16;
+
+/// Who invalidates.
+#[cfg_attr(not(feature = "stats"), allow(dead_code))]
+pub(crate) struct Blame<'a> {
+    /// Code, and no request.
+    pub(crate) by_hand: bool,
+    /// `PUT /agents/a1`, or what is done by hand.
+    pub(crate) what: &'a str,
+    /// If there is one.
+    pub(crate) tenant: Option<&'a [u8]>,
+}
+
+#[cfg(feature = "stats")]
+impl Blame<'_> {
+    fn cause(&self) -> Cause {
+        if self.by_hand { Cause::Hand } else { Cause::Route }
+    }
+}
+
+/// The tags as people read them.
+#[cfg(feature = "stats")]
+fn labels(drops: &Drops) -> Vec<String> {
+    drops.groups.iter().flat_map(|group| &group.tags).take(MOST_NAMED).map(Tag::label).collect()
+}
+
+/// So many tags of an invalidation are remembered.
+#[cfg(feature = "stats")]
+const MOST_NAMED: usize = 32;
 
 /// Who wants to know of invalidations.
 pub(crate) type OnInvalidated = Arc<dyn Fn(&Invalidated, &[Tag]) + Send + Sync>;
@@ -45,6 +75,8 @@ pub(crate) struct Core {
     pub(crate) engine: Arc<Engine>,
     pub(crate) options: Options,
     pub(crate) warnings: Warnings,
+    #[cfg_attr(not(feature = "stats"), allow(dead_code))]
+    pub(crate) observer: Arc<Observer>,
     pub(crate) on_invalidated: Option<OnInvalidated>,
 }
 
@@ -111,7 +143,9 @@ impl Core {
     }
 
     /// Invalidates, and tells who wants to know. Where any fences are used at all, those of other writers are respected.
-    pub(crate) async fn drop_all(&self, drops: Drops, fence: Option<&Fence>) -> Invalidated {
+    pub(crate) async fn drop_all(&self, drops: Drops, fence: Option<&Fence>, blame: &Blame<'_>) -> Invalidated {
+        #[cfg(feature = "stats")]
+        let (start, labels) = (Instant::now(), labels(&drops));
         let any = self.options.fence.is_some() || self.cascades.any_fence();
         let tags = |drops: &Drops| drops.groups.iter().flat_map(|group| group.tags.clone()).collect::<Vec<_>>();
         let told = self.on_invalidated.as_ref().map(|hook| (hook, tags(&drops)));
@@ -119,6 +153,18 @@ impl Core {
         if let Some((hook, tags)) = told {
             tell(hook, &report, &tags);
         }
+        #[cfg(feature = "stats")]
+        self.observer.dropped(&Dropped {
+            cause: blame.cause(),
+            what: blame.what,
+            tenant: blame.tenant,
+            types: report.types(),
+            tags: labels,
+            took: start.elapsed(),
+            undelivered: report.undelivered(),
+        });
+        #[cfg(not(feature = "stats"))]
+        let _ = blame;
         report
     }
 

@@ -15,12 +15,15 @@ use tokio::{
 use tower_service::Service;
 
 use super::{changes::Reads, extensions::CacheTags};
-use crate::{http::cache_status::Handled, observe::Teller};
+use crate::{
+    http::cache_status::Handled,
+    observe::{Teller, Watch},
+};
 
 /// What is done to a response that passes through.
 pub(crate) struct Finish {
     /// What is said of it, if its route is cacheable.
-    pub(crate) handled: Option<(Handled, Teller)>,
+    pub(crate) told: Option<(Handled, Teller, Watch)>,
     /// Declared tags are for the cache alone.
     pub(crate) tag_header: HeaderName,
     /// What it becomes a part of.
@@ -61,6 +64,18 @@ pub(crate) async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Er
     poll_fn(|cx| service.poll_ready(cx)).await
 }
 
+/// Counts a request when it has its response.
+pub(crate) async fn watched<T, E>(
+    watch: Option<Watch>,
+    response: impl Future<Output = Result<Response<T>, E>>,
+) -> Result<Response<T>, E> {
+    let response = response.await;
+    if let Some(watch) = watch {
+        watch.end(response.as_ref().ok().and_then(|response| response.extensions().get()));
+    }
+    response
+}
+
 pin_project! {
     /// The future of [`CacheAside`](crate::CacheAside) and [`Invalidate`](crate::Invalidate). `S` is the inner service, `B` the
     /// body of its requests, `R` that of its responses, `T` the body it becomes.
@@ -98,8 +113,9 @@ impl Finish {
         if let Some(whole) = self.whole.filter(|_| has_tags || parts.extensions.get::<CacheTags>().is_some()) {
             whole.spoil();
         }
-        if let Some((handled, teller)) = self.handled {
+        if let Some((handled, teller, watch)) = self.told {
             teller.tell(handled, None, &mut parts);
+            watch.end(parts.extensions.get());
         }
         Response::from_parts(parts, body)
     }

@@ -19,7 +19,7 @@ mod warnings;
 mod write;
 mod writing;
 
-pub(crate) use self::core::{Core, OnInvalidated, Options};
+pub(crate) use self::core::{Blame, Core, OnInvalidated, Options};
 pub use body::CacheBody;
 pub use cache_aside::{CacheAside, CacheAsideLayer};
 pub(crate) use changes::Reads;

@@ -223,6 +223,9 @@ impl Reading {
         let leader = self.leader.made_of(self.known.0.stamps());
         let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
         self.forwarded.stored = keep && sealed.as_ref().is_some_and(Sealed::is_kept);
+        if self.forwarded.stored {
+            self.teller.watcher().stored(data.len());
+        }
         client.end(|| {
             let how = How::forwarded(&self.teller, self.forwarded);
             let conditional = sealed.as_ref().filter(|_| asked.head || asked.conditions.is_some());

@@ -132,7 +132,7 @@ impl<'a> How<'a> {
     }
 
     pub(crate) fn outcome(&self, entry: &Entry, now: Millis) -> Outcome {
-        let found = Found { tier: self.tier, age: entry.age(now), is_stale: self.is_stale };
+        let found = Found { tier: self.tier, age: entry.age(now), is_stale: self.is_stale, load: entry.load };
         self.teller.outcome(self.handled(entry.ttl(now)), Some(found))
     }
 }

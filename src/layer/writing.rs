@@ -12,7 +12,7 @@ use tokio::{runtime::Handle, task::JoinHandle, time::Instant};
 
 use super::{
     changes::{Changes, Heard},
-    core::Core,
+    core::{Blame, Core},
 };
 use crate::{
     catalog::{Change, Drops},
@@ -165,7 +165,9 @@ impl Writing {
             return Invalidated::default();
         }
         let fence = self.held().await;
-        let report = self.core.drop_all(self.drops, fence.as_ref()).await;
+        let tenant = self.tenants.first().map(|tenant| &*tenant.name);
+        let blame = Blame { by_hand: self.what.starts_with("Cache::"), what: &self.what, tenant };
+        let report = self.core.drop_all(self.drops, fence.as_ref(), &blame).await;
         tracing::debug!(%report, "invalidated");
         report
     }
@@ -200,6 +202,10 @@ impl Writing {
     /// A success that nobody has said anything of.
     pub(super) fn is_unmapped(&mut self, is_done: bool) {
         let Core { options, warnings, .. } = &*self.core;
+        #[cfg(feature = "stats")]
+        if is_done {
+            self.core.observer.unmapped(&route_of(&self.what));
+        }
         match options.on_unmapped {
             OnUnmapped::Drop if !self.tenants.is_empty() => self.declare(self.core.everything()),
             OnUnmapped::Warn if is_done && warnings.is_new("unmapped", &route_of(&self.what)) => {

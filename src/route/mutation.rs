@@ -131,8 +131,10 @@ impl Mutation {
         self
     }
 
-    /// Statuses by which the handler says that it has changed nothing, besides those that always do: a 500 or 503 where the
-    /// handler rolls back. Not for 502 and 504, which proxies in between say of what they do not know.
+    /// Statuses by which the handler says that it has changed nothing, besides those that always do: a 500 where the handler
+    /// rolls back. Only for what nobody else says on the way: a layer inside that catches panics says 500 after a commit, one
+    /// with a time-out says 503, and proxies say 502, 503, 504 and 520 to 526 of what they do not know. What they say in the
+    /// handler's place would leave stale what it has written.
     #[must_use]
     pub fn refuses_with(mut self, statuses: impl IntoIterator<Item = u16>) -> Self {
         self.refuses_with.extend(statuses);

@@ -181,8 +181,9 @@ pub(crate) struct Known<'a> {
 }
 
 /// What a cacheable request looks for.
-pub(crate) struct Wanted {
+pub(crate) struct Wanted<'r> {
     pub(crate) key: KeyBuf,
+    pub(crate) tenant: Cow<'r, [u8]>,
     /// It has conditions, a range or directives.
     pub(crate) is_conditional: bool,
     /// The response may be stored only if it says that it is for everybody.
@@ -306,12 +307,12 @@ impl ReadRoute {
     }
 
     /// What a request looks for, or the reason why the cache must not answer it.
-    pub(crate) fn wanted(
+    pub(crate) fn wanted<'r>(
         &self,
-        parts: &request::Parts,
+        parts: &'r request::Parts,
         at: &At<'_, '_>,
-        known: &Known<'_>,
-    ) -> Result<Wanted, &'static str> {
+        known: &Known<'r>,
+    ) -> Result<Wanted<'r>, &'static str> {
         let Known { tenants, space, identity, hosts } = *known;
         let tenant = tenants.tenant(parts)?;
         let headers = &parts.headers;
@@ -362,7 +363,7 @@ impl ReadRoute {
             push_escaped(&mut key, name.as_str().as_bytes());
             push_values(&mut key, name, header_values(headers, name));
         }
-        Ok(Wanted { key: bounded(key), is_conditional, needs_public })
+        Ok(Wanted { key: bounded(key), tenant, is_conditional, needs_public })
     }
 
     /// The tags of the entry: each entity of the path, and the type as a whole.

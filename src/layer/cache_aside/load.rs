@@ -56,9 +56,9 @@ impl Miss {
             whole.include(&reads);
         }
         let result = reads.scope(future::call(&mut inner, request)).await;
-        if !matches!(&result, Ok(response) if !response.status().is_server_error())
-            && let Some(response) = self.instead(leader.as_ref())
-        {
+        let is_ok = matches!(&result, Ok(response) if !response.status().is_server_error());
+        self.route.teller.watcher().loaded(is_ok, start.elapsed());
+        if !is_ok && let Some(response) = self.instead(leader.as_ref()) {
             let _ = reply.send(Ok(response));
             return;
         }
@@ -82,7 +82,7 @@ impl Miss {
     {
         let Called { start, date, headers, reads, confirmable, is_asked } = called;
         let (mut parts, body) = response.into_parts();
-        take_weak_date(&mut parts.headers, date);
+        take_weak_date(&mut parts.headers, date, start.elapsed());
         // What a part says from now on is not among its tags.
         let known = (reads.clone(), reads.count());
         let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type(), &reads);

@@ -61,7 +61,7 @@ impl<R: Body> Asker for Ask<'_, R> {
         let miss = &mut *self.miss;
         if let Some(whole) = &miss.whole {
             whole.add_stamps(&entry.stamps);
-            if source == Source::Stale {
+            if source == Source::Stale && !matches!(entry.payload, Payload::Vary(_)) {
                 whole.spoil();
             }
         }
@@ -221,6 +221,8 @@ impl Miss {
         R: Body<Data = Bytes>,
     {
         self.reason = Reason::Stale;
+        // What it was a part of has been made of what was served.
+        self.whole = None;
         if let Some(leader) = self.core.engine.lead_refresh(&self.key, &self.tags, &self.route.policy).await {
             let (nobody, _) = oneshot::channel();
             let scope = Inside::of(Some(&leader));
@@ -262,10 +264,11 @@ pub(super) fn serve_stale<R: Body>(
     (asked, whole): (&Asked, Option<&Reads>),
     entry: &Entry,
 ) -> Option<Response<CacheBody<R>>> {
+    let response = serve(entry, core.engine.now(), asked, How::stale(&route.teller, core.found_in()))?;
     if let Some(whole) = whole {
         whole.spoil();
     }
-    serve(entry, core.engine.now(), asked, How::stale(&route.teller, core.found_in()))
+    Some(response)
 }
 
 /// The answer to a request that wants nothing but what is stored, when nothing is (RFC 9111, section 5.2.1.7).

@@ -26,7 +26,7 @@ use super::{
     changes::Reads,
     core::Core,
     extensions::NoCache,
-    future::{self, Finish, ResponseFuture},
+    future::{self, Finish, ResponseFuture, watched},
     invalidate::{answer as answer_write, mount, unavailable},
     request::{Bodies, NoBodies, ReadBody, RequestBody},
     serve::{Asked, How, answer},
@@ -36,9 +36,9 @@ use crate::{
     clock::Millis,
     http::cache_status::{Forwarded, Handled, Reason},
     key::Key,
-    observe::{FoundIn, Outcome, Teller},
+    observe::{FoundIn, Outcome, Teller, Timer, Watch},
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
-    store::{Entry, Payload},
+    store::Payload,
 };
 use miss::Miss;
 
@@ -161,14 +161,15 @@ where
         if let Some(write) = Write::of(&self.core, &mut request, self.mount.as_deref()) {
             return self.write(write, request);
         }
+        let timer = Timer::start();
         let (parts, body) = request.into_parts();
         let place = Place::new(&parts.uri, &parts.extensions, self.mount.as_deref());
-        let tag_header = || self.core.options.tag_header.clone();
         let Some(read) = self.core.routes.read(&parts.method, &place) else {
             if parts.method == Method::GET {
                 self.core.unmatched(place.full());
             }
-            let finish = Finish { handled: None, tag_header: tag_header(), whole: None };
+            let tag_header = self.core.options.tag_header.clone();
+            let finish = Finish { told: None, tag_header, whole: Reads::current() };
             return self.pass(Request::from_parts(parts, body), Some(finish));
         };
         // What another load asks for becomes a part of what it makes.
@@ -176,42 +177,36 @@ where
         let (route, wanted, asked) = match self.wanted(&read, &parts, &body) {
             Ok(wanted) => wanted,
             Err(handled) => {
-                self.bypassed(&read, &parts, whole.as_ref());
-                let told = Some((handled, read.route.map_or(read.any, |route| route).teller.clone()));
-                let finish = Finish { handled: told, tag_header: tag_header(), whole };
+                let finish = self.bypassed(&read, &parts, (handled, timer), whole);
                 return self.pass(Request::from_parts(parts, body), Some(finish));
             }
         };
-        if parts.extensions.get::<Looked>().is_some_and(|looked| looked.has(&self.core, &wanted.key)) {
+        let Wanted { key, tenant: name, needs_public, .. } = wanted;
+        let looked = |looked: &Looked| route.body.is_none() && looked.has(&self.core, &key);
+        if parts.extensions.get().is_some_and(looked) {
             return self.pass(Request::from_parts(parts, body), None);
         }
-        let now = self.core.engine.now();
-        let Held { entry, variant, known } = match route.body {
-            Some(_) => Held::default(),
-            None => self.held(&wanted.key, &parts.headers, now),
-        };
-        let entry = entry.filter(|entry| asked.accepts(entry, now));
-        let how = How::hit(&route.teller, FoundIn::Process);
-        let response =
-            entry.as_ref().and_then(|entry| Some((answer(entry, now, &asked, how)?, how.outcome(entry, now))));
-        let is_due = !asked.is_partial() && entry.as_ref().is_some_and(|e| e.is_due(now, route.policy.early_refresh));
-        if let (Some(whole), Some(entry), true) = (&whole, &entry, response.is_some()) {
-            whole.add_stamps(&entry.stamps);
-        }
-        let response = match response {
+        let Held { response, is_due, variant, known } = self.held(route, &key, &asked, &parts.headers, whole.as_ref());
+        let watcher = route.teller.watcher();
+        let (response, watch) = match response {
             // What the request's map held its extensions in has room for this one.
             Some((response, outcome)) if !is_due => {
+                watcher.hit(timer, &outcome, || Some(name));
                 return ResponseFuture::ready(with_outcome(response, parts.extensions, outcome));
             }
-            response => response.map(|(response, outcome)| with_outcome(response, Extensions::new(), outcome)),
+            Some((response, outcome)) => {
+                watcher.hit(timer, &outcome, || Some(name.clone()));
+                (Some(with_outcome(response, Extensions::new(), outcome)), None)
+            }
+            None => (None, Some(watcher.watch(timer, || Some(name.clone()), || place.full()))),
         };
-        let tenant = self.core.space.tenant(self.core.tenants.tenant(&parts).unwrap_or_default());
+        let tenant = self.core.space.tenant(&*name);
         let tags = route.tags(tenant.head(), &read.params);
         if let Some(whole) = &whole {
             whole.add_tags(tags.iter());
         }
         let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
-        let (needs_public, how) = (wanted.needs_public, route.body);
+        let how = route.body;
         let (teller, route, core) = (route.teller.clone(), route.clone(), self.core.clone());
         let miss = move |key: Vec<u8>| {
             let primary = Key::new(key);
@@ -221,10 +216,10 @@ where
         let inner = self.inner.clone();
         let request = Request::from_parts(parts, body);
         match (response, how) {
-            (None, Some(how)) => self.answer_body(miss, wanted.key, (how, teller), inner, request),
-            (None, None) => ResponseFuture::boxed(Box::pin(miss(wanted.key).answer(inner, request))),
+            (None, Some(how)) => self.answer_body(miss, key, (how, teller), watch, inner, request),
+            (None, None) => ResponseFuture::boxed(Box::pin(watched(watch, miss(key).answer(inner, request)))),
             (Some(response), _) => {
-                self.core.engine.spawn(miss(wanted.key).refresh(inner, request).in_current_span());
+                self.core.engine.spawn(miss(key).refresh(inner, request).in_current_span());
                 ResponseFuture::ready(response)
             }
         }
@@ -241,20 +236,20 @@ impl Looked {
         self.0.push((Arc::as_ptr(core) as usize, key));
     }
 
-    /// The key of a request with a body goes on with that.
     fn has(&self, core: &Arc<Core>, key: &[u8]) -> bool {
         let own = Arc::as_ptr(core) as usize;
-        self.0.iter().any(|(cache, looked)| *cache == own && looked.as_bytes().starts_with(key))
+        self.0.iter().any(|(cache, looked)| *cache == own && looked.as_bytes() == key)
     }
 }
 
 /// What a request looks for, by which route.
-type Sought<'k> = (&'k Arc<ReadRoute>, Wanted, Asked);
+type Sought<'k> = (&'k Arc<ReadRoute>, Wanted<'k>, Asked);
 
 /// What this process holds for a request.
-#[derive(Default)]
-struct Held {
-    entry: Option<Arc<Entry>>,
+struct Held<R: Body> {
+    response: Option<(Response<CacheBody<R>>, Outcome)>,
+    /// It is to be refreshed before it expires.
+    is_due: bool,
     /// The key of its variant, where there are any.
     variant: Option<Vec<u8>>,
     /// By which headers, and for how long that is remembered.
@@ -262,15 +257,36 @@ struct Held {
 }
 
 impl<S, M> CacheAside<S, M> {
-    fn held(&self, key: &[u8], headers: &HeaderMap, now: Millis) -> Held {
+    fn held<R: Body>(
+        &self,
+        route: &ReadRoute,
+        key: &[u8],
+        asked: &Asked,
+        headers: &HeaderMap,
+        whole: Option<&Reads>,
+    ) -> Held<R> {
         let engine = &self.core.engine;
-        let entry = engine.peek(key, now);
-        let Some(Payload::Vary(names)) = entry.as_deref().map(|entry| &entry.payload) else {
-            return Held { entry, ..Held::default() };
-        };
-        let variant = variant_key(key, names, headers);
-        let known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
-        Held { entry: engine.peek(&variant, now), variant: Some(variant), known }
+        let now = engine.now();
+        let (mut variant, mut known) = (None, None);
+        let mut entry = if route.body.is_some() { None } else { engine.peek(key, now) };
+        if let Some(Payload::Vary(names)) = entry.as_deref().map(|entry| &entry.payload) {
+            let key = variant_key(key, names, headers);
+            let of_variant = engine.peek(&key, now);
+            known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
+            (variant, entry) = (Some(key), of_variant);
+        }
+        let entry = entry.filter(|entry| asked.accepts(entry, now));
+        let how = How::hit(&route.teller, FoundIn::Process);
+        let response = entry.and_then(|entry| {
+            let response = answer(&entry, now, asked, how)?;
+            if let Some(whole) = whole {
+                whole.add_stamps(&entry.stamps);
+            }
+            let is_due = !asked.is_partial() && entry.is_due(now, route.policy.early_refresh);
+            Some(((response, how.outcome(&entry, now)), is_due))
+        });
+        let (response, is_due) = response.map_or((None, false), |(response, is_due)| (Some(response), is_due));
+        Held { response, is_due, variant, known }
     }
 
     fn pass<B, R: Body>(&self, request: Request<B>, finish: Option<Finish>) -> ResponseFuture<S, B, R, CacheBody<R>>
@@ -286,6 +302,7 @@ impl<S, M> CacheAside<S, M> {
         miss: impl FnOnce(Vec<u8>) -> Miss + Send + 'static,
         mut key: Vec<u8>,
         (how, teller): (BodyKey, Teller),
+        watch: Option<Watch>,
         mut inner: S,
         request: Request<B>,
     ) -> ResponseFuture<S, B, R, CacheBody<R>>
@@ -298,29 +315,47 @@ impl<S, M> CacheAside<S, M> {
         R: Body<Data = Bytes> + Send + 'static,
         R::Error: Send,
     {
-        let (core, bodies) = (self.core.clone(), self.bodies.clone());
-        ResponseFuture::boxed(Box::pin(async move {
+        let (core, bodies, part_of) = (self.core.clone(), self.bodies.clone(), Reads::current());
+        ResponseFuture::boxed(Box::pin(watched(watch, async move {
             let (parts, body) = request.into_parts();
             let (whole, body) = bodies.read(body, core.options.body_limit).await;
             let request = Request::from_parts(parts, body);
             if let Some(whole) = whole {
                 how.push(&mut key, request.headers(), &whole);
+                if request.extensions().get().is_some_and(|looked: &Looked| looked.has(&core, &key)) {
+                    return future::call(&mut inner, request).await.map(|response| response.map(CacheBody::inner));
+                }
                 return miss(key).answer(inner, request).await;
             }
             let response = future::call(&mut inner, request).await?;
-            let handled = Some((Forwarded::because(Reason::Bypass, "request-body"), teller));
-            let finish = Finish { handled, tag_header: core.options.tag_header.clone(), whole: None };
-            Ok(finish.finish(response).map(CacheBody::inner))
-        }))
+            let (mut parts, body) = response.into_parts();
+            // Which tags it has is read only where its body can be.
+            if let (Some(of), true) = (part_of, parts.headers.remove(&core.options.tag_header).is_some()) {
+                of.spoil();
+            }
+            teller.tell(Forwarded::because(Reason::Bypass, "request-body"), None, &mut parts);
+            Ok(Response::from_parts(parts, CacheBody::inner(body)))
+        })))
     }
 
     /// What the cache keeps out of is a part of what asks for it, all the same.
-    fn bypassed(&self, read: &Read<'_, '_>, parts: &request::Parts, whole: Option<&Reads>) {
-        let (Some(whole), Some(route)) = (whole, read.route.filter(|_| read.is_certain)) else { return };
-        match self.core.tenants.tenant(parts) {
-            Ok(tenant) => whole.add_tags(route.tags(self.core.space.tenant(tenant).head(), &read.params).iter()),
-            Err(_) => whole.spoil(),
+    fn bypassed(
+        &self,
+        read: &Read<'_, '_>,
+        parts: &request::Parts,
+        (handled, timer): (Handled, Timer),
+        whole: Option<Reads>,
+    ) -> Finish {
+        let Core { tenants, space, options, .. } = &*self.core;
+        if let (Some(whole), Some(route)) = (&whole, read.route.filter(|_| read.is_certain)) {
+            match tenants.tenant(parts) {
+                Ok(tenant) => whole.add_tags(route.tags(space.tenant(tenant).head(), &read.params).iter()),
+                Err(_) => whole.spoil(),
+            }
         }
+        let teller = &read.route.map_or(read.any, |route| route).teller;
+        let watch = teller.watcher().watch(timer, || tenants.tenant(parts).ok(), || parts.uri.path());
+        Finish { told: Some((handled, teller.clone(), watch)), tag_header: options.tag_header.clone(), whole }
     }
 
     /// A write that no [`Invalidate`](crate::Invalidate) outside takes care of.
@@ -333,25 +368,28 @@ impl<S, M> CacheAside<S, M> {
         R: Body<Data = Bytes> + Send + 'static,
     {
         let place = Place::new(request.uri(), request.extensions(), self.mount.as_deref());
-        let teller = self.core.routes.read(request.method(), &place).map(|read| read.any.teller.clone());
+        let told = self.core.routes.read(request.method(), &place).map(|read| {
+            let teller = read.any.teller.clone();
+            let watch = teller.watcher().watch(Timer::start(), || None, || place.full());
+            (Handled::Forwarded(Forwarded::new(Reason::Method)), teller, watch)
+        });
         let mut inner = self.inner.clone();
-        let tag_header = self.core.options.tag_header.clone();
+        let (tag_header, whole) = (self.core.options.tag_header.clone(), Reads::current());
         ResponseFuture::boxed(Box::pin(async move {
             future::ready(&mut inner).await?;
             let response = match future::joined(write.spawn(inner, request)).await? {
                 Ok(answered) => answer_write(answered).map(CacheBody::written),
                 Err(refused) => return Ok(unavailable(refused)),
             };
-            let handled = teller.map(|teller| (Handled::Forwarded(Forwarded::new(Reason::Method)), teller));
-            Ok(Finish { handled, tag_header, whole: None }.finish(response))
+            Ok(Finish { told, tag_header, whole }.finish(response))
         }))
     }
 
     /// What a request of a cacheable route looks for, or why the cache leaves it alone.
     fn wanted<'k, B: Body>(
-        &self,
+        &'k self,
         read: &Read<'k, '_>,
-        parts: &request::Parts,
+        parts: &'k request::Parts,
         body: &B,
     ) -> Result<Sought<'k>, Handled> {
         let bypass = |detail| Forwarded::because(Reason::Bypass, detail);

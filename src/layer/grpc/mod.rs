@@ -33,12 +33,13 @@ use super::{
     changes::Reads,
     core::Core,
     extensions::NoCache,
-    future::{self, Finish, ResponseFuture},
+    future::{self, Finish, ResponseFuture, watched},
     request::RequestBody,
 };
 use crate::{
     engine::Inside,
     http::cache_status::{Forwarded, Reason},
+    observe::Timer,
 };
 pub use body::GrpcResponseBody;
 use read::Read;
@@ -137,8 +138,14 @@ where
                 Ok(tenant) => {
                     let whole = Reads::current();
                     let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone(), whole };
+                    let watch = read.route.teller.watcher().watch(
+                        Timer::start(),
+                        || tenants.tenant(&parts).ok(),
+                        || parts.uri.path(),
+                    );
                     let request = Request::from_parts(parts, body);
-                    return ResponseFuture::boxed(Box::pin(read.answer(self.inner.clone(), request)));
+                    let answer = read.answer(self.inner.clone(), request);
+                    return ResponseFuture::boxed(Box::pin(watched(Some(watch), answer)));
                 }
             },
             route => {
@@ -153,11 +160,12 @@ where
                 }));
             }
         };
-        let handled = Some((Forwarded::because(Reason::Bypass, passed), teller));
+        let watch = teller.watcher().watch(Timer::start(), || tenants.tenant(&parts).ok(), || parts.uri.path());
+        let told = Some((Forwarded::because(Reason::Bypass, passed), teller, watch));
         // Which entities its message names, nobody has read.
         let whole = Reads::current();
         whole.iter().for_each(Reads::spoil);
-        let finish = Finish { handled, tag_header: options.tag_header.clone(), whole };
+        let finish = Finish { told, tag_header: options.tag_header.clone(), whole };
         let request = Request::from_parts(parts, RequestBody::passing(body));
         ResponseFuture::pass(self.inner.clone(), request, Some(finish), |body| {
             GrpcResponseBody::untouched(CacheBody::inner(body))

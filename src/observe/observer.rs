@@ -1,0 +1,304 @@
+//! One for each cache: what all its parts tell, and what is known of it.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    hash::BuildHasher,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, SystemTime},
+};
+
+use foldhash::fast::RandomState;
+
+use super::{
+    alerts::{AlertRules, Raised},
+    counts::{Counts, Histogram, NANOS, nanos},
+    outcome::Handling,
+    recent::{Event, Recent, What, name_of, shortened},
+    snapshot::{OfType, STEPS, Snapshot},
+};
+
+/// So many tenants are told apart, and those that come later are one.
+const TENANTS: usize = 64;
+
+/// What caused an invalidation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// A request.
+    Route,
+    /// [`Cache::invalidate`](crate::Cache::invalidate), the admin's API, a job.
+    Hand,
+}
+
+pub(super) const CAUSES: [Cause; 2] = [Cause::Route, Cause::Hand];
+
+impl Cause {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Route => "route",
+            Self::Hand => "hand",
+        }
+    }
+}
+
+/// An invalidation that has been acknowledged, or is in the journal.
+pub(crate) struct Dropped<'a> {
+    pub(crate) cause: Cause,
+    /// `PUT /agents/a1`, or who did it by hand.
+    pub(crate) what: &'a str,
+    pub(crate) tenant: Option<&'a [u8]>,
+    /// Entries by data type.
+    pub(crate) types: &'a [(Arc<str>, u64)],
+    pub(crate) tags: Vec<String>,
+    pub(crate) took: Duration,
+    pub(crate) undelivered: usize,
+}
+
+/// The tenants that are told apart: found without a lock.
+#[derive(Debug)]
+struct Tenants {
+    slots: Box<[OnceLock<(Box<[u8]>, Counts)>]>,
+    hasher: RandomState,
+    known: AtomicU64,
+    others: Counts,
+}
+
+/// Which tenant a request is counted for: the number of its slot, or one beyond the last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TenantSlot(usize);
+
+impl Tenants {
+    fn new() -> Self {
+        Self {
+            slots: (0..2 * TENANTS).map(|_| OnceLock::new()).collect(),
+            hasher: RandomState::default(),
+            known: AtomicU64::new(0),
+            others: Counts::new(1),
+        }
+    }
+
+    fn slot(&self, name: &[u8]) -> TenantSlot {
+        let size = self.slots.len();
+        let start = self.hasher.hash_one(name) as usize % size;
+        for at in (0..size).map(|i| (start + i) % size) {
+            match self.slots[at].get() {
+                Some((known, _)) if **known == *name => return TenantSlot(at),
+                Some(_) => {}
+                None if self.known.load(Relaxed) >= TENANTS as u64 => break,
+                None => {
+                    self.known.fetch_add(1, Relaxed);
+                    let (known, _) = self.slots[at].get_or_init(|| (name.into(), Counts::new(1)));
+                    // Another may have come first.
+                    if **known == *name {
+                        return TenantSlot(at);
+                    }
+                }
+            }
+        }
+        TenantSlot(size)
+    }
+
+    fn counts(&self, TenantSlot(at): TenantSlot) -> &Counts {
+        self.slots.get(at).and_then(OnceLock::get).map_or(&self.others, |(_, counts)| counts)
+    }
+
+    fn read(&self) -> BTreeMap<String, OfType> {
+        let known = self.slots.iter().filter_map(OnceLock::get).map(|(name, counts)| (name_of(name), counts.read()));
+        let others = self.others.read();
+        let others = (others.requests() > 0).then(|| ("other".to_owned(), others));
+        known.chain(others).filter(|(_, of_tenant)| of_tenant.requests() + of_tenant.invalidations > 0).collect()
+    }
+}
+
+/// The last steps of a type or tenant.
+#[derive(Debug, Default)]
+struct Steps {
+    /// What was counted when the last step ended.
+    last: [u64; 2],
+    steps: [VecDeque<u64>; 2],
+}
+
+impl Steps {
+    fn step(&mut self, now: [u64; 2]) {
+        for ((steps, last), now) in self.steps.iter_mut().zip(&mut self.last).zip(now) {
+            steps.push_back(now.saturating_sub(*last));
+            if steps.len() > STEPS {
+                steps.pop_front();
+            }
+            *last = now;
+        }
+    }
+}
+
+/// Everything that is known of a cache besides what it stores.
+#[derive(Debug)]
+pub(crate) struct Observer {
+    service: String,
+    /// Unique among the processes that share a store.
+    process: String,
+    since: u64,
+    types: BTreeMap<Arc<str>, Arc<Counts>>,
+    tenants: Tenants,
+    pub(crate) recent: Recent,
+    series: Mutex<[BTreeMap<String, Steps>; 2]>,
+    invalidations: [Histogram<14>; CAUSES.len()],
+    invalidated: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
+    audits: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
+    unmapped: AtomicU64,
+    pub(super) rules: AlertRules,
+    pub(super) raised: Mutex<Raised>,
+    started: AtomicBool,
+    /// What other processes have published.
+    pub(crate) others: Mutex<Vec<Snapshot>>,
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Observer {
+    pub(crate) fn new<'t>(service: &str, types: impl Iterator<Item = &'t str>, rules: AlertRules) -> Self {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let shards = threads.next_power_of_two().min(8);
+        Self {
+            service: service.to_owned(),
+            process: format!("{}-{:08x}", std::process::id(), rand::random::<u32>()),
+            since: now(),
+            types: types.map(|name| (name.into(), Arc::new(Counts::new(shards)))).collect(),
+            tenants: Tenants::new(),
+            recent: Recent::new(),
+            series: Mutex::default(),
+            invalidations: CAUSES.map(|_| Histogram::new(&NANOS)),
+            invalidated: Mutex::default(),
+            audits: Mutex::default(),
+            unmapped: AtomicU64::new(0),
+            rules,
+            raised: Mutex::default(),
+            started: AtomicBool::new(false),
+            others: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn service(&self) -> &str {
+        &self.service
+    }
+
+    pub(crate) fn process(&self) -> &str {
+        &self.process
+    }
+
+    pub(super) fn counts(&self, data_type: &str) -> Option<Arc<Counts>> {
+        self.types.get(data_type).cloned()
+    }
+
+    pub(crate) fn tenant(&self, name: &[u8]) -> TenantSlot {
+        self.tenants.slot(name)
+    }
+
+    pub(super) fn of_tenant(&self, slot: TenantSlot) -> &Counts {
+        self.tenants.counts(slot)
+    }
+
+    /// Whether this is the first time that somebody asks: there is one task that looks after it all.
+    pub(crate) fn starts(&self) -> bool {
+        !self.started.load(Relaxed) && !self.started.swap(true, Relaxed)
+    }
+
+    pub(crate) fn note(&self, what: What) {
+        self.recent.note(Event { at: now(), what });
+    }
+
+    pub(crate) fn dropped(&self, dropped: &Dropped<'_>) {
+        let Dropped { cause, what, tenant, types, tags, took, undelivered } = dropped;
+        self.invalidations[*cause as usize].record(nanos(*took));
+        let total = types.iter().map(|(_, count)| count).sum();
+        if let Some(tenant) = tenant {
+            let counts = self.tenants.counts(self.tenants.slot(tenant));
+            counts.invalidations.fetch_add(1, Relaxed);
+            counts.invalidated.fetch_add(total, Relaxed);
+        }
+        let mut invalidated = locked(&self.invalidated);
+        for (name, count) in *types {
+            if let Some(counts) = self.types.get(name) {
+                counts.invalidations.fetch_add(1, Relaxed);
+                counts.invalidated.fetch_add(*count, Relaxed);
+            }
+            let of_type = invalidated.entry(name.to_string()).or_default();
+            *of_type.entry(cause.as_str().to_owned()).or_default() += count;
+        }
+        drop(invalidated);
+        self.note(What::Invalidation {
+            source: cause.as_str(),
+            what: shortened(what),
+            tenant: tenant.map(name_of),
+            dropped: types.iter().map(|(name, count)| (name.to_string(), *count)).collect(),
+            total,
+            tags: tags.iter().map(|tag| shortened(tag)).collect(),
+            ms: took.as_secs_f64() * 1_000.0,
+            undelivered: *undelivered,
+        });
+    }
+
+    /// A write that nothing is said of.
+    pub(crate) fn unmapped(&self, what: &str) {
+        self.unmapped.fetch_add(1, Relaxed);
+        locked(&self.raised).unmapped(what, now());
+    }
+
+    /// How an audit ended.
+    pub(crate) fn audited(&self, data_type: &str, result: &'static str) {
+        let mut audits = locked(&self.audits);
+        *audits.entry(data_type.to_owned()).or_default().entry(result.to_owned()).or_default() += 1;
+    }
+
+    /// A step of the series has ended.
+    pub(crate) fn step(&self) {
+        let mut series = locked(&self.series);
+        let types = self.types.iter().map(|(name, counts)| (name.to_string(), counts.read()));
+        for (steps, now) in series.iter_mut().zip([types.collect(), self.tenants.read()]) {
+            for (name, of_type) in now {
+                let asked = of_type.requests() - of_type.of(Handling::Bypass);
+                steps.entry(name).or_default().step([asked, of_type.spared()]);
+            }
+        }
+    }
+
+    /// Everything that this process has counted, but for what its store knows.
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        let with_series = |all: BTreeMap<String, OfType>, steps: &BTreeMap<String, Steps>| {
+            let add = |(name, of_type): (String, OfType)| {
+                let series = steps.get(&name).map(|steps| steps.steps.each_ref().map(|s| s.iter().copied().collect()));
+                (name, OfType { series: series.unwrap_or_default(), ..of_type })
+            };
+            all.into_iter().map(add).collect()
+        };
+        let types = self.types.iter().map(|(name, counts)| (name.to_string(), counts.read()));
+        let types = types.filter(|(_, t)| t.requests() + t.invalidations + t.loads[0].count() + t.bytes.count() > 0);
+        let series = locked(&self.series);
+        let mut invalidations = BTreeMap::new();
+        for (cause, histogram) in CAUSES.iter().zip(&self.invalidations) {
+            histogram.read(invalidations.entry(cause.as_str().to_owned()).or_default());
+        }
+        Snapshot {
+            process: self.process.clone(),
+            since: self.since,
+            seen: now(),
+            types: with_series(types.collect(), &series[0]),
+            tenants: with_series(self.tenants.read(), &series[1]),
+            alerts: locked(&self.raised).all(),
+            invalidations,
+            invalidated: locked(&self.invalidated).clone(),
+            audits: locked(&self.audits).clone(),
+            unmapped: self.unmapped.load(Relaxed),
+            ..Snapshot::default()
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! What was counted until now, in numbers that can be added up over processes.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::outcome::Handling;
+
+/// In the order of their numbers.
+pub(crate) const HANDLINGS: [Handling; 5] =
+    [Handling::Hit, Handling::Stale, Handling::Coalesced, Handling::Miss, Handling::Bypass];
+
+/// How many steps a series has, and how long each is.
+pub(crate) const STEPS: usize = 60;
+pub(crate) const STEP_SECONDS: u64 = 5;
+
+/// How often values fell into each bucket.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct OfHistogram {
+    pub(crate) counts: Vec<u64>,
+    pub(crate) sum: u64,
+    pub(crate) max: u64,
+}
+
+impl OfHistogram {
+    pub(crate) fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.counts.resize(self.counts.len().max(other.counts.len()), 0);
+        self.counts.iter_mut().zip(&other.counts).for_each(|(sum, count)| *sum += count);
+        self.sum = self.sum.saturating_add(other.sum);
+        self.max = self.max.max(other.max);
+    }
+
+    /// About which value this share of them is not above.
+    pub(crate) fn quantile(&self, share: f64, bounds: &[u64]) -> Option<u64> {
+        let rank = (self.count() as f64 * share).ceil() as u64;
+        let mut below = 0;
+        for (at, count) in self.counts.iter().enumerate().filter(|(_, count)| **count > 0) {
+            if below + count >= rank {
+                let lower = if at == 0 { 0 } else { bounds[at - 1] };
+                let upper = bounds.get(at).copied().unwrap_or(self.max).min(self.max).max(lower);
+                let within = (rank - below) as f64 / *count as f64;
+                return Some(lower + ((upper - lower) as f64 * within) as u64);
+            }
+            below += count;
+        }
+        None
+    }
+}
+
+/// The counts of a data type or a tenant.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct OfType {
+    pub(crate) handled: [OfHistogram; HANDLINGS.len()],
+    pub(crate) reasons: BTreeMap<String, BTreeMap<String, u64>>,
+    pub(crate) saved_ms: u64,
+    /// Successes and failures.
+    pub(crate) loads: [OfHistogram; 2],
+    pub(crate) bytes: OfHistogram,
+    pub(crate) invalidations: u64,
+    pub(crate) invalidated: u64,
+    /// Requests that were not bypassed, and hits, of the last steps.
+    pub(crate) series: [Vec<u64>; 2],
+}
+
+impl OfType {
+    pub(crate) fn of(&self, handling: Handling) -> u64 {
+        self.handled[handling as usize].count()
+    }
+
+    pub(crate) fn requests(&self) -> u64 {
+        HANDLINGS.iter().map(|handling| self.of(*handling)).sum()
+    }
+
+    /// Those that the inner service was not asked for.
+    pub(crate) fn spared(&self) -> u64 {
+        self.of(Handling::Hit) + self.of(Handling::Stale) + self.of(Handling::Coalesced)
+    }
+
+    pub(crate) fn ratio(&self) -> Option<f64> {
+        let asked = self.requests() - self.of(Handling::Bypass);
+        (asked > 0).then(|| self.spared() as f64 / asked as f64)
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.handled.iter_mut().zip(&other.handled).for_each(|(sum, one)| sum.add(one));
+        for (handling, reasons) in &other.reasons {
+            let of_handling = self.reasons.entry(handling.clone()).or_default();
+            reasons.iter().for_each(|(reason, count)| *of_handling.entry(reason.clone()).or_default() += count);
+        }
+        self.saved_ms += other.saved_ms;
+        self.loads.iter_mut().zip(&other.loads).for_each(|(sum, one)| sum.add(one));
+        self.bytes.add(&other.bytes);
+        self.invalidations += other.invalidations;
+        self.invalidated += other.invalidated;
+        for (sum, one) in self.series.iter_mut().zip(&other.series) {
+            // The last steps are the same time.
+            let longer = one.len().saturating_sub(sum.len());
+            sum.splice(0..0, std::iter::repeat_n(0, longer));
+            let offset = sum.len() - one.len();
+            sum.iter_mut().skip(offset).zip(one).for_each(|(sum, one)| *sum += one);
+        }
+    }
+}
+
+/// What is remarkable, and since when.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Alert {
+    /// `hit_ratio`, `large_entry`, `store`, `audit` or `unmapped`.
+    pub kind: String,
+    /// The data type that it is about, if it is about one.
+    #[serde(rename = "type")]
+    pub data_type: Option<String>,
+    /// The ratio, the size in bytes, the state of the store, the route.
+    pub value: serde_json::Value,
+    /// When it was raised, in milliseconds since 1970.
+    pub since: u64,
+}
+
+/// Everything that one process has counted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Snapshot {
+    pub(crate) process: String,
+    pub(crate) since: u64,
+    pub(crate) seen: u64,
+    pub(crate) types: BTreeMap<String, OfType>,
+    pub(crate) tenants: BTreeMap<String, OfType>,
+    pub(crate) alerts: Vec<Alert>,
+    /// How the store is, and why; and how many tags wait to be delivered.
+    pub(crate) health: (String, Option<String>),
+    pub(crate) journal: u64,
+    /// By source.
+    pub(crate) invalidations: BTreeMap<String, OfHistogram>,
+    /// By data type, and source.
+    pub(crate) invalidated: BTreeMap<String, BTreeMap<String, u64>>,
+    pub(crate) audits: BTreeMap<String, BTreeMap<String, u64>>,
+    pub(crate) unmapped: u64,
+    pub(crate) store_errors: BTreeMap<String, u64>,
+    pub(crate) evictions: u64,
+    pub(crate) eviction_age_ms: u64,
+    pub(crate) store_bytes: u64,
+    pub(crate) store_capacity: u64,
+    pub(crate) store_entries: u64,
+}

@@ -1,0 +1,48 @@
+//! Without the feature `stats`: what would be counted, and is not.
+
+use std::{borrow::Cow, sync::Arc, time::Duration};
+
+use super::outcome::Outcome;
+
+/// Knows nothing.
+#[derive(Debug)]
+pub(crate) struct Observer;
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Timer;
+
+#[derive(Clone, Debug)]
+pub(crate) struct Watcher;
+
+pub(crate) struct Watch;
+
+impl Timer {
+    pub(crate) fn start() -> Self {
+        Self
+    }
+}
+
+impl Watcher {
+    pub(super) fn new(_: &Arc<Observer>, _: &str) -> Self {
+        Self
+    }
+
+    pub(crate) fn hit<'t>(&self, _: Timer, _: &Outcome, _: impl FnOnce() -> Option<Cow<'t, [u8]>>) {}
+
+    pub(crate) fn watch<'t>(
+        &self,
+        _: Timer,
+        _: impl FnOnce() -> Option<Cow<'t, [u8]>>,
+        _: impl FnOnce() -> &'t str,
+    ) -> Watch {
+        Watch
+    }
+
+    pub(crate) fn loaded(&self, _: bool, _: Duration) {}
+
+    pub(crate) fn stored(&self, _: usize) {}
+}
+
+impl Watch {
+    pub(crate) fn end(self, _: Option<&Outcome>) {}
+}

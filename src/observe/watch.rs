@@ -1,0 +1,118 @@
+//! From a request to what is counted of it. Without the feature `stats` it is `unwatched.rs` instead: the same, for nothing.
+
+use std::{
+    borrow::Cow,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use super::{
+    counts::{Counts, Timer},
+    observer::{Observer, TenantSlot, now},
+    outcome::{Handling, Outcome},
+    recent::{What, name_of, shortened},
+};
+
+/// What counts for one data type.
+#[derive(Clone, Debug)]
+pub(crate) struct Watcher {
+    data_type: Arc<str>,
+    counts: Option<Arc<Counts>>,
+    observer: Arc<Observer>,
+}
+
+/// A request that was not answered on the spot. It is counted when it has its response.
+pub(crate) struct Watch {
+    watcher: Watcher,
+    began: Instant,
+    tenant: Option<TenantSlot>,
+    /// For those who look on.
+    note: Option<Box<Note>>,
+}
+
+struct Note {
+    path: String,
+    tenant: Option<String>,
+}
+
+impl Watcher {
+    pub(super) fn new(observer: &Arc<Observer>, data_type: &str) -> Self {
+        Self { data_type: data_type.into(), counts: observer.counts(data_type), observer: observer.clone() }
+    }
+
+    /// A hit in this process.
+    pub(crate) fn hit<'t>(&self, timer: Timer, outcome: &Outcome, tenant: impl FnOnce() -> Option<Cow<'t, [u8]>>) {
+        let Self { counts, observer, .. } = self;
+        if let Some(counts) = counts {
+            counts.hit(outcome, timer);
+        }
+        if let Some(tenant) = tenant() {
+            observer.of_tenant(observer.tenant(&tenant)).hit(outcome, timer);
+        }
+    }
+
+    /// Begins to watch a request.
+    pub(crate) fn watch<'t>(
+        &self,
+        timer: Timer,
+        tenant: impl FnOnce() -> Option<Cow<'t, [u8]>>,
+        path: impl FnOnce() -> &'t str,
+    ) -> Watch {
+        let observer = &self.observer;
+        let tenant = tenant();
+        let note = observer.recent.is_watched().then(|| {
+            let tenant = tenant.as_deref().map(name_of);
+            Box::new(Note { path: shortened(path()), tenant })
+        });
+        let tenant = tenant.map(|name| observer.tenant(&name));
+        Watch { watcher: self.clone(), began: timer.began(), tenant, note }
+    }
+
+    /// The inner service was called.
+    pub(crate) fn loaded(&self, is_ok: bool, took: Duration) {
+        if let Some(counts) = &self.counts {
+            counts.load(is_ok, took);
+        }
+    }
+
+    /// Something of this size was stored.
+    pub(crate) fn stored(&self, bytes: usize) {
+        let Self { counts, observer, .. } = self;
+        if let Some(counts) = counts {
+            counts.stored(bytes);
+        }
+        observer.large(&self.data_type, bytes as u64);
+    }
+}
+
+impl Watch {
+    /// The request has its response, or the inner service's error.
+    pub(crate) fn end(self, outcome: Option<&Outcome>) {
+        let Self { watcher, began, tenant, note } = self;
+        let (handling, reason, saved) = match outcome {
+            Some(Outcome { outcome, reason, saved, .. }) => (*outcome, *reason, *saved),
+            None => (Handling::Miss, Some("error"), 0),
+        };
+        let Watcher { data_type, counts, observer } = watcher;
+        let took = began.elapsed();
+        let tenant = tenant.map(|slot| observer.of_tenant(slot));
+        for counts in counts.as_deref().into_iter().chain(tenant) {
+            counts.request(handling, reason, took, saved);
+        }
+        if let Some(note) = note.filter(|_| handling != Handling::Hit) {
+            let Note { path, tenant } = *note;
+            let ms = took.as_secs_f64() * 1_000.0;
+            let data_type = data_type.to_string();
+            observer.note(What::Miss { path, tenant, data_type, outcome: handling.as_str(), reason, ms });
+        }
+    }
+}
+
+impl Observer {
+    /// Remembers a body that is larger than is thought good.
+    fn large(&self, data_type: &str, bytes: u64) {
+        if bytes > self.rules.entry_bytes {
+            super::observer::locked(&self.raised).large(data_type, bytes, now());
+        }
+    }
+}
