@@ -53,6 +53,8 @@ pub struct Config {
     pub on_unmapped: Option<OnUnmapped>,
     /// How types are held in process that say nothing about it.
     pub tier: Option<Tier>,
+    /// See [`CacheBuilder::audit`](crate::CacheBuilder::audit). (Feature `stats`.)
+    pub audit: Option<f64>,
     /// The shared store. (Feature `redis`.)
     pub redis: Option<RedisTable>,
     /// The data types and their TTLs.
@@ -116,6 +118,7 @@ impl Config {
         replace(&mut self.on_unreachable, other.on_unreachable);
         replace(&mut self.on_unmapped, other.on_unmapped);
         replace(&mut self.tier, other.tier);
+        replace(&mut self.audit, other.audit);
         replace(&mut self.redis, other.redis);
         replace(&mut self.fence, other.fence);
         self.types.extend(other.types);

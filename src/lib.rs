@@ -67,6 +67,9 @@
 //! - `redis-cluster`, `redis-tls`: clusters, `rediss://`.
 //! - `grpc`: `GrpcLayer`, for unary calls of tonic services.
 //! - `axum`: which route a request is, and under which prefix, as axum's router says.
+//! - `stats`: `Cache::stats`, alerts and the audit.
+//! - `metrics`: the same through the `metrics` facade.
+//! - `admin`: an API and a page to look at the cache, to explain and to purge.
 //! - `lz4`: compress large bodies for the shared store.
 //! - `toml`: read the [`Config`] from a file.
 
@@ -75,6 +78,8 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
+#[cfg(feature = "admin")]
+mod admin;
 mod cache;
 mod catalog;
 mod clock;
@@ -89,6 +94,8 @@ mod route;
 pub mod store;
 mod units;
 
+#[cfg(feature = "admin")]
+pub use admin::{Admin, AdminBody, AdminService};
 pub use cache::{
     Cache, CacheBuilder, Codec, CodecError, DescribedRead, DescribedWrite, Description, Drained, Dropped, EntryBuilder,
     Fetch, Generate, Invalidation, Json, MessagePack, Report, Source,
@@ -105,7 +112,9 @@ pub use layer::{
 #[cfg(feature = "grpc")]
 pub use layer::{Grpc, GrpcLayer, GrpcResponseBody};
 #[cfg(feature = "stats")]
-pub use observe::{Alert, AlertRules};
+pub use observe::{Alert, AlertRules, Quantiles, Series, Sizes, Stats, StoreStats, TypeStats};
+#[cfg(feature = "metrics")]
+pub use observe::{DURATION_BUCKETS, SIZE_BUCKETS};
 pub use observe::{FoundIn, Handling, Outcome};
 pub use route::{BodyKey, Credentials, Hosts, Mutation, OnUnmapped, Query, Route};
 #[cfg(feature = "grpc")]

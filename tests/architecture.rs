@@ -12,7 +12,14 @@ use std::{
 
 /// Each room, from the top down, and those that it may know. The root only shows what is in them.
 const ROOMS: &[(&str, &[&str])] = &[
-    ("lib", &["cache", "config", "layer", "http", "observe", "route", "engine", "store", "catalog", "key", "error"]),
+    (
+        "lib",
+        &[
+            "admin", "cache", "config", "layer", "http", "observe", "route", "engine", "store", "catalog", "key",
+            "error",
+        ],
+    ),
+    ("admin", &["cache", "layer", "engine", "observe", "route", "store", "catalog", "key", "error"]),
     ("cache", &["layer", "config", "engine", "observe", "route", "store", "catalog", "key", "clock", "error"]),
     ("layer", &["http", "observe", "route", "engine", "store", "catalog", "key", "clock", "error"]),
     ("config", &["route", "store", "catalog", "error", "units"]),

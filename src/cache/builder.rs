@@ -52,6 +52,8 @@ pub struct CacheBuilder {
     forwards: Option<String>,
     #[cfg(feature = "stats")]
     alerts: crate::AlertRules,
+    #[cfg(feature = "stats")]
+    metrics_tenants: usize,
     on_invalidated: Option<OnInvalidated>,
     #[cfg(feature = "grpc")]
     grpc: Vec<crate::GrpcMethod>,
@@ -77,6 +79,8 @@ impl CacheBuilder {
             forwards: None,
             #[cfg(feature = "stats")]
             alerts: crate::AlertRules::default(),
+            #[cfg(feature = "stats")]
+            metrics_tenants: 0,
             on_invalidated: None,
             #[cfg(feature = "grpc")]
             grpc: vec![],
@@ -323,10 +327,27 @@ impl CacheBuilder {
         self
     }
 
+    /// Compares this share of hits (0.001 is one in a thousand) with what the inner service says, behind their readers, and finds
+    /// what a write has left stale: the mutation that nobody has declared. By default none; a type may say its own
+    /// ([`DataType::audit`](crate::DataType::audit)). (Feature `stats`.)
+    #[cfg(feature = "stats")]
+    pub fn audit(mut self, share: f64) -> Self {
+        self.config.audit = Some(share);
+        self
+    }
+
     /// When to raise an alert ([`Cache::stats`](crate::Cache::stats)). (Feature `stats`.)
     #[cfg(feature = "stats")]
     pub fn alerts(mut self, rules: crate::AlertRules) -> Self {
         self.alerts = rules;
+        self
+    }
+
+    /// How many tenants have a label of their own in metrics, up to 64: those that come first; the others are `other`. By default
+    /// none, and metrics know of no tenants. (Feature `metrics`.)
+    #[cfg(feature = "metrics")]
+    pub fn metrics_tenants(mut self, most: usize) -> Self {
+        self.metrics_tenants = most;
         self
     }
 
@@ -357,7 +378,12 @@ impl CacheBuilder {
         let credentials = self.config.credentials.clone().unwrap_or_default();
         let identity = Identity::new(&self.config.credential_headers, &tenants, self.user.clone(), credentials)?;
         #[cfg(feature = "stats")]
-        let observer = Observer::new(&self.service, catalogue.known(), self.alerts.clone());
+        let observer = Observer::new(
+            &self.service,
+            catalogue.known(),
+            (self.alerts.clone(), self.metrics_tenants),
+            catalogue.names(),
+        );
         #[cfg(not(feature = "stats"))]
         let observer = Observer;
         let observer = Arc::new(observer);
@@ -375,6 +401,10 @@ impl CacheBuilder {
         let (clock, on_invalidated) = (self.clock.clone(), self.on_invalidated.clone());
         let says_tier = tier.is_some();
         let memos = memos(self.config.memory.unwrap_or(MEMORY));
+        #[cfg(feature = "stats")]
+        let auditor = auditor(self.config.audit, &self.config.types)?;
+        #[cfg(not(feature = "stats"))]
+        no_auditor(self.config.audit, &self.config.types)?;
         let store = self.make_store(options.body_limit as u64)?;
         if !store.is_shared() {
             catalogue.check_alone(says_tier)?;
@@ -393,9 +423,14 @@ impl CacheBuilder {
             options,
             warnings,
             observer,
+            #[cfg(feature = "stats")]
+            auditor,
             on_invalidated,
         };
-        Ok(Cache(Arc::new(core)))
+        let cache = Cache(Arc::new(core));
+        #[cfg(feature = "stats")]
+        cache.keep();
+        Ok(cache)
     }
 
     fn options(&self) -> Result<Options, ConfigError> {
@@ -483,6 +518,30 @@ impl CacheBuilder {
             )));
         }
         Ok(Arc::new(MemoryStore::with_largest(memory - memos(memory), body_limit)))
+    }
+}
+
+/// Whoever compares hits with the inner service, if any type wants that.
+#[cfg(feature = "stats")]
+fn auditor(share: Option<f64>, types: &[DataType]) -> Result<Option<crate::layer::Auditor>, ConfigError> {
+    let of_types = types.iter().map(|t| (format!("data type `{}`: ", t.name), t.policy.audit));
+    let all: Vec<_> = std::iter::once((String::new(), share)).chain(of_types).collect();
+    for (what, share) in &all {
+        if let Some(share) = share.filter(|share| !(0.0..=1.0).contains(share)) {
+            return Err(ConfigError::new(format!("{what}audit = {share} is no share of hits; choose one from 0 to 1")));
+        }
+    }
+    let audits = all.iter().any(|(_, share)| share.is_some_and(|share| share > 0.0));
+    Ok(audits.then(|| crate::layer::Auditor::new(share.unwrap_or_default())))
+}
+
+#[cfg(not(feature = "stats"))]
+fn no_auditor(share: Option<f64>, types: &[DataType]) -> Result<(), ConfigError> {
+    match share.is_some() || types.iter().any(|t| t.policy.audit.is_some()) {
+        true => Err(ConfigError::new(
+            "`audit` needs the feature `stats` of tower-cache-aside; enable it, or take `audit` out",
+        )),
+        false => Ok(()),
     }
 }
 

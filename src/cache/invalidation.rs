@@ -50,6 +50,33 @@ impl Invalidation {
         self
     }
 
+    /// Who does it, for those who look on.
+    #[cfg(feature = "admin")]
+    pub(crate) fn by(mut self, what: &'static str) -> Self {
+        self.what = what;
+        self
+    }
+
+    /// What it would drop: the tags, and about how many entries.
+    #[cfg(feature = "admin")]
+    pub(crate) async fn dry_run(self) -> Result<(Drops, Invalidated), ConfigError> {
+        let (core, drops) = (self.core.clone(), self.drops().await?);
+        let counts = core.engine.count(&drops).await.unwrap_or_default();
+        Ok((drops, counts))
+    }
+
+    async fn drops(&self) -> Result<Drops, ConfigError> {
+        let tenant = self.core.space.tenant(self.core.tenants.by_hand(Some(&self.tenant))?);
+        self.core.check_change("invalidation", &self.change)?;
+        let mut change = self.change.clone();
+        if self.everything {
+            change.all.extend(self.core.everything().all);
+        }
+        let (mut drops, patience) = (Drops::default(), self.core.cascades.patience);
+        self.core.add_change(&mut drops, std::slice::from_ref(&tenant), &change, patience).await;
+        Ok(drops)
+    }
+
     /// Drops it all. When it returns, nobody is served any of it again.
     ///
     /// Relations are resolved as they are now: call it *after* the write, and after a delete whose children only the
@@ -58,16 +85,8 @@ impl Invalidation {
     /// # Errors
     /// What would drop nothing: an unknown data type or relation, a type whose entities have no ids in its routes, a tenant
     /// that is empty or not the single one. Then nothing was dropped.
-    pub async fn run(mut self) -> Result<Invalidated, ConfigError> {
-        let tenant = self.core.space.tenant(self.core.tenants.by_hand(Some(&self.tenant))?);
-        self.core.check_change("invalidation", &self.change)?;
-        if self.everything {
-            self.change.all.extend(self.core.everything().all);
-        }
-        let mut drops = Drops::default();
-        self.core
-            .add_change(&mut drops, std::slice::from_ref(&tenant), &self.change, self.core.cascades.patience)
-            .await;
+    pub async fn run(self) -> Result<Invalidated, ConfigError> {
+        let drops = self.drops().await?;
         let blame = Blame { by_hand: true, what: self.what, tenant: Some(self.tenant.as_bytes()) };
         Ok(self.core.drop_all(drops, None, &blame).await)
     }

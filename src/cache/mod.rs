@@ -4,6 +4,8 @@ mod builder;
 mod describe;
 mod entry;
 mod invalidation;
+#[cfg(feature = "stats")]
+pub(crate) mod stats;
 mod value;
 
 use std::{fmt, sync::Arc, time::Duration};
@@ -23,7 +25,7 @@ use crate::{
 
 /// A cache: cheap to clone, and shared by any number of routers, handlers and jobs.
 #[derive(Clone)]
-pub struct Cache(Arc<Core>);
+pub struct Cache(pub(crate) Arc<Core>);
 
 impl Cache {
     /// A cache to be configured. The name of the service is part of every key, so that services which share a store do
@@ -34,6 +36,8 @@ impl Cache {
 
     /// The layer that answers the configured [`Route`](crate::Route)s from this cache.
     pub fn layer(&self) -> CacheAsideLayer {
+        #[cfg(feature = "stats")]
+        self.keep();
         CacheAsideLayer::new(self.0.clone())
     }
 

@@ -50,6 +50,9 @@ pub(crate) struct Policy {
     pub(crate) stores_cookies: bool,
     #[serde(default)]
     pub(crate) loads_whole: bool,
+    /// The share of hits that are compared with the inner service.
+    #[serde(default)]
+    pub(crate) audit: Option<f64>,
 }
 
 impl From<Ttl> for Policy {
@@ -69,6 +72,7 @@ impl From<Ttl> for Policy {
             negative: None,
             stores_cookies: false,
             loads_whole: false,
+            audit: None,
         }
     }
 }
@@ -242,6 +246,14 @@ impl DataType {
     #[must_use]
     pub fn loads_whole(mut self) -> Self {
         self.policy.loads_whole = true;
+        self
+    }
+
+    /// The share of hits that are compared with what the inner service says ([`CacheBuilder::audit`](crate::CacheBuilder::audit)).
+    /// Zero for what may be asked for only once (a one-time link): each comparison is a request. (Feature `stats`.)
+    #[must_use]
+    pub fn audit(mut self, share: f64) -> Self {
+        self.policy.audit = Some(share);
         self
     }
 

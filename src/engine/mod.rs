@@ -86,6 +86,15 @@ pub(crate) struct Engine {
     tasks: TaskTracker,
 }
 
+/// What is stored under a key.
+#[cfg(feature = "stats")]
+pub(crate) struct Found {
+    pub(crate) entry: Arc<Entry>,
+    /// The tags that it should have or has, with their generations.
+    #[cfg_attr(not(feature = "admin"), allow(dead_code))]
+    pub(crate) now: Vec<(Tag, Option<crate::store::Generation>)>,
+}
+
 /// What earlier loads of a key taught. Lost without harm.
 #[derive(Default, Clone)]
 struct KeyMemo {
@@ -135,6 +144,65 @@ impl Engine {
     /// Whether other processes use the store, too.
     pub(crate) fn is_shared(&self) -> bool {
         self.store.is_shared()
+    }
+
+    /// What the store takes.
+    #[cfg(feature = "stats")]
+    pub(crate) fn usage(&self) -> crate::store::Usage {
+        self.store.usage()
+    }
+
+    /// How many entries these drops would make stale, by data type, as far as the store can tell.
+    #[cfg(feature = "admin")]
+    pub(crate) async fn count(&self, drops: &Drops) -> Result<Invalidated, StoreError> {
+        let groups = tag_groups(drops.clone());
+        let counts = self.store.count(&groups).await?;
+        let lines = drops.groups.iter().map(|group| (group.line.clone(), group.data_type.clone()));
+        Ok(Invalidated::new(lines.zip(counts.into_iter().chain(std::iter::repeat(0))), 0))
+    }
+
+    /// Whether no tag of an entry has been dropped since its load began.
+    #[cfg(feature = "stats")]
+    pub(crate) async fn is_current(&self, key: &Key, entry: &Entry, policy: &crate::catalog::Policy) -> bool {
+        let tags: Vec<_> = entry.stamps.iter().map(|stamp| stamp.tag.clone()).collect();
+        let found = self.store.lookup(self.inquiry(key, &tags, tags.len(), policy)).await;
+        let same = |now: Vec<Option<crate::store::Generation>>| {
+            now.into_iter().eq(entry.stamps.iter().map(|stamp| Some(stamp.generation)))
+        };
+        found.is_ok_and(|found| same(found.generations))
+    }
+
+    /// What is stored under a key, valid or not, with the generations that its tags have now.
+    #[cfg(feature = "stats")]
+    pub(crate) async fn look_at(
+        &self,
+        key: &Key,
+        tags: &[Tag],
+        policy: &crate::catalog::Policy,
+    ) -> Result<Option<Found>, StoreError> {
+        let mut asked = tags.to_vec();
+        for _ in 0..2 {
+            let found = self.store.lookup(self.inquiry(key, &asked, tags.len(), policy)).await?;
+            let Some(entry) = found.entry else { return Ok(None) };
+            let unknown: Vec<_> = entry.stamps.iter().map(|s| &s.tag).filter(|t| !asked.contains(t)).cloned().collect();
+            if unknown.is_empty() {
+                return Ok(Some(Found { entry, now: asked.into_iter().zip(found.generations).collect() }));
+            }
+            asked.extend(unknown);
+        }
+        Ok(None)
+    }
+
+    /// What the processes of the fleet say of themselves.
+    #[cfg(feature = "stats")]
+    pub(crate) async fn exchange(
+        &self,
+        fleet: &str,
+        member: &str,
+        said: Vec<u8>,
+        gone: &[String],
+    ) -> Result<Vec<Vec<u8>>, StoreError> {
+        self.store.exchange(fleet, member, said, gone).await
     }
 
     pub(crate) fn health(&self) -> Health {

@@ -77,6 +77,8 @@ pub(crate) struct Core {
     pub(crate) warnings: Warnings,
     #[cfg_attr(not(feature = "stats"), allow(dead_code))]
     pub(crate) observer: Arc<Observer>,
+    #[cfg(feature = "stats")]
+    pub(crate) auditor: Option<super::audit::Auditor>,
     pub(crate) on_invalidated: Option<OnInvalidated>,
 }
 

@@ -3,6 +3,8 @@
 //! [`CacheAsideLayer`] answers reads, [`InvalidateLayer`] sits on writes, and `GrpcLayer` does both for gRPC. All take
 //! their routes from the cache, so all can wrap a whole router; what is not theirs passes through for the price of one path match.
 
+#[cfg(feature = "stats")]
+mod audit;
 mod body;
 mod cache_aside;
 mod changes;
@@ -19,6 +21,8 @@ mod warnings;
 mod write;
 mod writing;
 
+#[cfg(feature = "stats")]
+pub(crate) use self::audit::Auditor;
 pub(crate) use self::core::{Blame, Core, OnInvalidated, Options};
 pub use body::CacheBody;
 pub use cache_aside::{CacheAside, CacheAsideLayer};

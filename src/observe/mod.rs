@@ -4,6 +4,8 @@
 mod alerts;
 #[cfg(feature = "stats")]
 mod counts;
+#[cfg(feature = "metrics")]
+mod export;
 #[cfg(feature = "stats")]
 mod observer;
 mod outcome;
@@ -11,6 +13,8 @@ mod outcome;
 mod recent;
 #[cfg(feature = "stats")]
 mod snapshot;
+#[cfg(feature = "stats")]
+mod stats;
 mod teller;
 #[cfg_attr(not(feature = "stats"), path = "unwatched.rs")]
 mod watch;
@@ -18,16 +22,22 @@ mod watch;
 #[cfg(feature = "stats")]
 pub use alerts::AlertRules;
 #[cfg(feature = "stats")]
-pub(crate) use counts::{BYTES, NANOS, Timer};
+pub(crate) use counts::Timer;
+#[cfg(feature = "metrics")]
+pub use export::{DURATION_BUCKETS, SIZE_BUCKETS};
 #[cfg(feature = "stats")]
 pub(crate) use observer::{Cause, Dropped, Observer, now};
 pub use outcome::{FoundIn, Handling, Outcome};
 #[cfg(feature = "stats")]
-pub(crate) use recent::{Event, KINDS, What, shortened};
+pub(crate) use recent::{Event, What, name_of, shortened};
+#[cfg(feature = "admin")]
+pub(crate) use recent::KINDS;
 #[cfg(feature = "stats")]
 pub use snapshot::Alert;
 #[cfg(feature = "stats")]
-pub(crate) use snapshot::{HANDLINGS, OfHistogram, OfType, STEP_SECONDS, Snapshot};
+pub(crate) use snapshot::{STEP_SECONDS, Snapshot};
+#[cfg(feature = "stats")]
+pub use stats::{Quantiles, Series, Sizes, Stats, StoreStats, TypeStats};
 pub(crate) use teller::{Found, Teller, Tellers};
 pub(crate) use watch::Watch;
 #[cfg(not(feature = "stats"))]

@@ -1,7 +1,7 @@
 //! One for each cache: what all its parts tell, and what is known of it.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     hash::BuildHasher,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
@@ -59,10 +59,18 @@ pub(crate) struct Dropped<'a> {
 /// The tenants that are told apart: found without a lock.
 #[derive(Debug)]
 struct Tenants {
-    slots: Box<[OnceLock<(Box<[u8]>, Counts)>]>,
+    slots: Box<[OnceLock<Known>]>,
     hasher: RandomState,
     known: AtomicU64,
     others: Counts,
+}
+
+#[derive(Debug)]
+struct Known {
+    name: Box<[u8]>,
+    /// How many came before.
+    rank: u64,
+    counts: Counts,
 }
 
 /// Which tenant a request is counted for: the number of its slot, or one beyond the last.
@@ -84,14 +92,15 @@ impl Tenants {
         let start = self.hasher.hash_one(name) as usize % size;
         for at in (0..size).map(|i| (start + i) % size) {
             match self.slots[at].get() {
-                Some((known, _)) if **known == *name => return TenantSlot(at),
+                Some(known) if *known.name == *name => return TenantSlot(at),
                 Some(_) => {}
                 None if self.known.load(Relaxed) >= TENANTS as u64 => break,
                 None => {
-                    self.known.fetch_add(1, Relaxed);
-                    let (known, _) = self.slots[at].get_or_init(|| (name.into(), Counts::new(1)));
+                    let rank = self.known.fetch_add(1, Relaxed);
+                    let known =
+                        self.slots[at].get_or_init(|| Known { name: name.into(), rank, counts: Counts::new(1) });
                     // Another may have come first.
-                    if **known == *name {
+                    if *known.name == *name {
                         return TenantSlot(at);
                     }
                 }
@@ -101,13 +110,14 @@ impl Tenants {
     }
 
     fn counts(&self, TenantSlot(at): TenantSlot) -> &Counts {
-        self.slots.get(at).and_then(OnceLock::get).map_or(&self.others, |(_, counts)| counts)
+        self.slots.get(at).and_then(OnceLock::get).map_or(&self.others, |known| &known.counts)
     }
 
     fn read(&self) -> BTreeMap<String, OfType> {
-        let known = self.slots.iter().filter_map(OnceLock::get).map(|(name, counts)| (name_of(name), counts.read()));
+        let known = self.slots.iter().filter_map(OnceLock::get);
+        let known = known.map(|known| (name_of(&known.name), OfType { rank: known.rank, ..known.counts.read() }));
         let others = self.others.read();
-        let others = (others.requests() > 0).then(|| ("other".to_owned(), others));
+        let others = (others.requests() > 0).then(|| ("other".to_owned(), OfType { rank: u64::MAX, ..others }));
         known.chain(others).filter(|(_, of_tenant)| of_tenant.requests() + of_tenant.invalidations > 0).collect()
     }
 }
@@ -140,16 +150,23 @@ pub(crate) struct Observer {
     process: String,
     since: u64,
     types: BTreeMap<Arc<str>, Arc<Counts>>,
+    /// Those of them that are shown whether or not there is anything to say.
+    declared: BTreeSet<String>,
     tenants: Tenants,
     pub(crate) recent: Recent,
     series: Mutex<[BTreeMap<String, Steps>; 2]>,
-    invalidations: [Histogram<14>; CAUSES.len()],
+    invalidations: [Histogram<14>; 2],
     invalidated: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
     audits: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
     unmapped: AtomicU64,
+    /// How many tenants have a label of their own in metrics.
+    #[cfg_attr(not(feature = "metrics"), allow(dead_code))]
+    pub(crate) labels: usize,
     pub(super) rules: AlertRules,
     pub(super) raised: Mutex<Raised>,
     started: AtomicBool,
+    #[cfg(feature = "metrics")]
+    pub(super) told: Mutex<super::export::Told>,
     /// What other processes have published.
     pub(crate) others: Mutex<Vec<Snapshot>>,
 }
@@ -165,7 +182,12 @@ pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Observer {
-    pub(crate) fn new<'t>(service: &str, types: impl Iterator<Item = &'t str>, rules: AlertRules) -> Self {
+    pub(crate) fn new<'t>(
+        service: &str,
+        types: impl Iterator<Item = &'t str>,
+        (rules, labels): (AlertRules, usize),
+        declared: impl Iterator<Item = &'t str>,
+    ) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let shards = threads.next_power_of_two().min(8);
         Self {
@@ -173,6 +195,7 @@ impl Observer {
             process: format!("{}-{:08x}", std::process::id(), rand::random::<u32>()),
             since: now(),
             types: types.map(|name| (name.into(), Arc::new(Counts::new(shards)))).collect(),
+            declared: declared.map(str::to_owned).collect(),
             tenants: Tenants::new(),
             recent: Recent::new(),
             series: Mutex::default(),
@@ -180,9 +203,12 @@ impl Observer {
             invalidated: Mutex::default(),
             audits: Mutex::default(),
             unmapped: AtomicU64::new(0),
+            labels,
             rules,
             raised: Mutex::default(),
             started: AtomicBool::new(false),
+            #[cfg(feature = "metrics")]
+            told: Mutex::default(),
             others: Mutex::default(),
         }
     }
@@ -253,10 +279,30 @@ impl Observer {
         locked(&self.raised).unmapped(what, now());
     }
 
+    /// An audit has found something stale.
+    pub(crate) fn stale(&self, data_type: &str, route: &str) {
+        locked(&self.raised).audit(data_type, route, now());
+    }
+
     /// How an audit ended.
     pub(crate) fn audited(&self, data_type: &str, result: &'static str) {
         let mut audits = locked(&self.audits);
         *audits.entry(data_type.to_owned()).or_default().entry(result.to_owned()).or_default() += 1;
+    }
+
+    /// Looks for what should be looked at; what has begun or ended is said.
+    pub(crate) fn look(&self, snapshot: &Snapshot) {
+        let changes = locked(&self.raised).look(&self.rules, snapshot, now());
+        for change in changes {
+            if let What::Alert { alert, data_type, value, raised } = &change {
+                let data_type = data_type.as_deref().unwrap_or("-");
+                match raised {
+                    true => tracing::warn!(alert, data_type, %value, "alert raised"),
+                    false => tracing::info!(alert, data_type, "alert cleared"),
+                }
+            }
+            self.note(change);
+        }
     }
 
     /// A step of the series has ended.
@@ -281,7 +327,7 @@ impl Observer {
             all.into_iter().map(add).collect()
         };
         let types = self.types.iter().map(|(name, counts)| (name.to_string(), counts.read()));
-        let types = types.filter(|(_, t)| t.requests() + t.invalidations + t.loads[0].count() + t.bytes.count() > 0);
+        let types = types.filter(|(name, t)| self.declared.contains(name) || t.requests() + t.invalidations > 0);
         let series = locked(&self.series);
         let mut invalidations = BTreeMap::new();
         for (cause, histogram) in CAUSES.iter().zip(&self.invalidations) {

@@ -101,6 +101,7 @@ impl What {
 }
 
 /// The kinds there are.
+#[cfg(feature = "admin")]
 pub(crate) const KINDS: [&str; 4] = ["miss", "invalidation", "alert", "audit"];
 
 #[derive(Debug)]
@@ -123,6 +124,7 @@ impl Recent {
         }
     }
 
+    #[cfg(feature = "admin")]
     pub(crate) fn watch(&self) {
         self.watched.store(true, Relaxed);
     }
@@ -164,6 +166,7 @@ impl Recent {
         all
     }
 
+    #[cfg(feature = "admin")]
     pub(crate) fn live(&self) -> broadcast::Receiver<Event> {
         self.live.subscribe()
     }

@@ -27,7 +27,7 @@ impl OfHistogram {
         self.counts.iter().sum()
     }
 
-    fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.counts.resize(self.counts.len().max(other.counts.len()), 0);
         self.counts.iter_mut().zip(&other.counts).for_each(|(sum, count)| *sum += count);
         self.sum = self.sum.saturating_add(other.sum);
@@ -54,7 +54,7 @@ impl OfHistogram {
 /// The counts of a data type or a tenant.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct OfType {
-    pub(crate) handled: [OfHistogram; HANDLINGS.len()],
+    pub(crate) handled: [OfHistogram; 5],
     pub(crate) reasons: BTreeMap<String, BTreeMap<String, u64>>,
     pub(crate) saved_ms: u64,
     /// Successes and failures.
@@ -62,6 +62,9 @@ pub(crate) struct OfType {
     pub(crate) bytes: OfHistogram,
     pub(crate) invalidations: u64,
     pub(crate) invalidated: u64,
+    /// How many tenants came before this one.
+    #[serde(default)]
+    pub(crate) rank: u64,
     /// Requests that were not bypassed, and hits, of the last steps.
     pub(crate) series: [Vec<u64>; 2],
 }

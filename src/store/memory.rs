@@ -9,7 +9,7 @@
 //! version: forgetting can make a fill useless, but never make a dropped version current again.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt,
     future::ready,
     hash::BuildHasher,
@@ -22,12 +22,9 @@ use std::{
 
 use bytes::Bytes;
 use foldhash::fast::RandomState;
-use quick_cache::{
-    OptionsBuilder, Weighter,
-    sync::{Cache, DefaultLifecycle},
-};
+use quick_cache::{Lifecycle, OptionsBuilder, Weighter, sync::Cache};
 
-use super::{Entry, Fence, Generation, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup};
+use super::{Entry, Fence, Generation, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup, Usage};
 use crate::{
     catalog::Tier,
     clock::Millis,
@@ -50,7 +47,8 @@ const COUNT_LIMIT: usize = 4096;
 
 /// The in-process store. Its generations mean nothing in another process.
 pub struct MemoryStore {
-    entries: Cache<Bytes, Arc<Resident>, Weigh, RandomState, DefaultLifecycle<Bytes, Arc<Resident>>>,
+    entries: Cache<Bytes, Arc<Resident>, Weigh, RandomState, Evictions>,
+    evictions: Evictions,
     tags: [Mutex<TagShard>; TAG_SHARDS],
     hasher: RandomState,
     /// The last version given out.
@@ -68,6 +66,7 @@ struct Resident {
     until: Millis,
     /// Whether an invalidation's report has counted it, so that no other does.
     counted: AtomicBool,
+    filled: Instant,
 }
 
 impl Resident {
@@ -155,6 +154,35 @@ impl TagShard {
     }
 }
 
+/// What had to go while it was valid.
+#[derive(Clone, Default)]
+struct Evictions(Arc<Evicted>);
+
+#[derive(Default)]
+struct Evicted {
+    count: AtomicU64,
+    /// In milliseconds; each counts for an eighth.
+    age: AtomicU64,
+}
+
+impl Lifecycle<Bytes, Arc<Resident>> for Evictions {
+    /// Dropped when no lock is held. More than two in one call are rare.
+    type RequestState = [Option<(Bytes, Arc<Resident>)>; 2];
+
+    fn on_evict(&self, state: &mut Self::RequestState, key: Bytes, resident: Arc<Resident>) {
+        if resident.is_valid() {
+            let Evicted { count, age } = &*self.0;
+            let own = u64::try_from(resident.filled.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let before = age.load(Ordering::Relaxed);
+            let first = count.fetch_add(1, Ordering::Relaxed) == 0;
+            age.store(if first { own } else { before - before / 8 + own / 8 }, Ordering::Relaxed);
+        }
+        if let Some(free) = state.iter_mut().find(|place| place.is_none()) {
+            *free = Some((key, resident));
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Weigh;
 
@@ -179,14 +207,20 @@ impl MemoryStore {
         let shards = 1usize << shards.ilog2();
         // The options' defaults cannot fail: both numbers are given.
         let items = usize::try_from(capacity / 2048).unwrap_or(usize::MAX).clamp(64, 1 << 20);
-        let hasher = RandomState::default();
+        let (hasher, evictions) = (RandomState::default(), Evictions::default());
         let mut options = OptionsBuilder::new();
         options.estimated_items_capacity(items).weight_capacity(capacity).shards(shards);
         let entries = match options.build() {
-            Ok(options) => Cache::with_options(options, Weigh, hasher.clone(), DefaultLifecycle::default()),
-            Err(_) => Cache::with(items, capacity, Weigh, hasher.clone(), DefaultLifecycle::default()),
+            Ok(options) => Cache::with_options(options, Weigh, hasher.clone(), evictions.clone()),
+            Err(_) => Cache::with(items, capacity, Weigh, hasher.clone(), evictions.clone()),
         };
-        Self { entries, tags: std::array::from_fn(|_| Mutex::default()), hasher, versions: AtomicU64::new(1) }
+        Self {
+            entries,
+            evictions,
+            tags: std::array::from_fn(|_| Mutex::default()),
+            hasher,
+            versions: AtomicU64::new(1),
+        }
     }
 
     fn shard(&self, tag: &Tag) -> MutexGuard<'_, TagShard> {
@@ -230,7 +264,8 @@ impl MemoryStore {
         {
             return;
         }
-        let resident = Arc::new(Resident { entry, tags: tags.into(), until, counted: AtomicBool::new(false) });
+        let (counted, filled) = (AtomicBool::new(false), Instant::now());
+        let resident = Arc::new(Resident { entry, tags: tags.into(), until, counted, filled });
         for (state, _) in &resident.tags {
             let mut members = state.members.lock().unwrap_or_else(PoisonError::into_inner);
             if members.len() == members.capacity() {
@@ -341,6 +376,31 @@ impl Store for MemoryStore {
 
     fn is_shared(&self) -> bool {
         false
+    }
+
+    fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
+        let count = |group: &TagGroup| {
+            let mut seen = HashSet::new();
+            for state in group.tags.iter().filter_map(|tag| self.shard(tag).states.get(tag).cloned()) {
+                let members = state.members.lock().unwrap_or_else(PoisonError::into_inner);
+                let live =
+                    members.iter().take(COUNT_LIMIT).filter_map(Weak::upgrade).filter(|member| member.is_valid());
+                seen.extend(live.map(|member| Arc::as_ptr(&member) as usize));
+            }
+            seen.len() as u64
+        };
+        done(groups.iter().map(count).collect())
+    }
+
+    fn usage(&self) -> Usage {
+        Usage {
+            bytes: self.entries.weight(),
+            capacity: self.entries.capacity(),
+            entries: self.entries.len() as u64,
+            evictions: self.evictions.0.count.load(Ordering::Relaxed),
+            eviction_age: Duration::from_millis(self.evictions.0.age.load(Ordering::Relaxed)),
+            ..Usage::default()
+        }
     }
 
     fn clear(&self) -> StoreFuture<'_, ()> {

@@ -168,6 +168,27 @@ impl fmt::Display for Health {
     }
 }
 
+/// What a store takes, and what it had to give up, as far as this process knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// Bytes that entries take in this process.
+    pub bytes: u64,
+    /// How many they may take; 0 if there are none.
+    pub capacity: u64,
+    /// How many entries there are in this process.
+    pub entries: u64,
+    /// How many of them had to go for others, while they were valid.
+    pub evictions: u64,
+    /// How long those were there, of late. When that is shorter than a TTL, the store is too small.
+    pub eviction_age: Duration,
+    /// Tags that a shared store has not been told of yet.
+    pub journal_tags: u64,
+    /// Calls of a shared store that failed, by kind: `refused` (it said no), `silent` (no answer in time), `away` (it was not even
+    /// asked).
+    pub errors: Vec<(&'static str, u64)>,
+}
+
 /// What a look-up asks for.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
@@ -265,6 +286,31 @@ pub trait Store: Send + Sync + 'static {
     /// How it is, as far as this process knows.
     fn health(&self) -> Health {
         Health::Ok
+    }
+
+    /// How many live entries each group has, which [`invalidate`](Self::invalidate) would drop: an estimate will do. By default
+    /// nobody knows.
+    fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
+        let _ = groups;
+        Box::pin(std::future::ready(Ok(vec![])))
+    }
+
+    /// Leaves this for a minute, as what a member of a fleet has said last, takes away what `gone` have said, and gives what all
+    /// members have said; by default there are no others.
+    fn exchange<'a>(
+        &'a self,
+        fleet: &'a str,
+        member: &'a str,
+        said: Vec<u8>,
+        gone: &'a [String],
+    ) -> StoreFuture<'a, Vec<Vec<u8>>> {
+        let _ = (fleet, member, said, gone);
+        Box::pin(std::future::ready(Ok(vec![])))
+    }
+
+    /// What it takes; by default it does not say.
+    fn usage(&self) -> Usage {
+        Usage::default()
     }
 
     /// Delivers what has been acknowledged to writers and not yet to the store, for so long at most; how many tags are

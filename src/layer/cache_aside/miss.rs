@@ -9,6 +9,8 @@ use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
 use tower_service::Service;
 use tracing::Instrument;
 
+#[cfg(feature = "stats")]
+use crate::observe::{Handling, Outcome};
 use crate::{
     clock::Millis,
     engine::{Asker, Inside, Leader, Obtained, Source, Stale, Use},
@@ -139,6 +141,16 @@ impl Miss {
         let mut ask = Ask { miss: &mut self, headers: request.headers(), body: PhantomData::<fn() -> R> };
         let obtained = core.engine.obtain(key, &tags, &route.policy, &mut ask).await;
         match obtained {
+            #[cfg(feature = "stats")]
+            Obtained::Answer(response)
+                if is_hit(&response)
+                    && !self.asked.is_partial()
+                    && super::audit::audits(&core, &route, self.key.as_bytes(), request.headers()) =>
+            {
+                self.tags = tags;
+                core.engine.spawn(self.audit(inner, request).in_current_span());
+                Ok(response)
+            }
             Obtained::Answer(response) => Ok(response),
             Obtained::Absent => Ok(gateway_timeout(&route.teller)),
             Obtained::AnswerAndReload(response, leader) => {
@@ -250,6 +262,12 @@ impl Miss {
         let scope = Inside::of(leader.as_ref());
         (engine.spawn(scope.around(self.load(inner, request, leader, reply)).in_current_span()), replied)
     }
+}
+
+/// Whether it was found in the store, and is fresh.
+#[cfg(feature = "stats")]
+fn is_hit<T>(response: &Response<T>) -> bool {
+    response.extensions().get::<Outcome>().is_some_and(|outcome| outcome.outcome == Handling::Hit)
 }
 
 /// The response that was stored when the load began.

@@ -4,6 +4,8 @@
 //! engine, which tells whether to answer, to wait for another request's call, or to call the inner service. That call
 //! runs in a task of its own, so it goes on when its client hangs up.
 
+#[cfg(feature = "stats")]
+mod audit;
 mod load;
 mod miss;
 
@@ -188,9 +190,15 @@ where
         }
         let Held { response, is_due, variant, known } = self.held(route, &key, &asked, &parts.headers, whole.as_ref());
         let watcher = route.teller.watcher();
+        #[cfg(feature = "stats")]
+        let audits = response.is_some()
+            && !is_due
+            && audit::audits(&self.core, route, variant.as_deref().unwrap_or(&key), &parts.headers);
+        #[cfg(not(feature = "stats"))]
+        let audits = false;
         let (response, watch) = match response {
             // What the request's map held its extensions in has room for this one.
-            Some((response, outcome)) if !is_due => {
+            Some((response, outcome)) if !is_due && !audits => {
                 watcher.hit(timer, &outcome, || Some(name));
                 return ResponseFuture::ready(with_outcome(response, parts.extensions, outcome));
             }
@@ -218,6 +226,11 @@ where
         match (response, how) {
             (None, Some(how)) => self.answer_body(miss, key, (how, teller), watch, inner, request),
             (None, None) => ResponseFuture::boxed(Box::pin(watched(watch, miss(key).answer(inner, request)))),
+            #[cfg(feature = "stats")]
+            (Some(response), _) if audits => {
+                self.core.engine.spawn(miss(key).audit(inner, request).in_current_span());
+                ResponseFuture::ready(response)
+            }
             (Some(response), _) => {
                 self.core.engine.spawn(miss(key).refresh(inner, request).in_current_span());
                 ResponseFuture::ready(response)

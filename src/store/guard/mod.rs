@@ -12,7 +12,7 @@ use std::{
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{
-    Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup,
+    Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup, Usage,
 };
 use crate::{
     catalog::Tier,
@@ -61,6 +61,8 @@ struct Shared<S> {
     emptied: Notify,
     /// Whether any write was fenced: then late invalidations leave the fences of other writers standing, as others do.
     fenced: AtomicBool,
+    /// Calls that were refused, got no answer, were not made.
+    errors: [AtomicU64; 3],
 }
 
 /// While the journal holds anything.
@@ -90,6 +92,7 @@ impl<S: Store> Guard<S> {
             delivering: AtomicBool::new(false),
             emptied: Notify::new(),
             fenced: AtomicBool::new(false),
+            errors: Default::default(),
         };
         Self { shared: Arc::new(shared), budget: Duration::from_millis(50), invalidate_budget: Duration::from_secs(1) }
     }
@@ -122,9 +125,11 @@ impl<S: Store> Guard<S> {
         if shared.is_behind() {
             // The runtime in which that was begun may be gone.
             shared.deliver();
+            shared.errors[2].fetch_add(1, Ordering::Relaxed);
             return Err(StoreError::away("invalidations wait to be delivered first"));
         }
         let Some(permit) = shared.breaker.permit() else {
+            shared.errors[2].fetch_add(1, Ordering::Relaxed);
             return Err(StoreError::away("the circuit breaker is open"));
         };
         let result = match timeout(self.budget, call).await {
@@ -132,7 +137,14 @@ impl<S: Store> Guard<S> {
             Err(_) => Err(StoreError::unreachable(format!("no answer within {:?}", self.budget))),
         };
         match &result {
-            Err(error) if error.is_silence() => permit.failed(),
+            Err(error) if error.is_silence() => {
+                shared.errors[1].fetch_add(1, Ordering::Relaxed);
+                permit.failed();
+            }
+            Err(_) => {
+                shared.errors[0].fetch_add(1, Ordering::Relaxed);
+                permit.succeeded();
+            }
             // An answer, even one that says no, is a sign of life.
             _ => permit.succeeded(),
         }
@@ -347,6 +359,26 @@ impl<S: Store> Store for Guard<S> {
             (Health::Ok, true) => Health::Degraded("the circuit breaker is open: the store is too slow".into()),
             (health, _) => health,
         }
+    }
+
+    fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
+        Box::pin(self.call(self.shared.store.count(groups)))
+    }
+
+    fn exchange<'a>(
+        &'a self,
+        fleet: &'a str,
+        member: &'a str,
+        said: Vec<u8>,
+        gone: &'a [String],
+    ) -> StoreFuture<'a, Vec<Vec<u8>>> {
+        Box::pin(self.call(self.shared.store.exchange(fleet, member, said, gone)))
+    }
+
+    fn usage(&self) -> Usage {
+        let errors = ["refused", "silent", "away"].into_iter().zip(&self.shared.errors);
+        let errors = errors.map(|(kind, count)| (kind, count.load(Ordering::Relaxed))).collect();
+        Usage { journal_tags: self.shared.journal().len() as u64, errors, ..self.shared.store.usage() }
     }
 
     fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {

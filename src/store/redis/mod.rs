@@ -30,7 +30,7 @@ use tokio::runtime::Handle;
 
 use super::{
     Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreError, StoreFuture,
-    TagGroup, guard::Guard,
+    TagGroup, Usage, guard::Guard,
 };
 use crate::{
     catalog::Tier,
@@ -387,6 +387,28 @@ impl Store for RedisStore {
     fn health(&self) -> Health {
         self.start();
         self.0.remote.health()
+    }
+
+    fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
+        self.start();
+        self.0.remote.count(groups)
+    }
+
+    fn exchange<'a>(
+        &'a self,
+        fleet: &'a str,
+        member: &'a str,
+        said: Vec<u8>,
+        gone: &'a [String],
+    ) -> StoreFuture<'a, Vec<Vec<u8>>> {
+        self.start();
+        self.0.remote.exchange(fleet, member, said, gone)
+    }
+
+    fn usage(&self) -> Usage {
+        let held = self.0.held.as_ref().map(|held| held.memory.usage()).unwrap_or_default();
+        let Usage { journal_tags, errors, .. } = self.0.remote.usage();
+        Usage { journal_tags, errors, ..held }
     }
 
     fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {

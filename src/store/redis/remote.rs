@@ -9,6 +9,7 @@
 //! | `prefix:c:service{tenant}:…` | about which entries were filled under a tag (a HyperLogLog), for the report |
 //! | `prefix:f:service{tenant}:…` | who fences a tag, and until when (a sorted set) |
 //! | `prefix:l:service{tenant}:…` | that some process is loading an entry |
+//! | `prefix:s:service{*}` | what the processes of the fleet say of themselves (a hash) |
 //!
 //! The prefix is before the hash tag, so that one prefix covers the generations of all tenants. A generation and a mark
 //! are made for as long as a load may take; only what is stored under a generation prolongs it. So an id that turns out
@@ -44,6 +45,9 @@ const OPENED: Duration = Duration::from_secs(120);
 
 /// The ends of generations are multiples of at least this, since whoever tracks them hears of each change.
 const GRID: Duration = Duration::from_secs(60);
+
+/// How long is kept what the processes of a fleet have said of themselves.
+const SAID: Duration = Duration::from_secs(60);
 
 /// Keys looked through at once when everything is dropped.
 const SCANNED: usize = 1_000;
@@ -538,6 +542,49 @@ impl Store for Remote {
             let mut unlink = redis::cmd("UNLINK");
             unlink.arg(self.name("l:", key.as_bytes()));
             self.command::<Value>(&server, &unlink).await.map(drop)
+        })
+    }
+
+    fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
+        Box::pin(async move {
+            let mut counts = vec![0; groups.len()];
+            let mut tenants: BTreeMap<&[u8], Vec<(usize, &Tag)>> = BTreeMap::new();
+            for (i, tag) in groups.iter().enumerate().flat_map(|(i, g)| g.tags.iter().map(move |tag| (i, tag))) {
+                tenants.entry(tag.tenant()).or_default().push((i, tag));
+            }
+            for (tenant, tags) in tenants {
+                let server = self.link.reading(tenant).await?;
+                let mut pipeline = redis::pipe();
+                let counted = self.push_counts(&mut pipeline, groups.len(), &tags);
+                for (i, reply) in counted.into_iter().zip(self.pipeline(&server, &pipeline).await?) {
+                    if let Value::Int(count) = reply {
+                        counts[i] += u64::try_from(count).unwrap_or(0);
+                    }
+                }
+            }
+            Ok(counts)
+        })
+    }
+
+    fn exchange<'a>(
+        &'a self,
+        fleet: &'a str,
+        member: &'a str,
+        said: Vec<u8>,
+        gone: &'a [String],
+    ) -> StoreFuture<'a, Vec<Vec<u8>>> {
+        Box::pin(async move {
+            let server = self.link.writing(fleet.as_bytes()).await?;
+            let key = self.name("s:", fleet.as_bytes());
+            let mut pipeline = redis::pipe();
+            pipeline.hset(&key, member, said).ignore().expire(&key, SAID.as_secs() as i64).ignore();
+            if !gone.is_empty() {
+                pipeline.hdel(&key, gone).ignore();
+            }
+            pipeline.hvals(&key);
+            let mut connection = server.connection.clone();
+            let (all,): (Vec<Vec<u8>>,) = self.link.call(&server, pipeline.query_async(&mut connection)).await?;
+            Ok(all)
         })
     }
 

@@ -1,0 +1,191 @@
+//! What would become of a request, and why.
+
+use std::sync::Arc;
+
+use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, header, request};
+use serde_json::{Map, Value, json};
+
+use super::words;
+use crate::{
+    engine::Found,
+    key::{Key, Tag},
+    layer::Core,
+    observe::{Event, What, now},
+    route::{At, Known, Place, ReadRoute, TenantSource, variant_key},
+    store::{Payload, StoredResponse},
+};
+
+/// What is asked about.
+struct Asked {
+    parts: request::Parts,
+    tenant: Arc<str>,
+}
+
+/// What would become of a `GET` of a path for a tenant with these headers.
+pub(super) async fn explain(core: &Core, members: &[(String, String)], own: &HeaderMap) -> Result<Value, String> {
+    let Asked { parts, tenant } = asked(members, own)?;
+    let place = Place::new(&parts.uri, &parts.extensions, None);
+    let Some(read) = core.routes.read(&Method::GET, &place) else {
+        return Ok(bypass(None, "no route reads this path"));
+    };
+    let Some(route) = read.route else {
+        return Ok(bypass(Some(read.any), "it is read by another method than GET"));
+    };
+    if !core.options.enabled {
+        return Ok(bypass(Some(route), &words::of_bypass("disabled")));
+    }
+    if route.body.is_some() {
+        return Ok(bypass(Some(route), "its body says what it asks for: this asks about paths"));
+    }
+    let tenants = TenantSource::Single(tenant.clone());
+    let (at, known) = (At { params: &read.params, mount: read.mount }, Known { tenants: &tenants, ..core.known() });
+    let wanted = match route.wanted(&parts, &at, &known) {
+        Ok(wanted) => wanted,
+        Err(detail) => return Ok(bypass(Some(route), &words::of_bypass(detail))),
+    };
+    let tags = route.tags(core.space.tenant(tenant.as_bytes()).head(), &read.params);
+    let mut key = Key::new(wanted.key);
+    let away = |error: crate::store::StoreError| format!("the store cannot be asked: {error}");
+    let mut found = core.engine.look_at(&key, &tags, &route.policy).await.map_err(away)?;
+    if let Some(Payload::Vary(names)) = found.as_ref().map(|found| &found.entry.payload) {
+        key = Key::new(variant_key(key.as_bytes(), names, &parts.headers));
+        found = core.engine.look_at(&key, &tags, &route.policy).await.map_err(away)?;
+    }
+    let (verdict, because) = judge(core, route, found.as_ref(), &tags);
+    let listed = match &found {
+        Some(found) => found.now.iter().map(|(tag, now)| of_tag(found, tag, now.map(|g| g.0))).collect(),
+        None => {
+            tags.iter().map(|tag| json!({"tag": tag.label(), "stamped": null, "current": null, "ok": null})).collect()
+        }
+    };
+    Ok(json!({
+        "route": route.what(),
+        "data_type": route.data_type(),
+        "key": key.as_bytes().escape_ascii().to_string(),
+        "tags": Value::Array(listed),
+        "entry": found.as_ref().map(|found| of_entry(core, found)),
+        "verdict": verdict,
+        "because": because,
+    }))
+}
+
+fn asked(members: &[(String, String)], own: &HeaderMap) -> Result<Asked, String> {
+    let member = |name: &str| members.iter().find(|(own, _)| own == name).map(|(_, value)| &**value);
+    let path = member("path").filter(|path| path.starts_with('/')).ok_or("say a `path` that begins with `/`")?;
+    let uri: Uri = path.parse().map_err(|_| "`path` is no path".to_owned())?;
+    let tenant = member("tenant").unwrap_or_default();
+    let mut request = Request::new(());
+    *request.uri_mut() = uri;
+    let (mut parts, ()) = request.into_parts();
+    // That of whoever asks, unless another is said.
+    parts.headers.extend(own.get(header::HOST).map(|host| (header::HOST, host.clone())));
+    for (_, line) in members.iter().filter(|(name, _)| name == "header") {
+        let (name, value) =
+            line.split_once(':').ok_or_else(|| format!("`{line}` is no header: write `name: value`"))?;
+        let name = HeaderName::try_from(name.trim()).map_err(|_| format!("`{name}` is not a header name"))?;
+        let value = HeaderValue::try_from(value.trim()).map_err(|_| format!("`{value}` is not a header value"))?;
+        match name {
+            header::HOST => _ = parts.headers.insert(name, value),
+            name => _ = parts.headers.append(name, value),
+        }
+    }
+    parts.extensions = Extensions::new();
+    Ok(Asked { parts, tenant: tenant.into() })
+}
+
+fn bypass(route: Option<&ReadRoute>, because: &str) -> Value {
+    json!({
+        "route": route.map(ReadRoute::what), "data_type": route.map(ReadRoute::data_type), "key": null, "tags": [],
+        "entry": null, "verdict": "bypass", "because": because,
+    })
+}
+
+fn of_tag(found: &Found, tag: &Tag, current: Option<u128>) -> Value {
+    let stamped = found.entry.stamps.iter().find(|stamp| stamp.tag == *tag).map(|stamp| stamp.generation.0);
+    let short = |generation: Option<u128>| generation.map(|generation| format!("{generation:x}"));
+    let is_ok = stamped.is_some() && stamped == current;
+    json!({"tag": tag.label(), "stamped": short(stamped), "current": short(current), "ok": is_ok})
+}
+
+fn of_entry(core: &Core, found: &Found) -> Value {
+    let (entry, at) = (&found.entry, core.engine.now());
+    let Payload::Response(StoredResponse { status, headers, body, .. }) = &entry.payload else { return Value::Null };
+    let mut said = Map::new();
+    for (name, value) in headers.iter().filter(|(_, value)| !value.is_empty()) {
+        said.insert(name.as_str().to_owned(), json!(String::from_utf8_lossy(value.as_bytes())));
+    }
+    json!({
+        "age": entry.age(at).as_secs(), "ttl": entry.ttl(at), "size": body.len(), "status": status.as_u16(), "headers": said,
+    })
+}
+
+/// What would become of it, and why, in words.
+fn judge(core: &Core, route: &ReadRoute, found: Option<&Found>, tags: &[Tag]) -> (&'static str, String) {
+    let at = core.engine.now();
+    let Some(found) = found else {
+        return match dropped(core, tags, None) {
+            Some(by) => ("miss", format!("nothing is stored under its key: {by}")),
+            None => {
+                ("miss", "nothing is stored under its key: it was not asked for, not stored, or had to go".to_owned())
+            }
+        };
+    };
+    let entry = &found.entry;
+    let is_current = |tag: &Tag, now: &Option<crate::store::Generation>| {
+        entry.stamps.iter().any(|stamp| stamp.tag == *tag && Some(stamp.generation) == *now)
+    };
+    let lost: Vec<_> =
+        found.now.iter().filter(|(tag, now)| !is_current(tag, now)).map(|(tag, _)| tag.clone()).collect();
+    if !lost.is_empty() {
+        let since = entry.created;
+        let labels: Vec<_> = lost.iter().map(|tag| format!("`{}`", tag.label())).collect();
+        let by = dropped(core, &lost, Some(since)).unwrap_or_else(|| {
+            format!("{} was dropped by another process, or is lost (evicted, restarted)", labels.join(", "))
+        });
+        return ("miss", by);
+    }
+    let Payload::Response(stored) = &entry.payload else {
+        return ("miss", "what is stored under its key is no response".to_owned());
+    };
+    match entry.ttl(at) {
+        _ if entry.is_fresh(at) => {
+            let for_long = entry.ttl(at).map_or("for ever".to_owned(), |ttl| format!("for {ttl} s more"));
+            ("hit", format!("a response with status {} is stored, valid, and fresh {for_long}", status(stored.status)))
+        }
+        Some(ttl) if at < entry.refresh_until => {
+            ("hit", format!("it expired {} s ago, and is served while one request refreshes it", -ttl))
+        }
+        ttl => {
+            let ago = ttl.map_or(0, |ttl| -ttl);
+            let kept = if entry.on_error_until > at && route.policy.stale_if_error.is_some() {
+                "; it is kept for when the origin fails"
+            } else {
+                ""
+            };
+            ("miss", format!("it expired {ago} s ago{kept}"))
+        }
+    }
+}
+
+fn status(status: StatusCode) -> u16 {
+    status.as_u16()
+}
+
+/// Which write has dropped one of these tags, as far as this process remembers.
+fn dropped(core: &Core, tags: &[Tag], since: Option<u64>) -> Option<String> {
+    let labels: Vec<_> = tags.iter().map(Tag::label).collect();
+    let is_it = |event: &Event| match &event.what {
+        What::Invalidation { tags, .. } => {
+            // Clocks of engine and wall may differ by a bit.
+            since.is_none_or(|since| event.at + 1_000 >= since) && tags.iter().any(|tag| labels.contains(tag))
+        }
+        _ => false,
+    };
+    let event = core.observer.recent.newest(Some("invalidation"), 1, is_it).pop()?;
+    let What::Invalidation { what, tags, .. } = &event.what else { return None };
+    let tag = tags.iter().find(|tag| labels.contains(tag))?;
+    let ago = now().saturating_sub(event.at) / 1_000;
+    let named = tag.split_once(':').map_or(&**tag, |(_, named)| named);
+    let named = if named == "*" { tag } else { named };
+    Some(format!("a `{what}` dropped `{named}` {ago} s ago"))
+}

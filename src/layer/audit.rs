@@ -1,0 +1,207 @@
+//! Whether what is served is what the inner service would say now.
+//!
+//! Of a share of hits, the entry is loaded anew behind its reader, by the way of any refresh, and compared with what it replaces.
+//! What differs is suspect: the next hit of the key is loaded anew, too, and must say the same as the first load, and a moment
+//! later the old entry must still be valid (no write has dropped it, and no news of one was on its way). A route whose loads
+//! keep differing from each other cannot be compared, which is said once. So what is found is healed already, and nobody has
+//! waited for it.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use serde_json::Value;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::{
+    key::Key,
+    observe::now,
+    store::{Entry, Payload},
+};
+
+/// So many compare at a time.
+const AT_ONCE: usize = 2;
+
+/// So many keys are suspect at a time.
+const SUSPECTS: usize = 64;
+
+/// So many fields are named.
+const FIELDS: usize = 20;
+
+/// So deep they are looked for.
+const DEPTH: usize = 32;
+
+/// News of a write takes no longer.
+pub(super) const GRACE: Duration = Duration::from_secs(1);
+
+/// How long nothing is compared after the inner service was slow.
+const PAUSE: u64 = 10_000;
+
+/// What was served, and what the inner service says.
+#[derive(Clone)]
+pub(super) struct Suspect {
+    pub(super) old: Arc<Entry>,
+    pub(super) new: Arc<Entry>,
+    /// How often two loads in a row differed, with no write in between.
+    pub(super) strikes: u8,
+}
+
+#[derive(Default)]
+struct Known {
+    suspects: HashMap<Key, Suspect>,
+    /// Routes that say something else each time.
+    unreproducible: HashSet<String>,
+}
+
+pub(crate) struct Auditor {
+    /// The share of hits that are looked at, where their type says nothing else.
+    share: f64,
+    known: Mutex<Known>,
+    suspects: AtomicUsize,
+    paused: AtomicU64,
+    permits: Semaphore,
+}
+
+impl Auditor {
+    pub(crate) fn new(share: f64) -> Self {
+        Self {
+            share,
+            known: Mutex::default(),
+            suspects: AtomicUsize::new(0),
+            paused: AtomicU64::new(0),
+            permits: Semaphore::new(AT_ONCE),
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a hit is to be compared: by chance, or because its key is suspect.
+    pub(super) fn picks(&self, share: Option<f64>, key: &[u8], route: impl FnOnce() -> String) -> bool {
+        let share = share.unwrap_or(self.share);
+        let is_suspect =
+            || self.suspects.load(Relaxed) > 0 && self.known().suspects.keys().any(|suspect| suspect.as_bytes() == key);
+        if share <= 0.0 || !(rand::random::<f64>() < share || is_suspect()) || self.paused.load(Relaxed) > now() {
+            return false;
+        }
+        !self.known().unreproducible.contains(&route())
+    }
+
+    /// Leave to call the inner service, if not too many have it.
+    pub(super) fn permit(&self) -> Option<SemaphorePermit<'_>> {
+        self.permits.try_acquire().ok()
+    }
+
+    /// The inner service took so long, and has taken so long before. Where it is slow, real requests come first.
+    pub(super) fn took(&self, took: Duration, before: u32) {
+        if took > Duration::from_millis(100) && took.as_millis() > 3 * u128::from(before.max(10)) {
+            self.paused.store(now() + PAUSE, Relaxed);
+        }
+    }
+
+    pub(super) fn suspect(&self, key: &Key, suspect: Suspect) {
+        let mut known = self.known();
+        if known.suspects.len() < SUSPECTS {
+            known.suspects.insert(key.clone(), suspect);
+        }
+        self.suspects.store(known.suspects.len(), Relaxed);
+    }
+
+    pub(super) fn take_suspect(&self, key: &Key) -> Option<Suspect> {
+        let mut known = self.known();
+        let suspect = known.suspects.remove(key);
+        self.suspects.store(known.suspects.len(), Relaxed);
+        suspect
+    }
+
+    /// Whether that is new.
+    pub(super) fn is_unreproducible(&self, route: String) -> bool {
+        self.known().unreproducible.insert(route)
+    }
+}
+
+/// Whether two entries say the same.
+pub(super) fn is_same(one: &Entry, other: &Entry) -> bool {
+    match (&one.payload, &other.payload) {
+        (Payload::Response(one), Payload::Response(other)) => one.status == other.status && one.body == other.body,
+        _ => false,
+    }
+}
+
+/// Where two entries differ: JSON pointers (RFC 6901), or what differs as a whole. Without values, which may be anybody's.
+pub(super) fn differences(one: &Entry, other: &Entry) -> Vec<String> {
+    let (Payload::Response(one), Payload::Response(other)) = (&one.payload, &other.payload) else { return vec![] };
+    let mut fields = vec![];
+    if one.status != other.status {
+        fields.push("status".to_owned());
+    }
+    match (serde_json::from_slice(&one.body), serde_json::from_slice(&other.body)) {
+        (Ok(one), Ok(other)) => compare(&one, &other, &mut String::new(), 0, &mut fields),
+        _ if one.body != other.body => fields.push("body".to_owned()),
+        _ => {}
+    }
+    fields
+}
+
+fn compare(one: &Value, other: &Value, at: &mut String, depth: usize, fields: &mut Vec<String>) {
+    if one == other || fields.len() >= FIELDS {
+        return;
+    }
+    let length = at.len();
+    let mut member = |name: &str, one: Option<&Value>, other: Option<&Value>, at: &mut String| {
+        at.push('/');
+        at.push_str(&name.replace('~', "~0").replace('/', "~1"));
+        match (one, other) {
+            (Some(one), Some(other)) => compare(one, other, at, depth + 1, fields),
+            _ if fields.len() < FIELDS => fields.push(at.clone()),
+            _ => {}
+        }
+        at.truncate(length);
+    };
+    match (one, other) {
+        (Value::Object(one), Value::Object(other)) if depth < DEPTH => {
+            let added = other.keys().filter(|name| !one.contains_key(*name));
+            for name in one.keys().chain(added) {
+                member(name, one.get(name), other.get(name), at);
+            }
+        }
+        (Value::Array(one), Value::Array(other)) if depth < DEPTH => {
+            for i in 0..one.len().max(other.len()) {
+                member(&i.to_string(), one.get(i), other.get(i), at);
+            }
+        }
+        _ => fields.push(if at.is_empty() { "body".to_owned() } else { at.clone() }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn fields_are_named_and_not_shown() {
+        for (one, other, expected) in [
+            (json!({"a": 1, "b": [1, 2]}), json!({"a": 1, "b": [1, 3]}), &["/b/1"][..]),
+            (json!({"a": 1}), json!({"b": 1}), &["/a", "/b"]),
+            (json!([{"a/b": 1, "~": 1}]), json!([{"a/b": 2, "~": 2}, 1]), &["/0/a~1b", "/0/~0", "/1"]),
+            (json!(1), json!(2), &["body"]),
+            (json!(1), json!(1), &[]),
+        ] {
+            let mut fields = vec![];
+            compare(&one, &other, &mut String::new(), 0, &mut fields);
+            assert_eq!(fields, expected, "{one} {other}");
+        }
+        let (one, other): (Vec<_>, Vec<_>) = (0..100).map(|i| (i, i + 1)).unzip();
+        let mut fields = vec![];
+        compare(&json!(one), &json!(other), &mut String::new(), 0, &mut fields);
+        assert_eq!(fields.len(), FIELDS);
+    }
+}

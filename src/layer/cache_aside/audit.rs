@@ -1,0 +1,178 @@
+//! A hit that is compared with what the inner service says.
+
+use std::{sync::Arc, time::Instant};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body::Body;
+use tokio::{sync::oneshot, time::sleep};
+use tower_service::Service;
+
+use super::miss::{Miss, stored};
+use crate::{
+    engine::Inside,
+    http::cache_status::Reason,
+    layer::{
+        audit::{GRACE, Suspect, differences, is_same},
+        core::Core,
+    },
+    observe::{Event, What, name_of, shortened},
+    route::ReadRoute,
+    store::Entry,
+};
+
+/// A route whose loads differ so often from each other, with no write in between, says something else each time.
+const STRIKES: u8 = 3;
+
+/// So many writes are named.
+const SUSPECTS: usize = 10;
+
+/// Whether a hit is to be compared. One with credentials is nobody else's business.
+pub(super) fn audits(core: &Core, route: &ReadRoute, key: &[u8], headers: &HeaderMap) -> bool {
+    let Some(auditor) = &core.auditor else { return false };
+    route.body.is_none()
+        && auditor.picks(route.policy.audit, key, || route.what())
+        && !headers.keys().any(|name| core.identity.is_credential(name))
+}
+
+/// How a comparison ended.
+enum Compared {
+    /// They are the same, or nobody can tell.
+    Same,
+    /// They are not, and it is to be seen whether that means anything.
+    Suspect(Suspect),
+    Stale(Suspect),
+    Unreproducible,
+}
+
+impl Miss {
+    /// Loads what was served anew, and compares.
+    pub(super) async fn audit<S, B, R>(mut self, inner: S, request: Request<B>)
+    where
+        S: Service<Request<B>, Response = Response<R>>,
+        R: Body<Data = Bytes>,
+    {
+        let (core, route, key) = (self.core.clone(), self.route.clone(), self.key.clone());
+        let Some((auditor, permit)) = core.auditor.as_ref().and_then(|auditor| Some((auditor, auditor.permit()?)))
+        else {
+            return;
+        };
+        let suspect = auditor.take_suspect(&key);
+        (self.reason, self.whole) = (Reason::Stale, None);
+        let (tags, tenant) = (self.tags.clone(), self.tenant.clone());
+        let path = request.uri().path().to_owned();
+        let Some(leader) = core.engine.lead_refresh(&key, &tags, &route.policy).await else { return };
+        let held = stored(&leader).filter(|stale| !stale.invalidated).map(|stale| stale.entry.clone());
+        // What has just been dropped is nobody's fault, and what shall not be stored cannot be compared.
+        let Some(old) = held.filter(|_| !leader.unshared) else { return };
+        let began = Instant::now();
+        let (nobody, _) = oneshot::channel();
+        let scope = Inside::of(Some(&leader));
+        scope.around(self.load(inner, request, Some(leader), nobody)).await;
+        auditor.took(began.elapsed(), old.load);
+        drop(permit);
+        let Ok(Some(found)) = core.engine.look_at(&key, &tags, &route.policy).await else { return };
+        if !core.engine.is_current(&key, &found.entry, &route.policy).await {
+            return;
+        }
+        let was_written = |since: u64| writes(&core, &tenant.name, since).next().is_some();
+        let result = match compared(suspect, old, found.entry, was_written) {
+            Compared::Same => "ok",
+            Compared::Suspect(suspect) => return auditor.suspect(&key, suspect),
+            Compared::Unreproducible => {
+                if auditor.is_unreproducible(route.what()) {
+                    unreproducible(&core, &route, &path, &tenant.name);
+                }
+                "not_reproducible"
+            }
+            Compared::Stale(suspect) => {
+                sleep(GRACE).await;
+                // News of a write may have been on its way.
+                if !core.engine.is_current(&key, &suspect.old, &route.policy).await {
+                    return;
+                }
+                stale(&core, &route, (&path, &tenant.name), &suspect);
+                "stale"
+            }
+        };
+        core.observer.audited(route.data_type(), result);
+    }
+}
+
+/// What two loads, one after the other, say of what was served.
+fn compared(suspect: Option<Suspect>, old: Arc<Entry>, new: Arc<Entry>, was_written: impl Fn(u64) -> bool) -> Compared {
+    let Some(Suspect { old: first, new: second, strikes }) = suspect else {
+        return if is_same(&old, &new) { Compared::Same } else { Compared::Suspect(Suspect { old, new, strikes: 0 }) };
+    };
+    // Somebody has loaded it meanwhile, and got something else.
+    if !is_same(&second, &old) {
+        return Compared::Same;
+    }
+    let strikes = if was_written(second.created) { strikes } else { strikes + 1 };
+    match is_same(&old, &new) {
+        true => Compared::Stale(Suspect { old: first, new, strikes }),
+        false if strikes >= STRIKES => Compared::Unreproducible,
+        false => Compared::Suspect(Suspect { old: first, new, strikes }),
+    }
+}
+
+/// The writes of a tenant since then, the last one first: what they were, and which tags they dropped.
+fn writes(core: &Core, tenant: &[u8], since: u64) -> impl Iterator<Item = (String, Vec<String>)> {
+    let tenant = Some(name_of(tenant));
+    let is_it = |event: &Event| match &event.what {
+        What::Invalidation { tenant: own, .. } => event.at + 10 >= since && *own == tenant,
+        _ => false,
+    };
+    core.observer.recent.newest(Some("invalidation"), 100, is_it).into_iter().filter_map(|event| match event.what {
+        What::Invalidation { what, tags, .. } => Some((what, tags)),
+        _ => None,
+    })
+}
+
+fn unreproducible(core: &Core, route: &ReadRoute, path: &str, tenant: &[u8]) {
+    tracing::warn!(
+        route = route.what(),
+        "not audited any more: it answers something else each time (the time of day? a random number?)"
+    );
+    core.observer.note(What::Audit {
+        result: "not_reproducible",
+        route: route.what(),
+        path: shortened(path),
+        tenant: Some(name_of(tenant)),
+        data_type: route.data_type().to_owned(),
+        age_ms: 0,
+        fields: vec![],
+        tags: vec![],
+        suspects: vec![],
+    });
+}
+
+/// A stale response was served; it is healed. The writes since its fill that dropped none of its tags are suspect.
+fn stale(core: &Core, route: &ReadRoute, (path, tenant): (&str, &[u8]), suspect: &Suspect) {
+    let tags: Vec<_> = suspect.old.stamps.iter().map(|stamp| stamp.tag.label()).collect();
+    let mut suspects: Vec<String> = vec![];
+    for (what, dropped) in writes(core, tenant, suspect.old.created) {
+        if !dropped.iter().any(|tag| tags.contains(tag)) && !suspects.contains(&what) && suspects.len() < SUSPECTS {
+            suspects.push(what);
+        }
+    }
+    let fields = differences(&suspect.old, &suspect.new);
+    tracing::error!(
+        route = route.what(),
+        ?fields,
+        ?suspects,
+        "audit: a stale response was served (it is healed): a write that changes it is not declared to drop it"
+    );
+    core.observer.stale(route.data_type(), &route.what());
+    core.observer.note(What::Audit {
+        result: "stale",
+        route: route.what(),
+        path: shortened(path),
+        tenant: Some(name_of(tenant)),
+        data_type: route.data_type().to_owned(),
+        age_ms: suspect.new.created.saturating_sub(suspect.old.created),
+        fields,
+        tags,
+        suspects,
+    });
+}

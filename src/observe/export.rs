@@ -1,0 +1,161 @@
+//! What was counted, handed to the recorder of the `metrics` facade.
+
+use std::collections::BTreeMap;
+
+use metrics::{Label, counter, gauge, histogram};
+
+use super::{
+    counts::{BYTES, NANOS},
+    observer::{Observer, locked},
+    snapshot::{HANDLINGS, OfHistogram, OfType, Snapshot},
+};
+
+/// The bounds of the buckets of durations, in seconds: what an exporter's should be.
+pub const DURATION_BUCKETS: [f64; 14] =
+    [0.000_01, 0.000_1, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 10.0];
+
+/// The bounds of the buckets of sizes, in bytes: what an exporter's should be.
+pub const SIZE_BUCKETS: [f64; 8] = [256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 102_400.0, 262_144.0, 1_048_576.0];
+
+/// What a recorder has been told.
+#[derive(Debug, Default)]
+pub(super) struct Told {
+    counters: BTreeMap<(&'static str, Vec<String>), u64>,
+    histograms: BTreeMap<(&'static str, Vec<String>), OfHistogram>,
+}
+
+/// A name, and labels with their values.
+type Labels<'a> = &'a [(&'static str, &'a str)];
+
+fn labels(labels: Labels<'_>) -> Vec<Label> {
+    labels.iter().map(|(name, value)| Label::new(*name, (*value).to_owned())).collect()
+}
+
+fn key(labels: Labels<'_>) -> Vec<String> {
+    labels.iter().map(|(_, value)| (*value).to_owned()).collect()
+}
+
+impl Told {
+    /// A counter exists from when it counts.
+    fn count(&mut self, name: &'static str, of: Labels<'_>, now: u64) {
+        if now == 0 {
+            return;
+        }
+        let told = self.counters.entry((name, key(of))).or_default();
+        let more = now.saturating_sub(*told);
+        *told = now;
+        counter!(name, labels(of)).increment(more);
+    }
+
+    fn histogram(&mut self, name: &'static str, of: Labels<'_>, now: &OfHistogram, bounds: &[u64], unit: f64) {
+        if now.count() == 0 {
+            return;
+        }
+        let told = self.histograms.entry((name, key(of))).or_default();
+        told.counts.resize(now.counts.len(), 0);
+        let more: Vec<_> = now.counts.iter().zip(&told.counts).map(|(now, told)| now.saturating_sub(*told)).collect();
+        let sum = now.sum.saturating_sub(told.sum) as f64;
+        *told = now.clone();
+        // The middle of each bucket, moved so that the sum is right, as far as each stays where it is.
+        let bucket = |at: usize| {
+            let lower = if at == 0 { 0 } else { bounds[at - 1] };
+            (lower as f64, bounds.get(at).copied().unwrap_or(now.max.max(lower + 1)) as f64)
+        };
+        let middle = |at: usize| (bucket(at).0 + bucket(at).1) / 2.0;
+        let guessed: f64 = more.iter().enumerate().map(|(at, count)| middle(at) * *count as f64).sum();
+        let histogram = histogram!(name, labels(of));
+        for (at, count) in more.iter().enumerate().filter(|(_, count)| **count > 0) {
+            let (lower, upper) = bucket(at);
+            let value = (middle(at) * sum / guessed).clamp(lower + (upper - lower) / 1_000.0, upper);
+            histogram.record_many(value * unit, usize::try_from(*count).unwrap_or(usize::MAX));
+        }
+    }
+}
+
+const NANO: f64 = 1e-9;
+
+impl Observer {
+    /// Tells a recorder what has been counted since the last time.
+    pub(crate) fn export(&self, snapshot: &Snapshot) {
+        let (service, told) = (self.service(), &mut *locked(&self.told));
+        for (data_type, of_type) in &snapshot.types {
+            export_type(told, service, data_type, of_type);
+        }
+        self.export_tenants(told, snapshot);
+        for (source, durations) in &snapshot.invalidations {
+            let of = [("service", service), ("source", source)];
+            told.histogram("cache_aside_invalidation_duration_seconds", &of, durations, &NANOS, NANO);
+        }
+        for (data_type, of_type) in &snapshot.invalidated {
+            for (source, count) in of_type {
+                let of = [("service", service), ("data_type", data_type), ("source", source)];
+                told.count("cache_aside_invalidated_entries_total", &of, *count);
+            }
+        }
+        for (data_type, of_type) in &snapshot.audits {
+            for (result, count) in of_type {
+                let of = [("service", service), ("data_type", data_type), ("result", result)];
+                told.count("cache_aside_audits_total", &of, *count);
+            }
+        }
+        let of = [("service", service)];
+        told.count("cache_aside_unmapped_writes_total", &of, snapshot.unmapped);
+        for (kind, count) in &snapshot.store_errors {
+            told.count("cache_aside_store_errors_total", &[("service", service), ("kind", kind)], *count);
+        }
+        told.count("cache_aside_evictions_total", &[("service", service), ("cause", "capacity")], snapshot.evictions);
+        for (name, value) in [
+            ("cache_aside_store_up", f64::from(u8::from(snapshot.health.0 != "down"))),
+            ("cache_aside_journal_tags", snapshot.journal as f64),
+            ("cache_aside_eviction_age_seconds", snapshot.eviction_age_ms as f64 / 1_000.0),
+            ("cache_aside_store_bytes", snapshot.store_bytes as f64),
+            ("cache_aside_store_capacity_bytes", snapshot.store_capacity as f64),
+        ] {
+            gauge!(name, labels(&of)).set(value);
+        }
+    }
+
+    /// The first of them have a label, the others share one.
+    fn export_tenants(&self, told: &mut Told, snapshot: &Snapshot) {
+        if self.labels == 0 {
+            return;
+        }
+        let mut of_labels: BTreeMap<&str, OfType> = BTreeMap::new();
+        for (name, of_tenant) in &snapshot.tenants {
+            let label = if of_tenant.rank < self.labels as u64 { name } else { "other" };
+            of_labels.entry(label).or_default().add(of_tenant);
+        }
+        for (tenant, of_tenant) in of_labels {
+            for handling in HANDLINGS {
+                let of = [("service", self.service()), ("tenant", tenant), ("outcome", handling.as_str())];
+                told.count("cache_aside_tenant_requests_total", &of, of_tenant.of(handling));
+            }
+        }
+    }
+}
+
+fn export_type(told: &mut Told, service: &str, data_type: &str, of_type: &OfType) {
+    for handling in HANDLINGS {
+        let outcome = handling.as_str();
+        let durations = &of_type.handled[handling as usize];
+        let of = [("service", service), ("data_type", data_type), ("outcome", outcome)];
+        told.histogram("cache_aside_request_duration_seconds", &of, durations, &NANOS, NANO);
+        let reasons = of_type.reasons.get(outcome);
+        let mut rest = durations.count();
+        for (reason, count) in reasons.into_iter().flatten() {
+            rest = rest.saturating_sub(*count);
+            let of = [("service", service), ("data_type", data_type), ("outcome", outcome), ("reason", reason)];
+            told.count("cache_aside_requests_total", &of, *count);
+        }
+        let reason = if outcome == "stale" { "stale" } else { "fresh" };
+        let of = [("service", service), ("data_type", data_type), ("outcome", outcome), ("reason", reason)];
+        told.count("cache_aside_requests_total", &of, rest);
+    }
+    for (result, loads) in ["ok", "error"].iter().zip(&of_type.loads) {
+        let of = [("service", service), ("data_type", data_type), ("result", result)];
+        told.histogram("cache_aside_load_duration_seconds", &of, loads, &NANOS, NANO);
+    }
+    let of = [("service", service), ("data_type", data_type)];
+    told.histogram("cache_aside_entry_bytes", &of, &of_type.bytes, &BYTES, 1.0);
+    told.count("cache_aside_origin_seconds_saved_total", &of, of_type.saved_ms / 1_000);
+}

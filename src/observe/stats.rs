@@ -1,0 +1,216 @@
+//! What was counted, as people and dashboards read it.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{
+    counts::{BYTES, NANOS},
+    outcome::Handling,
+    snapshot::{Alert, OfHistogram, OfType, STEP_SECONDS, Snapshot},
+};
+
+/// Of more tenants than this, the busiest are shown.
+const SHOWN: usize = 20;
+
+/// What a cache has done since it was built: a snapshot, made by [`Cache::stats`](crate::Cache::stats). As JSON it is what the
+/// admin's API answers.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Stats {
+    /// The service's name.
+    pub service: String,
+    /// The process that has counted, or `all`.
+    pub process: String,
+    /// When it began, in milliseconds since 1970.
+    pub since: u64,
+    /// How the store is.
+    pub store: StoreStats,
+    /// Of all data types together.
+    pub totals: TypeStats,
+    /// By data type, as far as there is anything to say.
+    pub types: BTreeMap<String, TypeStats>,
+    /// By tenant: the busiest.
+    pub tenants: BTreeMap<String, TypeStats>,
+    /// What somebody should look at.
+    pub alerts: Vec<Alert>,
+    /// Successful writes that nothing was said of.
+    pub unmapped_writes: u64,
+    /// How audits ended.
+    pub audits: BTreeMap<String, u64>,
+}
+
+/// How a store is.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct StoreStats {
+    /// `ok` or `degraded`.
+    pub state: &'static str,
+    /// Why, and the mend.
+    pub detail: Option<String>,
+    /// Tags that the store has not been told of.
+    pub journal_tags: u64,
+    /// What entries in this process take, and may take.
+    pub bytes: u64,
+    /// See `bytes`; 0 if there is none.
+    pub capacity: u64,
+    /// How many there are.
+    pub entries: u64,
+    /// How many had to go for others.
+    pub evictions: u64,
+    /// How old the last of those were, in milliseconds.
+    pub eviction_age_ms: u64,
+}
+
+/// The counts of a data type or a tenant.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct TypeStats {
+    /// All requests.
+    pub requests: u64,
+    /// By [`Handling`].
+    pub hits: u64,
+    /// By [`Handling`].
+    pub stale: u64,
+    /// By [`Handling`].
+    pub misses: u64,
+    /// By [`Handling`].
+    pub coalesced: u64,
+    /// Why the cache kept out, and how often.
+    pub bypasses: BTreeMap<String, u64>,
+    /// Why something was a miss, and how often.
+    pub miss_reasons: BTreeMap<String, u64>,
+    /// The share of requests that the inner service was spared, of those that did not bypass the cache.
+    pub hit_ratio: Option<f64>,
+    /// How long the inner service was spared, as it took for what was served.
+    pub origin_ms_saved: u64,
+    /// How long it took.
+    pub load_ms: Quantiles,
+    /// How large bodies are that were stored.
+    pub bytes: Sizes,
+    /// Writes that dropped this.
+    pub invalidations: u64,
+    /// Entries that they dropped.
+    pub invalidated: u64,
+    /// Reloads that differ from what expired, though no write dropped it.
+    pub drift: u64,
+    /// The last five minutes.
+    pub series: Series,
+}
+
+/// Durations in milliseconds, as far as their buckets tell.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Quantiles {
+    /// The median.
+    pub p50: Option<f64>,
+    /// One in twenty is longer.
+    pub p95: Option<f64>,
+}
+
+/// Sizes in bytes, as far as their buckets tell.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Sizes {
+    /// The median.
+    pub p50: Option<u64>,
+    /// The largest.
+    pub max: u64,
+}
+
+/// Counts of the last steps, the oldest first.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Series {
+    /// How long a step is.
+    pub step_s: u64,
+    /// Requests, without those that bypass the cache.
+    pub requests: Vec<u64>,
+    /// Those that the inner service was spared.
+    pub hits: Vec<u64>,
+}
+
+impl Stats {
+    /// Of one process, or of all together.
+    pub(crate) fn of(service: &str, process: &str, snapshots: &[Snapshot]) -> Self {
+        let (mut types, mut tenants) = (BTreeMap::<_, OfType>::new(), BTreeMap::<_, OfType>::new());
+        let (mut alerts, mut store, mut audits) =
+            (vec![], StoreStats { state: "ok", ..StoreStats::default() }, BTreeMap::new());
+        let mut unmapped_writes = 0;
+        for snapshot in snapshots {
+            snapshot.types.iter().for_each(|(name, one)| types.entry(name.clone()).or_default().add(one));
+            snapshot.tenants.iter().for_each(|(name, one)| tenants.entry(name.clone()).or_default().add(one));
+            for alert in &snapshot.alerts {
+                if !alerts
+                    .iter()
+                    .any(|known: &Alert| (&known.kind, &known.data_type) == (&alert.kind, &alert.data_type))
+                {
+                    alerts.push(alert.clone());
+                }
+            }
+            for (result, count) in snapshot.audits.values().flatten() {
+                *audits.entry(result.clone()).or_default() += count;
+            }
+            unmapped_writes += snapshot.unmapped;
+            store.add(snapshot);
+        }
+        let mut totals = OfType::default();
+        types.values().for_each(|of_type| totals.add(of_type));
+        let mut busiest: Vec<_> = tenants.into_iter().collect();
+        busiest.sort_by_key(|(_, of_tenant)| std::cmp::Reverse(of_tenant.requests()));
+        busiest.truncate(SHOWN);
+        Self {
+            service: service.to_owned(),
+            process: process.to_owned(),
+            since: snapshots.iter().map(|snapshot| snapshot.since).min().unwrap_or_default(),
+            store,
+            totals: TypeStats::of(&totals),
+            types: types.iter().map(|(name, of_type)| (name.clone(), TypeStats::of(of_type))).collect(),
+            tenants: busiest.iter().map(|(name, of_tenant)| (name.clone(), TypeStats::of(of_tenant))).collect(),
+            alerts,
+            unmapped_writes,
+            audits,
+        }
+    }
+}
+
+impl StoreStats {
+    fn add(&mut self, snapshot: &Snapshot) {
+        if snapshot.health.0 != "ok" {
+            (self.state, self.detail) = ("degraded", snapshot.health.1.clone());
+        }
+        self.journal_tags += snapshot.journal;
+        self.bytes += snapshot.store_bytes;
+        self.capacity += snapshot.store_capacity;
+        self.entries += snapshot.store_entries;
+        self.evictions += snapshot.evictions;
+        self.eviction_age_ms = self.eviction_age_ms.max(snapshot.eviction_age_ms);
+    }
+}
+
+impl TypeStats {
+    fn of(of_type: &OfType) -> Self {
+        let reasons = |handling: Handling| of_type.reasons.get(handling.as_str()).cloned().unwrap_or_default();
+        let mut loads = OfHistogram::default();
+        of_type.loads.iter().for_each(|one| loads.add(one));
+        let ms = |share| loads.quantile(share, &NANOS).map(|nanos| nanos as f64 / 1_000_000.0);
+        let [requests, hits] = of_type.series.clone();
+        Self {
+            requests: of_type.requests(),
+            hits: of_type.of(Handling::Hit),
+            stale: of_type.of(Handling::Stale),
+            misses: of_type.of(Handling::Miss),
+            coalesced: of_type.of(Handling::Coalesced),
+            bypasses: reasons(Handling::Bypass),
+            miss_reasons: reasons(Handling::Miss),
+            hit_ratio: of_type.ratio(),
+            origin_ms_saved: of_type.saved_ms,
+            load_ms: Quantiles { p50: ms(0.5), p95: ms(0.95) },
+            bytes: Sizes { p50: of_type.bytes.quantile(0.5, &BYTES), max: of_type.bytes.max },
+            invalidations: of_type.invalidations,
+            invalidated: of_type.invalidated,
+            drift: 0,
+            series: Series { step_s: STEP_SECONDS, requests, hits },
+        }
+    }
+}
