@@ -138,6 +138,9 @@ pub mod docs {
     #[doc = include_str!("../docs/mapping.md")]
     pub mod mapping {}
 
+    #[doc = include_str!("../docs/operations.md")]
+    pub mod operations {}
+
     #[doc = include_str!("../docs/redis.md")]
     pub mod redis {}
 

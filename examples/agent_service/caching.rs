@@ -1,8 +1,13 @@
 //! Everything about caching, in one place: the catalogue and route table (`agents.toml`, or `--config`), the store, and the
 //! two layers around the application. No handler knows of it.
 
+use std::time::Duration;
+
 use axum::{Router, middleware, response::Response};
-use tower_cache_aside::{Cache, CacheTags, Coalesce as Reach, Config, Tier, store::RedisStore};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tower_cache_aside::{
+    Admin, Cache, CacheTags, Coalesce as Reach, Config, DURATION_BUCKETS, SIZE_BUCKETS, Tier, store::RedisStore,
+};
 
 use crate::{
     cli::{Args, Coalesce},
@@ -17,9 +22,8 @@ const MEMORY: u64 = 64 << 20;
 
 /// The cache; an error is a mistake in the configuration.
 pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
-    let not_built = [("--admin-token", args.admin_token.is_some()), ("--warm on", args.warm)];
-    if let Some((flag, _)) = not_built.iter().find(|(_, used)| *used) {
-        return Err(format!("{flag}: not built yet"));
+    if args.warm {
+        return Err("--warm on: not built yet".to_owned());
     }
     let (name, text) = match &args.config {
         None => ("the built-in catalogue".to_owned(), AGENTS.to_owned()),
@@ -41,7 +45,10 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
         config.memory = None;
     }
     let builder = Cache::builder("agent_service").config(config).report_header(true);
-    let mut builder = builder.on_unreachable(args.on_unreachable);
+    let mut builder = builder.on_unreachable(args.on_unreachable).metrics_tenants(args.metrics_tenants);
+    if let Some(share) = args.audit {
+        builder = builder.audit(share);
+    }
     if resolves {
         builder = builder.resolver("conversations", move |tenant, agents| {
             let db = db.clone();
@@ -68,6 +75,32 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
 pub fn apply(router: Router, cache: &Cache) -> Router {
     let router = router.layer(middleware::map_response(declare_agent));
     router.layer(cache.layer()).layer(cache.invalidate_layer())
+}
+
+/// The service for those who look after the cache: beside the application, not inside its layers.
+pub fn admin(app: Router, args: &Args, cache: &Cache) -> Router {
+    match &args.admin_token {
+        Some(token) => app.nest_service("/_cache", cache.admin(Admin::bearer(token))),
+        None => app,
+    }
+}
+
+/// Where metrics go, and who writes them down for Prometheus. Within a runtime.
+pub fn exporter() -> Result<PrometheusHandle, String> {
+    let named = |suffix: &str| Matcher::Suffix(suffix.to_owned());
+    let builder = PrometheusBuilder::new()
+        .set_buckets_for_metric(named("_seconds"), &DURATION_BUCKETS)
+        .and_then(|builder| builder.set_buckets_for_metric(named("_bytes"), &SIZE_BUCKETS));
+    let handle = builder.and_then(PrometheusBuilder::install_recorder).map_err(|e| format!("metrics: {e}"))?;
+    // What was recorded waits to be added up, and grows until it is.
+    let upkeep = handle.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            upkeep.run_upkeep();
+        }
+    });
+    Ok(handle)
 }
 
 /// A conversation falls with its agent, whatever the path it was read by.

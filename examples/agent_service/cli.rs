@@ -21,7 +21,9 @@ Usage: agent_service [FLAGS]
     [--fence-ms N]                 # fenced writes with that lease; 0 = off, the default
     [--on-unreachable journal|reject]  # writes the store cannot be told about: they go on, the default, or are answered 503
     [--unmapped ignore|warn|drop]  # a successful unsafe request that no mutation names: default warn
+    [--audit SHARE]                # share of hits compared with the database, 0 to 1, default 0
     [--admin-token TOKEN]          # turns the /_cache endpoints on; without it they answer 404
+    [--metrics-tenants N]          # how many tenants have a label of their own, default 0 (no tenant label)
     [--seed-agents N]              # inserts N sample agents for tenant \"demo\", default 10
     [--warm on|off]                # pre-warm popular entries at start and periodically, default off
     [--check]                      # prints what each write drops and what drops each route, and ends; mistakes end it with 2
@@ -48,7 +50,9 @@ pub struct Args {
     pub fence: Option<Duration>,
     pub on_unreachable: OnUnreachable,
     pub unmapped: Option<OnUnmapped>,
+    pub audit: Option<f64>,
     pub admin_token: Option<String>,
+    pub metrics_tenants: usize,
     pub seed_agents: usize,
     pub warm: bool,
     pub check: bool,
@@ -69,7 +73,9 @@ impl Default for Args {
             fence: None,
             on_unreachable: OnUnreachable::Journal,
             unmapped: None,
+            audit: None,
             admin_token: None,
+            metrics_tenants: 0,
             seed_agents: 10,
             warm: false,
             check: false,
@@ -124,6 +130,12 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
                 let choices = [("ignore", OnUnmapped::Ignore), ("warn", OnUnmapped::Warn), ("drop", OnUnmapped::Drop)];
                 parsed.unmapped = Some(value("ignore, warn or drop")?.one_of(&choices)?);
             }
+            "audit" => {
+                let value = value("a share of hits, from 0 to 1")?;
+                let share: f64 = value.parsed()?;
+                parsed.audit = Some(if (0.0..=1.0).contains(&share) { share } else { return Err(value.refused()) });
+            }
+            "metrics-tenants" => parsed.metrics_tenants = value("a whole number")?.parsed()?,
             "admin-token" => parsed.admin_token = Some(value("a token that is not empty")?.text()?),
             "check" => parsed.check = true,
             "seed-agents" => parsed.seed_agents = value("a whole number")?.parsed()?,

@@ -52,10 +52,15 @@ async fn run() -> Result<(), String> {
         let _ = write!(std::io::stdout(), "{}", cache.describe());
         return Ok(());
     }
-    let health = cache.clone();
+    let (health, exporter, counted) = (cache.clone(), caching::exporter()?, cache.clone());
+    let metrics: routes::Metrics = Arc::new(move || {
+        counted.record_metrics();
+        exporter.render()
+    });
     let store_state: routes::StoreState =
         Arc::new(move || if health.health() == Health::Ok { "ok" } else { "degraded" });
-    let app = caching::apply(routes::router(db, store_state), &cache);
+    let app = caching::apply(routes::router(db, store_state, metrics), &cache);
+    let app = caching::admin(app, &args, &cache);
 
     let unusable = |e| format!("--listen: cannot listen on {}: {e}", args.listen);
     let listener = TcpListener::bind(args.listen).await.map_err(unusable)?;

@@ -30,7 +30,10 @@ pub struct AgentOf(pub String);
 /// What `/healthz` says of the store.
 pub type StoreState = Arc<dyn Fn() -> &'static str + Send + Sync>;
 
-pub fn router(db: Database, store_state: StoreState) -> Router {
+/// What `/metrics` says besides.
+pub type Metrics = Arc<dyn Fn() -> String + Send + Sync>;
+
+pub fn router(db: Database, store_state: StoreState, metrics: Metrics) -> Router {
     Router::new()
         .route("/agents", post(create_agent).get(list_agents))
         .route("/agents/{agent_id}", get(get_agent).put(put_agent).delete(delete_agent))
@@ -47,7 +50,7 @@ pub fn router(db: Database, store_state: StoreState) -> Router {
         .route("/conversations/{conversation_id}/messages", get(list_messages).post(create_message))
         .route("/conversations/{conversation_id}/messages/{message_id}", get(get_message))
         .route("/collections/{collection_id}", get(get_collection).put(put_collection))
-        .route("/metrics", get(metrics))
+        .route("/metrics", get(move |State(db): State<Database>| async move { metrics_of(&db, &metrics()) }))
         .route("/healthz", get(move || async move { Json(json!({ "status": "ok", "store": store_state() })) }))
         .route("/_origin", get(origin))
         .fallback(async || Failure::NotFound)
@@ -302,7 +305,7 @@ async fn put_collection(
 
 // The service itself
 
-async fn metrics(State(db): State<Database>) -> impl IntoResponse {
+fn metrics_of(db: &Database, more: &str) -> impl IntoResponse + use<> {
     let mut text = String::from(
         "# HELP agent_service_origin_reads_total Database reads since the start.\n\
          # TYPE agent_service_origin_reads_total counter\n",
@@ -310,6 +313,7 @@ async fn metrics(State(db): State<Database>) -> impl IntoResponse {
     for (data_type, count) in db.calls() {
         let _ = writeln!(text, "agent_service_origin_reads_total{{data_type=\"{data_type}\"}} {count}");
     }
+    text.push_str(more);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 

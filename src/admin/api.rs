@@ -90,12 +90,12 @@ impl AdminService {
             "recent" if is_get => self.recent(&members),
             "explain" if is_get => match explain(&self.cache.0, &members, &parts.headers).await {
                 Ok(explained) => answered(&explained),
-                Err(mistake) => failed(StatusCode::BAD_REQUEST, &mistake),
+                Err((status, why)) => failed(status, &why),
             },
             "events" if is_get => self.events(),
             "invalidate" if parts.method == Method::POST => match whole(body).await {
                 Some(body) => self.invalidate(&body).await,
-                None => failed(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large, or does not come"),
+                None => failed(StatusCode::BAD_REQUEST, "the body is too large, or does not come"),
             },
             "stats" | "recent" | "explain" | "events" | "invalidate" => {
                 failed(StatusCode::METHOD_NOT_ALLOWED, "there is no such method here")
@@ -188,7 +188,12 @@ impl AdminService {
                 "it drops nothing: say what, with `mutated`, `all` or `everything`",
             );
         }
-        let mut invalidation = self.cache.invalidate(purge.tenant).by("admin");
+        let named = (!purge.tenant.is_empty()).then_some(&*purge.tenant);
+        let tenant = match self.cache.0.tenants.by_hand(named) {
+            Ok(tenant) => tenant.to_owned(),
+            Err(mistake) => return failed(StatusCode::BAD_REQUEST, &mistake.to_string()),
+        };
+        let mut invalidation = self.cache.invalidate(tenant).by("admin");
         for Mutated { data_type, id } in purge.mutated {
             invalidation = invalidation.mutated(data_type, id);
         }
@@ -198,8 +203,8 @@ impl AdminService {
             invalidation = invalidation.everything();
         }
         let result = match purge.dry_run {
-            true => invalidation.dry_run().await.map(|(drops, counts)| report(true, &counts, Some(&drops))),
-            false => invalidation.run().await.map(|dropped| report(false, &dropped, None)),
+            true => invalidation.dry_run().await.map(|(drops, counts)| report(true, counts.as_ref(), Some(&drops))),
+            false => invalidation.run().await.map(|dropped| report(false, Some(&dropped), None)),
         };
         match result {
             Ok(report) => answered(&report),
@@ -208,13 +213,16 @@ impl AdminService {
     }
 }
 
-fn report(dry_run: bool, counts: &Invalidated, drops: Option<&Drops>) -> Value {
-    let dropped: serde_json::Map<_, _> =
-        counts.types().iter().map(|(data_type, count)| (data_type.to_string(), json!(count))).collect();
+/// Without counts the store could not be asked.
+fn report(dry_run: bool, counts: Option<&Invalidated>, drops: Option<&Drops>) -> Value {
+    let dropped = counts.map(|counts| {
+        let of_type = counts.types().iter().map(|(data_type, count)| (data_type.to_string(), json!(count)));
+        of_type.collect::<serde_json::Map<_, _>>()
+    });
     let tags = drops.iter().flat_map(|drops| &drops.groups).flat_map(|group| &group.tags);
     let tags: Vec<_> = tags.map(Tag::label).take(NAMED).collect();
-    let undelivered = counts.undelivered();
-    json!({"dry_run": dry_run, "dropped": dropped, "total": counts.total(), "tags": tags, "undelivered": undelivered})
+    let (total, undelivered) = (counts.map(Invalidated::total), counts.map(Invalidated::undelivered));
+    json!({"dry_run": dry_run, "dropped": dropped, "total": total, "tags": tags, "undelivered": undelivered})
 }
 
 fn sse(event: &Event) -> String {

@@ -10,7 +10,7 @@ use crate::{
     engine::Found,
     key::{Key, Tag},
     layer::Core,
-    observe::{Event, What, now},
+    observe::{Event, What, now, shortened},
     route::{At, Known, Place, ReadRoute, TenantSource, variant_key},
     store::{Payload, StoredResponse},
 };
@@ -22,8 +22,12 @@ struct Asked {
 }
 
 /// What would become of a `GET` of a path for a tenant with these headers.
-pub(super) async fn explain(core: &Core, members: &[(String, String)], own: &HeaderMap) -> Result<Value, String> {
-    let Asked { parts, tenant } = asked(members, own)?;
+pub(super) async fn explain(
+    core: &Core,
+    members: &[(String, String)],
+    own: &HeaderMap,
+) -> Result<Value, (StatusCode, String)> {
+    let Asked { parts, tenant } = asked(members, own).map_err(|mistake| (StatusCode::BAD_REQUEST, mistake))?;
     let place = Place::new(&parts.uri, &parts.extensions, None);
     let Some(read) = core.routes.read(&Method::GET, &place) else {
         return Ok(bypass(None, "no route reads this path"));
@@ -37,7 +41,11 @@ pub(super) async fn explain(core: &Core, members: &[(String, String)], own: &Hea
     if route.body.is_some() {
         return Ok(bypass(Some(route), "its body says what it asks for: this asks about paths"));
     }
-    let tenants = TenantSource::Single(tenant.clone());
+    let named = (!tenant.is_empty()).then_some(&*tenant);
+    let Ok(tenant) = core.tenants.by_hand(named) else {
+        return Ok(bypass(Some(route), &words::of_bypass("no-tenant")));
+    };
+    let tenants = TenantSource::Single(tenant.into());
     let (at, known) = (At { params: &read.params, mount: read.mount }, Known { tenants: &tenants, ..core.known() });
     let wanted = match route.wanted(&parts, &at, &known) {
         Ok(wanted) => wanted,
@@ -45,13 +53,15 @@ pub(super) async fn explain(core: &Core, members: &[(String, String)], own: &Hea
     };
     let tags = route.tags(core.space.tenant(tenant.as_bytes()).head(), &read.params);
     let mut key = Key::new(wanted.key);
-    let away = |error: crate::store::StoreError| format!("the store cannot be asked: {error}");
+    let away = |error: crate::store::StoreError| {
+        (StatusCode::SERVICE_UNAVAILABLE, format!("the store cannot be asked: {error}"))
+    };
     let mut found = core.engine.look_at(&key, &tags, &route.policy).await.map_err(away)?;
     if let Some(Payload::Vary(names)) = found.as_ref().map(|found| &found.entry.payload) {
         key = Key::new(variant_key(key.as_bytes(), names, &parts.headers));
         found = core.engine.look_at(&key, &tags, &route.policy).await.map_err(away)?;
     }
-    let (verdict, because) = judge(core, route, found.as_ref(), &tags);
+    let (verdict, because) = judge(core, route, found.as_ref(), (&tags, tenant));
     let listed = match &found {
         Some(found) => found.now.iter().map(|(tag, now)| of_tag(found, tag, now.map(|g| g.0))).collect(),
         None => {
@@ -120,10 +130,15 @@ fn of_entry(core: &Core, found: &Found) -> Value {
 }
 
 /// What would become of it, and why, in words.
-fn judge(core: &Core, route: &ReadRoute, found: Option<&Found>, tags: &[Tag]) -> (&'static str, String) {
+fn judge(
+    core: &Core,
+    route: &ReadRoute,
+    found: Option<&Found>,
+    (tags, tenant): (&[Tag], &str),
+) -> (&'static str, String) {
     let at = core.engine.now();
     let Some(found) = found else {
-        return match dropped(core, tags, None) {
+        return match dropped(core, (tags, tenant), None) {
             Some(by) => ("miss", format!("nothing is stored under its key: {by}")),
             None => {
                 ("miss", "nothing is stored under its key: it was not asked for, not stored, or had to go".to_owned())
@@ -139,7 +154,7 @@ fn judge(core: &Core, route: &ReadRoute, found: Option<&Found>, tags: &[Tag]) ->
     if !lost.is_empty() {
         let since = entry.created;
         let labels: Vec<_> = lost.iter().map(|tag| format!("`{}`", tag.label())).collect();
-        let by = dropped(core, &lost, Some(since)).unwrap_or_else(|| {
+        let by = dropped(core, (&lost, tenant), Some(since)).unwrap_or_else(|| {
             format!("{} was dropped by another process, or is lost (evicted, restarted)", labels.join(", "))
         });
         return ("miss", by);
@@ -172,10 +187,11 @@ fn status(status: StatusCode) -> u16 {
 }
 
 /// Which write has dropped one of these tags, as far as this process remembers.
-fn dropped(core: &Core, tags: &[Tag], since: Option<u64>) -> Option<String> {
+fn dropped(core: &Core, (tags, tenant): (&[Tag], &str), since: Option<u64>) -> Option<String> {
+    let tenant = Some(shortened(tenant));
     let labels: Vec<_> = tags.iter().map(Tag::label).collect();
     let is_it = |event: &Event| match &event.what {
-        What::Invalidation { tags, .. } => {
+        What::Invalidation { tags, tenant: own, .. } if *own == tenant => {
             // Clocks of engine and wall may differ by a bit.
             since.is_none_or(|since| event.at + 1_000 >= since) && tags.iter().any(|tag| labels.contains(tag))
         }

@@ -59,9 +59,9 @@ impl Invalidation {
 
     /// What it would drop: the tags, and about how many entries.
     #[cfg(feature = "admin")]
-    pub(crate) async fn dry_run(self) -> Result<(Drops, Invalidated), ConfigError> {
+    pub(crate) async fn dry_run(self) -> Result<(Drops, Option<Invalidated>), ConfigError> {
         let (core, drops) = (self.core.clone(), self.drops().await?);
-        let counts = core.engine.count(&drops).await.unwrap_or_default();
+        let counts = core.engine.count(&drops).await.ok();
         Ok((drops, counts))
     }
 

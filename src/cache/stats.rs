@@ -1,8 +1,9 @@
 //! What a cache has done, and the task that looks after it: alerts, the series, the fleet, metrics.
 
 use std::{
+    collections::HashMap,
     sync::{PoisonError, Weak},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::{runtime::Handle, time::interval};
@@ -10,9 +11,12 @@ use tokio::{runtime::Handle, time::interval};
 use super::Cache;
 use crate::{
     layer::Core,
-    observe::{STEP_SECONDS, Snapshot, Stats, now},
+    observe::{STEP_SECONDS, Snapshot, Stats},
     store::Health,
 };
+
+/// After the store would not have it, so many steps later.
+const PAUSE: u32 = 12;
 
 /// A process that has said nothing for so long is gone.
 const GONE: Duration = Duration::from_secs(20);
@@ -39,7 +43,7 @@ impl Cache {
     /// before a scrape is answered, and the scrape has everything. (Feature `metrics`.)
     #[cfg(feature = "metrics")]
     pub fn record_metrics(&self) {
-        self.0.observer.export(&snapshot(&self.0));
+        self.0.observer.export(|| snapshot(&self.0));
     }
 
     /// Sees to it that somebody looks after the cache: once, within a runtime.
@@ -77,32 +81,62 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
 async fn kept(cache: Weak<Core>) {
     let mut seconds = interval(Duration::from_secs(1));
     let mut step = 0;
-    let mut gone = vec![];
+    let mut fleet = Fleet::default();
     loop {
         seconds.tick().await;
         let Some(core) = cache.upgrade() else { return };
         let snapshot = snapshot(&core);
         core.observer.look(&snapshot);
         #[cfg(feature = "metrics")]
-        core.observer.export(&snapshot);
+        core.observer.export(|| crate::cache::stats::snapshot(&core));
         step += 1;
         if step % STEP_SECONDS == 0 {
             core.observer.step();
-            publish(&core, &snapshot, &mut gone).await;
+            fleet.publish(&core, &snapshot).await;
         }
     }
 }
 
-/// Tells the fleet, and hears of it.
-async fn publish(core: &Core, snapshot: &Snapshot, gone: &mut Vec<String>) {
-    let Ok(said) = serde_json::to_vec(snapshot) else { return };
-    let observer = &core.observer;
-    let fleet = format!("{}{{*}}", observer.service());
-    let Ok(all) = core.engine.exchange(&fleet, observer.process(), said, gone).await else { return };
-    let all: Vec<Snapshot> = all.iter().filter_map(|said| serde_json::from_slice(said).ok()).collect();
-    let oldest = now().saturating_sub(u64::try_from(GONE.as_millis()).unwrap_or(u64::MAX));
-    let (others, left): (Vec<_>, Vec<_>) =
-        all.into_iter().filter(|one| one.process != observer.process()).partition(|one| one.seen >= oldest);
-    *gone = left.into_iter().map(|one| one.process).collect();
-    *observer.others.lock().unwrap_or_else(PoisonError::into_inner) = others;
+/// What is known of the other processes.
+#[derive(Default)]
+struct Fleet {
+    /// What each has said last, and when that was new: by this clock, for theirs may be any.
+    said: HashMap<String, (u64, Instant)>,
+    gone: Vec<String>,
+    /// So many steps are left out, after the store would not have it.
+    pause: u32,
+}
+
+impl Fleet {
+    /// Tells the others, and hears of them.
+    async fn publish(&mut self, core: &Core, snapshot: &Snapshot) {
+        if self.pause > 0 {
+            self.pause -= 1;
+            return;
+        }
+        let Ok(said) = serde_json::to_vec(snapshot) else { return };
+        let observer = &core.observer;
+        let fleet = format!("{}{{*}}", observer.service());
+        let heard = core.engine.exchange(&fleet, observer.process(), said, &self.gone).await;
+        let others = match heard {
+            Ok(heard) => heard.iter().filter_map(|said| serde_json::from_slice(said).ok()).collect(),
+            Err(error) => {
+                tracing::debug!(%error, "the fleet is not heard");
+                self.pause = PAUSE;
+                vec![]
+            }
+        };
+        let others: Vec<Snapshot> =
+            others.into_iter().filter(|one: &Snapshot| one.process != observer.process()).collect();
+        self.said.retain(|process, _| others.iter().any(|one| one.process == *process));
+        let (alive, gone): (Vec<_>, Vec<_>) = others.into_iter().partition(|one| {
+            let known = self.said.entry(one.process.clone()).or_insert_with(|| (one.seen, Instant::now()));
+            if known.0 != one.seen {
+                *known = (one.seen, Instant::now());
+            }
+            known.1.elapsed() < GONE
+        });
+        self.gone = gone.into_iter().map(|one| one.process).collect();
+        *observer.others.lock().unwrap_or_else(PoisonError::into_inner) = alive;
+    }
 }

@@ -23,7 +23,7 @@ use crate::{
 /// What is done to a response that passes through.
 pub(crate) struct Finish {
     /// What is said of it, if its route is cacheable.
-    pub(crate) told: Option<(Handled, Teller, Watch)>,
+    pub(crate) told: Option<(Handled, Teller, Option<Watch>)>,
     /// Declared tags are for the cache alone.
     pub(crate) tag_header: HeaderName,
     /// What it becomes a part of.
@@ -115,7 +115,9 @@ impl Finish {
         }
         if let Some((handled, teller, watch)) = self.told {
             teller.tell(handled, None, &mut parts);
-            watch.end(parts.extensions.get());
+            if let Some(watch) = watch {
+                watch.end(parts.extensions.get());
+            }
         }
         Response::from_parts(parts, body)
     }

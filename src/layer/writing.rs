@@ -204,7 +204,8 @@ impl Writing {
         let Core { options, warnings, .. } = &*self.core;
         #[cfg(feature = "stats")]
         if is_done {
-            self.core.observer.unmapped(&route_of(&self.what));
+            let tenant = self.tenants.first().map(|tenant| &*tenant.name);
+            self.core.observer.unmapped(&route_of(&self.what), tenant, options.on_unmapped == OnUnmapped::Ignore);
         }
         match options.on_unmapped {
             OnUnmapped::Drop if !self.tenants.is_empty() => self.declare(self.core.everything()),

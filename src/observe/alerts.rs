@@ -13,6 +13,9 @@ use super::{
 /// How long something that has happened once is remembered: a large entry, an unmapped write, what an audit found.
 const REMEMBERED: u64 = 15 * 60 * 1_000;
 
+/// A store that is not well for one look may be about to connect.
+const PATIENCE: u32 = 3;
+
 /// When to raise an alert: for [`CacheBuilder::alerts`](crate::CacheBuilder::alerts).
 ///
 /// ```
@@ -74,6 +77,8 @@ pub(super) struct Raised {
     alerts: BTreeMap<Name, (Value, u64)>,
     /// Until when each is remembered, and what it is.
     remembered: BTreeMap<Name, (Value, u64)>,
+    /// For how many looks the store has not been well.
+    ill: u32,
 }
 
 impl Raised {
@@ -113,7 +118,8 @@ impl Raised {
                 stands.insert(("hit_ratio", Some(name.clone())), json!((ratio * 1_000.0).round() / 1_000.0));
             }
         }
-        if snapshot.health.0 != "ok" {
+        self.ill = if snapshot.health.0 == "ok" { 0 } else { self.ill + 1 };
+        if self.ill >= PATIENCE {
             stands.insert(("store", None), json!(snapshot.health.1));
         }
         let mut changes = vec![];

@@ -109,18 +109,22 @@ fn thread() -> usize {
     })
 }
 
-/// When a request began, if that is worth the look at the clock: what is no hit looks for itself.
+/// When a request began, if that is worth the look at the clock, and for how many it stands: what is no hit looks for itself.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Timer(Option<Instant>);
+pub(crate) struct Timer(Option<(Instant, u32)>);
 
 impl Timer {
     pub(crate) fn start() -> Self {
         let tick = TICK.with(|tick| tick.replace(tick.get().wrapping_add(1)));
-        Self(tick.is_multiple_of(SAMPLE).then(Instant::now))
+        match tick {
+            // Of a thread's first requests each.
+            ..SAMPLE => Self(Some((Instant::now(), 1))),
+            _ => Self(tick.is_multiple_of(SAMPLE).then(|| (Instant::now(), SAMPLE))),
+        }
     }
 
     pub(crate) fn began(self) -> Instant {
-        self.0.unwrap_or_else(Instant::now)
+        self.0.map_or_else(Instant::now, |(began, _)| began)
     }
 }
 
@@ -181,12 +185,12 @@ impl Counts {
         let handled = &shard.handled[outcome.outcome as usize];
         match timer.0 {
             None => _ = handled.counts[shard.last.load(Relaxed) as usize].fetch_add(1, Relaxed),
-            Some(began) => {
+            Some((began, weight)) => {
                 let nanos = nanos(began.elapsed());
                 let at = handled.at(nanos);
                 shard.last.store(at as u64, Relaxed);
                 handled.counts[at].fetch_add(1, Relaxed);
-                handled.sum.fetch_add(nanos * u64::from(SAMPLE), Relaxed);
+                handled.sum.fetch_add(nanos * u64::from(weight), Relaxed);
                 handled.max.fetch_max(nanos, Relaxed);
             }
         }
@@ -196,12 +200,13 @@ impl Counts {
     }
 
     pub(super) fn request(&self, handling: Handling, reason: Option<&'static str>, took: Duration, saved: u32) {
-        let shard = self.shard();
-        shard.handled[handling as usize].record(nanos(took));
-        shard.saved.fetch_add(saved.into(), Relaxed);
+        // Before it is counted: whoever reads the counts first finds its reason.
         if let Some(reason) = reason {
             self.reasons.add((handling, reason));
         }
+        let shard = self.shard();
+        shard.handled[handling as usize].record(nanos(took));
+        shard.saved.fetch_add(saved.into(), Relaxed);
     }
 
     pub(super) fn load(&self, is_ok: bool, took: Duration) {

@@ -36,11 +36,8 @@ fn key(labels: Labels<'_>) -> Vec<String> {
 }
 
 impl Told {
-    /// A counter exists from when it counts.
+    /// Also of nothing: a counter that begins with one shows no increase.
     fn count(&mut self, name: &'static str, of: Labels<'_>, now: u64) {
-        if now == 0 {
-            return;
-        }
         let told = self.counters.entry((name, key(of))).or_default();
         let more = now.saturating_sub(*told);
         *told = now;
@@ -76,8 +73,10 @@ const NANO: f64 = 1e-9;
 
 impl Observer {
     /// Tells a recorder what has been counted since the last time.
-    pub(crate) fn export(&self, snapshot: &Snapshot) {
+    pub(crate) fn export(&self, snapshot: impl FnOnce() -> Snapshot) {
         let (service, told) = (self.service(), &mut *locked(&self.told));
+        // Within the lock: an older one would be counted twice.
+        let snapshot = &snapshot();
         for (data_type, of_type) in &snapshot.types {
             export_type(told, service, data_type, of_type);
         }
@@ -93,9 +92,9 @@ impl Observer {
             }
         }
         for (data_type, of_type) in &snapshot.audits {
-            for (result, count) in of_type {
+            for result in ["ok", "stale", "not_reproducible"] {
                 let of = [("service", service), ("data_type", data_type), ("result", result)];
-                told.count("cache_aside_audits_total", &of, *count);
+                told.count("cache_aside_audits_total", &of, of_type.get(result).copied().unwrap_or_default());
             }
         }
         let of = [("service", service)];

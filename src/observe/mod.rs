@@ -28,10 +28,10 @@ pub use export::{DURATION_BUCKETS, SIZE_BUCKETS};
 #[cfg(feature = "stats")]
 pub(crate) use observer::{Cause, Dropped, Observer, now};
 pub use outcome::{FoundIn, Handling, Outcome};
-#[cfg(feature = "stats")]
-pub(crate) use recent::{Event, What, name_of, shortened};
 #[cfg(feature = "admin")]
 pub(crate) use recent::KINDS;
+#[cfg(feature = "stats")]
+pub(crate) use recent::{Event, What, name_of, shortened};
 #[cfg(feature = "stats")]
 pub use snapshot::Alert;
 #[cfg(feature = "stats")]

@@ -273,10 +273,23 @@ impl Observer {
         });
     }
 
-    /// A write that nothing is said of.
-    pub(crate) fn unmapped(&self, what: &str) {
-        self.unmapped.fetch_add(1, Relaxed);
-        locked(&self.raised).unmapped(what, now());
+    /// A write that nothing is said of, and whether that is all right.
+    pub(crate) fn unmapped(&self, what: &str, tenant: Option<&[u8]>, is_ignored: bool) {
+        if !is_ignored {
+            self.unmapped.fetch_add(1, Relaxed);
+            locked(&self.raised).unmapped(what, now());
+        }
+        // An audit may find out what it has changed.
+        self.note(What::Invalidation {
+            source: "unmapped",
+            what: shortened(what),
+            tenant: tenant.map(name_of),
+            dropped: BTreeMap::new(),
+            total: 0,
+            tags: vec![],
+            ms: 0.0,
+            undelivered: 0,
+        });
     }
 
     /// An audit has found something stale.

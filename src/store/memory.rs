@@ -169,7 +169,8 @@ impl Lifecycle<Bytes, Arc<Resident>> for Evictions {
     /// Dropped when no lock is held. More than two in one call are rare.
     type RequestState = [Option<(Bytes, Arc<Resident>)>; 2];
 
-    fn on_evict(&self, state: &mut Self::RequestState, key: Bytes, resident: Arc<Resident>) {
+    /// Not called of what is replaced.
+    fn before_evict(&self, _: &mut Self::RequestState, _: &Bytes, resident: &mut Arc<Resident>) {
         if resident.is_valid() {
             let Evicted { count, age } = &*self.0;
             let own = u64::try_from(resident.filled.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -177,6 +178,9 @@ impl Lifecycle<Bytes, Arc<Resident>> for Evictions {
             let first = count.fetch_add(1, Ordering::Relaxed) == 0;
             age.store(if first { own } else { before - before / 8 + own / 8 }, Ordering::Relaxed);
         }
+    }
+
+    fn on_evict(&self, state: &mut Self::RequestState, key: Bytes, resident: Arc<Resident>) {
         if let Some(free) = state.iter_mut().find(|place| place.is_none()) {
             *free = Some((key, resident));
         }

@@ -148,7 +148,8 @@ impl Http {
         self
     }
 
-    pub async fn send(&self, method: Method, path: &str, body: Option<Value>) -> Reply {
+    /// `None` if nobody answers.
+    pub async fn try_send(&self, method: Method, path: &str, body: Option<Value>) -> Option<Reply> {
         let mut request = Request::builder().method(method).uri(format!("{}{path}", self.url));
         for (name, value) in &self.headers {
             request = request.header(name, value);
@@ -157,10 +158,14 @@ impl Http {
         if !body.is_empty() {
             request = request.header("content-type", "application/json");
         }
-        let response = self.client.request(request.body(Full::new(body)).unwrap()).await.unwrap();
+        let response = self.client.request(request.body(Full::new(body)).unwrap()).await.ok()?;
         let (parts, body) = response.into_parts();
-        let body = body.collect().await.unwrap().to_bytes();
-        Reply { status: parts.status, headers: parts.headers, body }
+        let body = body.collect().await.ok()?.to_bytes();
+        Some(Reply { status: parts.status, headers: parts.headers, body })
+    }
+
+    pub async fn send(&self, method: Method, path: &str, body: Option<Value>) -> Reply {
+        self.try_send(method, path, body).await.expect("the server answers")
     }
 
     pub async fn get(&self, path: &str) -> Reply {

@@ -50,6 +50,12 @@ impl Miss {
     {
         let (start, date) = (Instant::now(), self.core.date());
         let (headers, reads) = (request.headers().clone(), Reads::default());
+        tracing::debug!(
+            key = %self.key.as_bytes().escape_ascii(),
+            tags = ?leader.iter().flat_map(Leader::tags).collect::<Vec<_>>(),
+            reason = self.reason.as_str(),
+            "calling the inner service"
+        );
         let confirmable = self.prepare(&mut request, leader.as_mut());
         let is_asked = leader.as_ref().is_none_or(|leader| leader.unshared);
         if let Some(whole) = &self.whole {
@@ -119,6 +125,8 @@ impl Miss {
             return self.confirm(stored, parts, kept, forwarded, reply).await;
         }
         let Some((leader, life, names)) = settled else {
+            let (key, reason) = (self.key.as_bytes().escape_ascii(), forwarded.detail);
+            tracing::debug!(%key, reason, status = parts.status.as_u16(), "not stored");
             self.route.teller.tell(Handled::Forwarded(forwarded), self.asked.key.as_deref(), &mut parts);
             let _ = reply.send(Ok(unstored(parts, body, &self.asked, is_asked)));
             return;

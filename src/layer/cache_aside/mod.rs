@@ -193,6 +193,7 @@ where
         #[cfg(feature = "stats")]
         let audits = response.is_some()
             && !is_due
+            && !asked.is_partial()
             && audit::audits(&self.core, route, variant.as_deref().unwrap_or(&key), &parts.headers);
         #[cfg(not(feature = "stats"))]
         let audits = false;
@@ -367,7 +368,10 @@ impl<S, M> CacheAside<S, M> {
             }
         }
         let teller = &read.route.map_or(read.any, |route| route).teller;
-        let watch = teller.watcher().watch(timer, || tenants.tenant(parts).ok(), || parts.uri.path());
+        let watch = read.route.map(|_| {
+            let tenant = || tenants.tenant(parts).ok();
+            teller.watcher().watch(timer, tenant, || parts.uri.path())
+        });
         Finish { told: Some((handled, teller.clone(), watch)), tag_header: options.tag_header.clone(), whole }
     }
 
@@ -382,9 +386,8 @@ impl<S, M> CacheAside<S, M> {
     {
         let place = Place::new(request.uri(), request.extensions(), self.mount.as_deref());
         let told = self.core.routes.read(request.method(), &place).map(|read| {
-            let teller = read.any.teller.clone();
-            let watch = teller.watcher().watch(Timer::start(), || None, || place.full());
-            (Handled::Forwarded(Forwarded::new(Reason::Method)), teller, watch)
+            // It is no read that is to be counted.
+            (Handled::Forwarded(Forwarded::new(Reason::Method)), read.any.teller.clone(), None)
         });
         let mut inner = self.inner.clone();
         let (tag_header, whole) = (self.core.options.tag_header.clone(), Reads::current());

@@ -161,7 +161,7 @@ where
             }
         };
         let watch = teller.watcher().watch(Timer::start(), || tenants.tenant(&parts).ok(), || parts.uri.path());
-        let told = Some((Forwarded::because(Reason::Bypass, passed), teller, watch));
+        let told = Some((Forwarded::because(Reason::Bypass, passed), teller, Some(watch)));
         // Which entities its message names, nobody has read.
         let whole = Reads::current();
         whole.iter().for_each(Reads::spoil);

@@ -372,7 +372,14 @@ impl<S: Store> Store for Guard<S> {
         said: Vec<u8>,
         gone: &'a [String],
     ) -> StoreFuture<'a, Vec<Vec<u8>>> {
-        Box::pin(self.call(self.shared.store.exchange(fleet, member, said, gone)))
+        Box::pin(async move {
+            let shared = &self.shared;
+            let answered = async {
+                // Refused, it is no trouble of the store's: a user without the right, for those who look on alone.
+                Ok(shared.store.exchange(fleet, member, said, gone).await)
+            };
+            self.call(answered).await.and_then(|said| said)
+        })
     }
 
     fn usage(&self) -> Usage {
