@@ -132,6 +132,25 @@ async fn counts_are_exact() {
     assert!((ratio - 47.0 / 54.0).abs() < 1e-9, "{ratio}");
 }
 
+/// So are values that code asks for.
+#[tokio::test]
+async fn values_are_counted() {
+    let cache = shop().build().unwrap();
+    let ask = async |id: &str, fails: bool| {
+        let fetch = move || async move { if fails { Err("down") } else { Ok(Some(1_u32)) } };
+        cache.entry::<u32>("item", id).tenant("a").fetch(fetch).unwrap().await
+    };
+    for _ in 0..4 {
+        ask("1", false).await.unwrap();
+    }
+    ask("2", true).await.unwrap_err();
+    let stats = cache.stats();
+    let item = &stats.types["item"];
+    assert_eq!((item.requests, item.hits, item.misses), (5, 3, 2));
+    assert_eq!(json!(item.miss_reasons), json!({"uri-miss": 1, "error": 1}));
+    assert_eq!(stats.tenants["a"].requests, 5);
+}
+
 /// Of more tenants than are told apart, none is lost.
 #[tokio::test]
 async fn tenants_are_bounded() {

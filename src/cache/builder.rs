@@ -423,6 +423,7 @@ impl CacheBuilder {
             options,
             warnings,
             observer,
+            tellers,
             #[cfg(feature = "stats")]
             auditor,
             on_invalidated,

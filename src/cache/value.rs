@@ -1,6 +1,7 @@
 //! Values: how they are written, and how one is obtained.
 
 use std::{
+    borrow::Cow,
     error::Error,
     fmt,
     future::Future,
@@ -17,6 +18,7 @@ use crate::{
     engine::{self, Asker, Inside, Leader, Obtained, Use},
     key::{Key, Tag, Tenant},
     layer::{Core, Reads, joined},
+    observe::{Handling, Teller, Timer, Watch},
     store::{Entry, Payload},
 };
 
@@ -198,6 +200,8 @@ struct Ask<T, V, C> {
     shape: Shape<T, V>,
     /// What the value becomes a part of.
     whole: Option<Reads>,
+    /// Where the answer was found, and how many milliseconds it took to load once.
+    found: (engine::Source, u32),
     codec: PhantomData<fn() -> C>,
 }
 
@@ -206,6 +210,7 @@ impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
 
     fn judge(&mut self, entry: &Entry, source: engine::Source) -> Use<V> {
         let Some(value) = self.shape.decode::<C>(entry) else { return Use::Lacking };
+        self.found = (source, entry.load);
         if let Some(whole) = &self.whole {
             whole.add_stamps(&entry.stamps);
             if source == engine::Source::Stale {
@@ -213,6 +218,36 @@ impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
             }
         }
         Use::Answer(value)
+    }
+}
+
+impl<T, V, C> Ask<T, V, C> {
+    fn finish(&self, watch: Watch) {
+        let (source, load) = self.found;
+        match source {
+            engine::Source::Store => watch.finish(Handling::Hit, None, load),
+            engine::Source::Flight => watch.finish(Handling::Coalesced, Some("uri-miss"), load),
+            engine::Source::Stale => watch.finish(Handling::Stale, None, load),
+        }
+    }
+}
+
+/// Looks for a value: in this process, in the store, with others.
+async fn find<T, V, C>(
+    core: &Core,
+    place: Option<(Key, Vec<Tag>)>,
+    policy: &Policy,
+    ask: &mut Ask<T, V, C>,
+) -> Obtained<V>
+where
+    T: Serialize + DeserializeOwned,
+    C: Codec,
+{
+    let Some((key, tags)) = place else { return Obtained::Load(None) };
+    let held = core.engine.peek(key.as_bytes(), core.engine.now());
+    match held.map(|entry| ask.judge(&entry, engine::Source::Store)) {
+        Some(Use::Answer(value)) => Obtained::Answer(value),
+        _ => core.engine.obtain(key, &tags, policy, ask).await,
     }
 }
 
@@ -226,6 +261,9 @@ where
     Fut: Future<Output = Result<Loaded<V>, E>> + Send + 'static,
 {
     let start = Instant::now();
+    let teller = sought.core.tellers.of(&sought.data_type);
+    let name = || Cow::from(format!("{}/{}", sought.data_type, sought.resource));
+    let mut watch = Some(teller.watcher().watch(Timer::start(), || Some((&*sought.tenant.name).into()), name));
     let policy = sought.core.policy(&sought.data_type);
     let kept = sought.kept(&policy);
     let Sought { core, data_type, resource, tenant, place, .. } = sought;
@@ -240,20 +278,15 @@ where
     };
     // What this value becomes a part of depends on what this value depends on.
     let whole = Reads::current();
-    let mut ask = Ask { shape, whole: whole.clone(), codec: PhantomData::<fn() -> C> };
+    let found = (engine::Source::Store, 0);
+    let mut ask = Ask { shape, whole: whole.clone(), found, codec: PhantomData::<fn() -> C> };
     let tags = place.as_ref().map(|(_, tags)| tags.clone());
-    let found = match place {
-        None => Obtained::Load(None),
-        Some((key, tags)) => {
-            let held = core.engine.peek(key.as_bytes(), core.engine.now());
-            match held.map(|entry| ask.judge(&entry, engine::Source::Store)) {
-                Some(Use::Answer(value)) => Obtained::Answer(value),
-                _ => core.engine.obtain(key, &tags, &policy, &mut ask).await,
-            }
-        }
-    };
+    let found = find(&core, place, &policy, &mut ask).await;
     let lookup = start.elapsed();
-    let fill = Fill { core: core.clone(), tenant, kept, reads: Reads::default() };
+    if let Obtained::Answer(_) | Obtained::AnswerAndReload(..) = &found {
+        watch.take().into_iter().for_each(|watch| ask.finish(watch));
+    }
+    let fill = Fill { teller: teller.clone(), core: core.clone(), tenant, kept, reads: Reads::default() };
     let leader = match found {
         Obtained::Answer(value) => return Ok((value, report(None, lookup))),
         Obtained::AnswerAndReload(value, leader) => {
@@ -270,6 +303,8 @@ where
     let (scope, parts) = (Inside::of(leader.as_ref()), fill.reads.clone());
     let task = core.engine.spawn(scope.around(fill.load::<T, C, _, _, _, _>(leader, shape, load)));
     let loaded = joined(task).await;
+    let reason = if loaded.is_ok() { "uri-miss" } else { "error" };
+    watch.into_iter().for_each(|watch| watch.finish(Handling::Miss, Some(reason), 0));
     // That there was an error may depend on all that, too.
     if let Some(whole) = whole {
         whole.add_loaded(tags.as_deref(), &parts);
@@ -289,6 +324,7 @@ struct Kept {
 
 /// What a load needs to store what it has loaded.
 struct Fill {
+    teller: Teller,
     core: Arc<Core>,
     tenant: Tenant,
     kept: Kept,
@@ -303,12 +339,15 @@ impl Fill {
         L: FnOnce() -> Fut,
         Fut: Future<Output = Result<Loaded<V>, E>>,
     {
-        let loaded = self.reads.scope(async { load().await }).await?;
+        let start = Instant::now();
+        let loaded = self.reads.scope(async { load().await }).await;
+        self.teller.watcher().loaded(loaded.is_ok(), start.elapsed());
+        let loaded = loaded?;
         if let (Some(leader), Ok(late)) = (leader, self.reads.tags(&self.core, &self.tenant)) {
             let is_some = (shape.some)(&loaded.value).is_some();
             let keep = if is_some { Some(self.kept.value) } else { self.kept.none.map(Some) };
             let bytes = shape.encode::<C>(&loaded.value);
-            self.store(leader.made_of(self.reads.stamps()), late, bytes, keep).await;
+            self.store(leader.made_of(self.reads.stamps()), late, bytes, (keep, start.elapsed())).await;
         }
         Ok(loaded)
     }
@@ -319,14 +358,17 @@ impl Fill {
         leader: Leader,
         late: Vec<Tag>,
         bytes: Result<Vec<u8>, CodecError>,
-        keep: Option<Option<Duration>>,
+        (keep, took): (Option<Option<Duration>>, Duration),
     ) {
         match bytes {
             Ok(bytes) => {
                 let refresh = if keep.is_some() { self.kept.refresh } else { Duration::ZERO };
-                let life = Lifetime { refresh, ..Lifetime::fresh_for(keep.unwrap_or(Some(Duration::ZERO))) };
+                let size = bytes.len();
+                let life =
+                    Lifetime { refresh, load: took, ..Lifetime::fresh_for(keep.unwrap_or(Some(Duration::ZERO))) };
                 let sealed = leader.seal(Payload::Value(Bytes::from(bytes)), late, life, None).await;
                 if let Some(sealed) = sealed.filter(|_| keep.is_some()) {
+                    self.teller.watcher().stored(size);
                     self.core.engine.spawn(sealed.store());
                 }
             }

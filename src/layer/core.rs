@@ -18,7 +18,7 @@ use crate::{
     engine::{Engine, Invalidated},
     error::ConfigError,
     key::{Space, Tag, Tenant},
-    observe::{FoundIn, Observer},
+    observe::{FoundIn, Observer, Tellers},
     route::{Hosts, Identity, Known, OnUnmapped, Routes, TenantSource},
     store::Fence,
 };
@@ -77,6 +77,7 @@ pub(crate) struct Core {
     pub(crate) warnings: Warnings,
     #[cfg_attr(not(feature = "stats"), allow(dead_code))]
     pub(crate) observer: Arc<Observer>,
+    pub(crate) tellers: Tellers,
     #[cfg(feature = "stats")]
     pub(crate) auditor: Option<super::audit::Auditor>,
     pub(crate) on_invalidated: Option<OnInvalidated>,

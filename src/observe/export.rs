@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use metrics::{Label, counter, gauge, histogram};
+use metrics::gauge;
 
 use super::{
     counts::{BYTES, NANOS},
     observer::{Observer, locked},
-    snapshot::{HANDLINGS, OfHistogram, OfType, Snapshot},
+    snapshot::{HANDLINGS, OfType, Snapshot},
+    told::{Told, labels},
 };
 
 /// The bounds of the buckets of durations, in seconds: what an exporter's should be.
@@ -16,58 +17,6 @@ pub const DURATION_BUCKETS: [f64; 14] =
 
 /// The bounds of the buckets of sizes, in bytes: what an exporter's should be.
 pub const SIZE_BUCKETS: [f64; 8] = [256.0, 1_024.0, 4_096.0, 16_384.0, 65_536.0, 102_400.0, 262_144.0, 1_048_576.0];
-
-/// What a recorder has been told.
-#[derive(Debug, Default)]
-pub(super) struct Told {
-    counters: BTreeMap<(&'static str, Vec<String>), u64>,
-    histograms: BTreeMap<(&'static str, Vec<String>), OfHistogram>,
-}
-
-/// A name, and labels with their values.
-type Labels<'a> = &'a [(&'static str, &'a str)];
-
-fn labels(labels: Labels<'_>) -> Vec<Label> {
-    labels.iter().map(|(name, value)| Label::new(*name, (*value).to_owned())).collect()
-}
-
-fn key(labels: Labels<'_>) -> Vec<String> {
-    labels.iter().map(|(_, value)| (*value).to_owned()).collect()
-}
-
-impl Told {
-    /// Also of nothing: a counter that begins with one shows no increase.
-    fn count(&mut self, name: &'static str, of: Labels<'_>, now: u64) {
-        let told = self.counters.entry((name, key(of))).or_default();
-        let more = now.saturating_sub(*told);
-        *told = now;
-        counter!(name, labels(of)).increment(more);
-    }
-
-    fn histogram(&mut self, name: &'static str, of: Labels<'_>, now: &OfHistogram, bounds: &[u64], unit: f64) {
-        if now.count() == 0 {
-            return;
-        }
-        let told = self.histograms.entry((name, key(of))).or_default();
-        told.counts.resize(now.counts.len(), 0);
-        let more: Vec<_> = now.counts.iter().zip(&told.counts).map(|(now, told)| now.saturating_sub(*told)).collect();
-        let sum = now.sum.saturating_sub(told.sum) as f64;
-        *told = now.clone();
-        // The middle of each bucket, moved so that the sum is right, as far as each stays where it is.
-        let bucket = |at: usize| {
-            let lower = if at == 0 { 0 } else { bounds[at - 1] };
-            (lower as f64, bounds.get(at).copied().unwrap_or(now.max.max(lower + 1)) as f64)
-        };
-        let middle = |at: usize| (bucket(at).0 + bucket(at).1) / 2.0;
-        let guessed: f64 = more.iter().enumerate().map(|(at, count)| middle(at) * *count as f64).sum();
-        let histogram = histogram!(name, labels(of));
-        for (at, count) in more.iter().enumerate().filter(|(_, count)| **count > 0) {
-            let (lower, upper) = bucket(at);
-            let value = (middle(at) * sum / guessed).clamp(lower + (upper - lower) / 1_000.0, upper);
-            histogram.record_many(value * unit, usize::try_from(*count).unwrap_or(usize::MAX));
-        }
-    }
-}
 
 const NANO: f64 = 1e-9;
 

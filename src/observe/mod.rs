@@ -16,6 +16,8 @@ mod snapshot;
 #[cfg(feature = "stats")]
 mod stats;
 mod teller;
+#[cfg(feature = "metrics")]
+mod told;
 #[cfg_attr(not(feature = "stats"), path = "unwatched.rs")]
 mod watch;
 

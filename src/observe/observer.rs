@@ -166,7 +166,7 @@ pub(crate) struct Observer {
     pub(super) raised: Mutex<Raised>,
     started: AtomicBool,
     #[cfg(feature = "metrics")]
-    pub(super) told: Mutex<super::export::Told>,
+    pub(super) told: Mutex<super::told::Told>,
     /// What other processes have published.
     pub(crate) others: Mutex<Vec<Snapshot>>,
 }

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, sync::Arc, time::Duration};
 
-use super::outcome::Outcome;
+use super::outcome::{Handling, Outcome};
 
 /// Knows nothing.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Watcher {
         &self,
         _: Timer,
         _: impl FnOnce() -> Option<Cow<'t, [u8]>>,
-        _: impl FnOnce() -> &'t str,
+        _: impl FnOnce() -> Cow<'t, str>,
     ) -> Watch {
         Watch
     }
@@ -45,4 +45,6 @@ impl Watcher {
 
 impl Watch {
     pub(crate) fn end(self, _: Option<&Outcome>) {}
+
+    pub(crate) fn finish(self, _: Handling, _: Option<&'static str>, _: u32) {}
 }

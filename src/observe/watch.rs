@@ -56,13 +56,13 @@ impl Watcher {
         &self,
         timer: Timer,
         tenant: impl FnOnce() -> Option<Cow<'t, [u8]>>,
-        path: impl FnOnce() -> &'t str,
+        path: impl FnOnce() -> Cow<'t, str>,
     ) -> Watch {
         let observer = &self.observer;
         let tenant = tenant();
         let note = observer.recent.is_watched().then(|| {
             let tenant = tenant.as_deref().map(name_of);
-            Box::new(Note { path: shortened(path()), tenant })
+            Box::new(Note { path: shortened(&path()), tenant })
         });
         let tenant = tenant.map(|name| observer.tenant(&name));
         Watch { watcher: self.clone(), began: timer.began(), tenant, note }
@@ -88,11 +88,16 @@ impl Watcher {
 impl Watch {
     /// The request has its response, or the inner service's error.
     pub(crate) fn end(self, outcome: Option<&Outcome>) {
-        let Self { watcher, began, tenant, note } = self;
         let (handling, reason, saved) = match outcome {
             Some(Outcome { outcome, reason, saved, .. }) => (*outcome, *reason, *saved),
             None => (Handling::Miss, Some("error"), 0),
         };
+        self.finish(handling, reason, saved);
+    }
+
+    /// The same, of what is no response. `saved` is how many milliseconds the load took once that was spared.
+    pub(crate) fn finish(self, handling: Handling, reason: Option<&'static str>, saved: u32) {
+        let Self { watcher, began, tenant, note } = self;
         let Watcher { data_type, counts, observer } = watcher;
         let took = began.elapsed();
         let tenant = tenant.map(|slot| observer.of_tenant(slot));

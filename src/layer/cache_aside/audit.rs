@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response};
+use http::{Request, Response};
 use http_body::Body;
 use tokio::{sync::oneshot, time::sleep};
 use tower_service::Service;
@@ -26,14 +26,6 @@ const STRIKES: u8 = 3;
 
 /// So many writes are named.
 const SUSPECTS: usize = 10;
-
-/// Whether a hit is to be compared. One with credentials is nobody else's business.
-pub(super) fn audits(core: &Core, route: &ReadRoute, key: &[u8], headers: &HeaderMap) -> bool {
-    let Some(auditor) = &core.auditor else { return false };
-    route.body.is_none()
-        && auditor.picks(route.policy.audit, key, || route.what())
-        && !headers.keys().any(|name| core.identity.is_credential(name))
-}
 
 /// How a comparison ended.
 enum Compared {

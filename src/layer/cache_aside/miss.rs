@@ -49,6 +49,17 @@ pub(super) struct Miss {
     pub(super) whole: Option<Reads>,
 }
 
+/// What is done about an entry that has been served.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Behind {
+    Nothing,
+    /// It is refreshed before it expires.
+    Refresh,
+    /// It is compared with what the inner service says.
+    #[cfg(feature = "stats")]
+    Audit,
+}
+
 /// A request with its headers, which say which variant it wants.
 struct Ask<'a, R> {
     miss: &'a mut Miss,
@@ -145,7 +156,7 @@ impl Miss {
             Obtained::Answer(response)
                 if is_hit(&response)
                     && !self.asked.is_partial()
-                    && super::audit::audits(&core, &route, self.key.as_bytes(), request.headers()) =>
+                    && audits(&core, &route, self.key.as_bytes(), request.headers()) =>
             {
                 self.tags = tags;
                 core.engine.spawn(self.audit(inner, request).in_current_span());
@@ -226,8 +237,21 @@ impl Miss {
         future::replied(outcome, task).await
     }
 
+    pub(super) async fn follow_up<S, B, R>(self, behind: Behind, inner: S, request: Request<B>)
+    where
+        S: Service<Request<B>, Response = Response<R>>,
+        R: Body<Data = Bytes>,
+    {
+        match behind {
+            Behind::Nothing => {}
+            Behind::Refresh => self.refresh(inner, request).await,
+            #[cfg(feature = "stats")]
+            Behind::Audit => self.audit(inner, request).await,
+        }
+    }
+
     /// Replaces what has been served already, unless somebody else does.
-    pub(super) async fn refresh<S, B, R>(mut self, inner: S, request: Request<B>)
+    async fn refresh<S, B, R>(mut self, inner: S, request: Request<B>)
     where
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
@@ -262,6 +286,15 @@ impl Miss {
         let scope = Inside::of(leader.as_ref());
         (engine.spawn(scope.around(self.load(inner, request, leader, reply)).in_current_span()), replied)
     }
+}
+
+#[cfg(feature = "stats")]
+/// Whether a hit is to be compared. One with credentials is nobody else's business.
+pub(super) fn audits(core: &Core, route: &ReadRoute, key: &[u8], headers: &HeaderMap) -> bool {
+    let Some(auditor) = &core.auditor else { return false };
+    route.body.is_none()
+        && auditor.picks(route.policy.audit, key, || route.what())
+        && !headers.keys().any(|name| core.identity.is_credential(name))
 }
 
 /// Whether it was found in the store, and is fresh.

@@ -42,7 +42,7 @@ use crate::{
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
     store::Payload,
 };
-use miss::Miss;
+use miss::{Behind, Miss};
 
 /// Wraps services in [`CacheAside`]; made by [`Cache::layer`](crate::Cache::layer).
 ///
@@ -188,18 +188,11 @@ where
         if parts.extensions.get().is_some_and(looked) {
             return self.pass(Request::from_parts(parts, body), None);
         }
-        let Held { response, is_due, variant, known } = self.held(route, &key, &asked, &parts.headers, whole.as_ref());
+        let Held { response, behind, variant, known } = self.held(route, &key, &asked, &parts.headers, whole.as_ref());
         let watcher = route.teller.watcher();
-        #[cfg(feature = "stats")]
-        let audits = response.is_some()
-            && !is_due
-            && !asked.is_partial()
-            && audit::audits(&self.core, route, variant.as_deref().unwrap_or(&key), &parts.headers);
-        #[cfg(not(feature = "stats"))]
-        let audits = false;
         let (response, watch) = match response {
             // What the request's map held its extensions in has room for this one.
-            Some((response, outcome)) if !is_due && !audits => {
+            Some((response, outcome)) if behind == Behind::Nothing => {
                 watcher.hit(timer, &outcome, || Some(name));
                 return ResponseFuture::ready(with_outcome(response, parts.extensions, outcome));
             }
@@ -207,7 +200,7 @@ where
                 watcher.hit(timer, &outcome, || Some(name.clone()));
                 (Some(with_outcome(response, Extensions::new(), outcome)), None)
             }
-            None => (None, Some(watcher.watch(timer, || Some(name.clone()), || place.full()))),
+            None => (None, Some(watcher.watch(timer, || Some(name.clone()), || place.full().into()))),
         };
         let tenant = self.core.space.tenant(&*name);
         let tags = route.tags(tenant.head(), &read.params);
@@ -227,13 +220,9 @@ where
         match (response, how) {
             (None, Some(how)) => self.answer_body(miss, key, (how, teller), watch, inner, request),
             (None, None) => ResponseFuture::boxed(Box::pin(watched(watch, miss(key).answer(inner, request)))),
-            #[cfg(feature = "stats")]
-            (Some(response), _) if audits => {
-                self.core.engine.spawn(miss(key).audit(inner, request).in_current_span());
-                ResponseFuture::ready(response)
-            }
             (Some(response), _) => {
-                self.core.engine.spawn(miss(key).refresh(inner, request).in_current_span());
+                let task = miss(key).follow_up(behind, inner, request);
+                self.core.engine.spawn(task.in_current_span());
                 ResponseFuture::ready(response)
             }
         }
@@ -262,8 +251,8 @@ type Sought<'k> = (&'k Arc<ReadRoute>, Wanted<'k>, Asked);
 /// What this process holds for a request.
 struct Held<R: Body> {
     response: Option<(Response<CacheBody<R>>, Outcome)>,
-    /// It is to be refreshed before it expires.
-    is_due: bool,
+    /// What is done behind its reader.
+    behind: Behind,
     /// The key of its variant, where there are any.
     variant: Option<Vec<u8>>,
     /// By which headers, and for how long that is remembered.
@@ -296,11 +285,18 @@ impl<S, M> CacheAside<S, M> {
             if let Some(whole) = whole {
                 whole.add_stamps(&entry.stamps);
             }
-            let is_due = !asked.is_partial() && entry.is_due(now, route.policy.early_refresh);
-            Some(((response, how.outcome(&entry, now)), is_due))
+            let behind = match asked.is_partial() {
+                true => Behind::Nothing,
+                false if entry.is_due(now, route.policy.early_refresh) => Behind::Refresh,
+                #[cfg(feature = "stats")]
+                false if miss::audits(&self.core, route, variant.as_deref().unwrap_or(key), headers) => Behind::Audit,
+                false => Behind::Nothing,
+            };
+            Some(((response, how.outcome(&entry, now)), behind))
         });
-        let (response, is_due) = response.map_or((None, false), |(response, is_due)| (Some(response), is_due));
-        Held { response, is_due, variant, known }
+        let (response, behind) =
+            response.map_or((None, Behind::Nothing), |(response, behind)| (Some(response), behind));
+        Held { response, behind, variant, known }
     }
 
     fn pass<B, R: Body>(&self, request: Request<B>, finish: Option<Finish>) -> ResponseFuture<S, B, R, CacheBody<R>>
@@ -370,7 +366,7 @@ impl<S, M> CacheAside<S, M> {
         let teller = &read.route.map_or(read.any, |route| route).teller;
         let watch = read.route.map(|_| {
             let tenant = || tenants.tenant(parts).ok();
-            teller.watcher().watch(timer, tenant, || parts.uri.path())
+            teller.watcher().watch(timer, tenant, || parts.uri.path().into())
         });
         Finish { told: Some((handled, teller.clone(), watch)), tag_header: options.tag_header.clone(), whole }
     }

@@ -141,7 +141,7 @@ where
                     let watch = read.route.teller.watcher().watch(
                         Timer::start(),
                         || tenants.tenant(&parts).ok(),
-                        || parts.uri.path(),
+                        || parts.uri.path().into(),
                     );
                     let request = Request::from_parts(parts, body);
                     let answer = read.answer(self.inner.clone(), request);
@@ -160,7 +160,7 @@ where
                 }));
             }
         };
-        let watch = teller.watcher().watch(Timer::start(), || tenants.tenant(&parts).ok(), || parts.uri.path());
+        let watch = teller.watcher().watch(Timer::start(), || tenants.tenant(&parts).ok(), || parts.uri.path().into());
         let told = Some((Forwarded::because(Reason::Bypass, passed), teller, Some(watch)));
         // Which entities its message names, nobody has read.
         let whole = Reads::current();
