@@ -53,7 +53,7 @@ pub struct Config {
     pub on_unmapped: Option<OnUnmapped>,
     /// How types are held in process that say nothing about it.
     pub tier: Option<Tier>,
-    /// See [`CacheBuilder::audit`](crate::CacheBuilder::audit). (Feature `stats`.)
+    /// See `CacheBuilder::audit`. (Feature `stats`.)
     pub audit: Option<f64>,
     /// The shared store. (Feature `redis`.)
     pub redis: Option<RedisTable>,

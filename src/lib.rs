@@ -138,6 +138,7 @@ pub mod docs {
     #[doc = include_str!("../docs/mapping.md")]
     pub mod mapping {}
 
+    #[cfg(all(feature = "admin", feature = "metrics"))]
     #[doc = include_str!("../docs/operations.md")]
     pub mod operations {}
 

@@ -128,6 +128,7 @@ async fn counts_are_exact() {
     assert_eq!(stats.tenants["b"].requests, 20);
     assert_eq!((stats.tenants["a"].hits, stats.tenants["a"].misses), (19, 6));
     assert_eq!(stats.tenants["a"].requests + stats.tenants["b"].requests, item.requests + items.requests - 1);
+    assert_eq!((stats.totals.invalidations, stats.totals.invalidated), (2, 2), "one drops of two types");
     let ratio = stats.totals.hit_ratio.unwrap();
     assert!((ratio - 47.0 / 54.0).abs() < 1e-9, "{ratio}");
 }

@@ -73,7 +73,7 @@ impl fmt::Debug for Admin {
 
 impl Cache {
     /// A service for those who look after this cache: a page at `/`, and what it is made of under `/api`, below whatever prefix it
-    /// is mounted at. (Feature `admin`; see [`docs::operations`](crate::docs::operations).)
+    /// is mounted at. (Feature `admin`; `docs/operations.md` has it all.)
     pub fn admin(&self, admin: Admin) -> AdminService {
         self.keep();
         self.0.observer.recent.watch();

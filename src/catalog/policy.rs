@@ -249,7 +249,7 @@ impl DataType {
         self
     }
 
-    /// The share of hits that are compared with what the inner service says ([`CacheBuilder::audit`](crate::CacheBuilder::audit)).
+    /// The share of hits that are compared with what the inner service says (`CacheBuilder::audit`).
     /// Zero for what may be asked for only once (a one-time link): each comparison is a request. (Feature `stats`.)
     #[must_use]
     pub fn audit(mut self, share: f64) -> Self {

@@ -159,6 +159,8 @@ impl Stats {
         let mut busiest: Vec<_> = tenants.into_iter().collect();
         busiest.sort_by_key(|(_, of_tenant)| std::cmp::Reverse(of_tenant.requests()));
         busiest.truncate(SHOWN);
+        // A write that drops entries of several types is one.
+        totals.invalidations = snapshots.iter().flat_map(|s| s.invalidations.values()).map(OfHistogram::count).sum();
         Self {
             service: service.to_owned(),
             process: process.to_owned(),

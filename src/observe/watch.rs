@@ -101,6 +101,10 @@ impl Watch {
         let Watcher { data_type, counts, observer } = watcher;
         let took = began.elapsed();
         let tenant = tenant.map(|slot| observer.of_tenant(slot));
+        if let Some(of_tenant) = tenant.filter(|_| handling == Handling::Miss) {
+            // As its request saw it.
+            of_tenant.load(reason != Some("error"), took);
+        }
         for counts in counts.as_deref().into_iter().chain(tenant) {
             counts.request(handling, reason, took, saved);
         }
