@@ -19,7 +19,7 @@ const ROOMS: &[(&str, &[&str])] = &[
             "error",
         ],
     ),
-    ("admin", &["cache", "layer", "engine", "observe", "route", "store", "catalog", "key", "error"]),
+    ("admin", &["cache", "layer", "http", "engine", "observe", "route", "store", "catalog", "key", "error"]),
     ("cache", &["layer", "config", "engine", "observe", "route", "store", "catalog", "key", "clock", "error"]),
     ("layer", &["http", "observe", "route", "engine", "store", "catalog", "key", "clock", "error"]),
     ("config", &["route", "store", "catalog", "error", "units"]),

@@ -20,6 +20,7 @@ use std::{
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
+use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use support::{Http, Service};
 use tower::ServiceExt;
@@ -133,6 +134,79 @@ async fn counts_are_exact() {
     assert!((ratio - 47.0 / 54.0).abs() < 1e-9, "{ratio}");
 }
 
+/// What gets no answer is counted, too: of who hung up, and where the inner service failed or panicked.
+#[tokio::test]
+async fn what_has_no_answer_is_counted() {
+    let cache = shop().build().unwrap();
+    let web = Web::new(&cache, |asked| async move {
+        match asked.uri().path() {
+            "/items/hangs" => std::future::pending().await,
+            "/items/panics" => panic!("as it should"),
+            _ => Err(std::io::Error::other("down")),
+        }
+    });
+    let hung = tokio::time::timeout(Duration::from_millis(20), web.send(of("a", Method::GET, "/items/hangs"))).await;
+    assert!(hung.is_err());
+    let panics = tokio::spawn({
+        let web = web.clone();
+        async move { web.send(of("a", Method::GET, "/items/panics")).await }
+    });
+    assert!(panics.await.is_err());
+    assert!(web.try_send(of("a", Method::GET, "/items/1")).await.is_err());
+    let bypass = with(Method::GET, "/items/1", &[("x-tenant-id", "a"), ("authorization", "x")]);
+    assert!(web.try_send(bypass).await.is_err());
+    let item = &cache.stats().types["item"];
+    assert_eq!(json!(item.miss_reasons), json!({"cancelled": 1, "error": 2}));
+    assert_eq!((json!(item.bypasses), item.requests), (json!({"credentials": 1}), 4));
+}
+
+/// Two layers of one cache count a request once, and a purge of everything is no silence.
+#[tokio::test]
+async fn nothing_is_counted_twice() {
+    let cache = shop().build().unwrap();
+    let inner = tower::service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, std::io::Error>(ok("text")) });
+    let layer = cache.layer();
+    let twice = tower::Layer::layer(&layer, tower::Layer::layer(&layer, inner));
+    let send = async |request| twice.clone().oneshot(request).await.map(drop).unwrap();
+    send(of("a", Method::GET, "/items/1")).await;
+    send(of("a", Method::GET, "/items/1")).await;
+    send(with(Method::GET, "/items/1", &[("x-tenant-id", "a"), ("authorization", "x")])).await;
+    let item = &cache.stats().types["item"];
+    assert_eq!((item.requests, item.misses, item.hits), (3, 1, 1));
+    let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
+    cache.clear().await.unwrap();
+    let seen = get(&admin, "/api/recent?kind=invalidation").await;
+    assert_eq!((&seen["events"][0]["what"], &seen["events"][0]["tags"]), (&json!("Cache::clear"), &json!(["*"])));
+    let explained = get(&admin, "/api/explain?path=/items/1&tenant=a").await;
+    assert!(explained["because"].as_str().unwrap().contains("`Cache::clear` dropped `everything`"), "{explained:#}");
+}
+
+/// A cache that is made in one runtime, or in none, and serves in another is looked after there.
+#[test]
+fn whoever_serves_looks_after_it() {
+    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    for builds_inside in [false, true] {
+        let cache = match builds_inside {
+            true => runtime().block_on(async { shop().build().unwrap() }),
+            false => shop().build().unwrap(),
+        };
+        let cache = cache.clone();
+        let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
+        runtime().block_on(async move {
+            let layer = cache.layer();
+            let inner =
+                tower::service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, std::io::Error>(ok(vec![b'x'; 200_000])) });
+            let service = tower::Layer::layer(&layer, inner);
+            service.oneshot(of("a", Method::GET, "/items/large")).await.map(drop).unwrap();
+            until(|| async {
+                let stats = get(&admin, "/api/stats").await;
+                (stats["alerts"].to_string().contains("large_entry"), stats["alerts"].clone())
+            })
+            .await;
+        });
+    }
+}
+
 /// So are values that code asks for.
 #[tokio::test]
 async fn values_are_counted() {
@@ -169,7 +243,7 @@ async fn tenants_are_bounded() {
 /// What metrics say is what has happened: names, labels and counts.
 #[tokio::test]
 async fn metrics_are_exact() {
-    let args = ["--metrics-tenants", "2", "--origin-delay-ms", "20"];
+    let args = ["--metrics-tenants", "2", "--origin-delay-ms", "20", "--admin-token", TOKEN];
     let service = Service::start(&args);
     for (tenant, times) in [("demo", 5), ("two", 3), ("three", 2), ("four", 1)] {
         for _ in 0..times {
@@ -211,6 +285,11 @@ async fn metrics_are_exact() {
         let found = text.lines().find_map(|own| own.strip_prefix(&line)).map(str::trim);
         assert_eq!(found, Some(value), "{line}\n{text}");
     }
+    let stats = Http::new(&service.url, "demo").with("authorization", &format!("Bearer {TOKEN}"));
+    let stats = stats.get("/_cache/api/stats").await.json();
+    let lists = &stats["types"]["agents_list"];
+    assert_eq!((&lists["hits"], &lists["misses"], &lists["requests"]), (&json!(7), &json!(4), &json!(12)));
+    assert_eq!((&lists["bypasses"], &stats["totals"]["invalidations"]), (&json!({"credentials": 1}), &json!(1)));
     assert!(!text.contains("=\"\"") && !text.contains("tenant=\"three\"") && !text.contains("agent-1"), "{text}");
 }
 
@@ -221,7 +300,7 @@ async fn metrics_are_exact() {
 async fn alerts_are_raised_and_cleared() {
     let rules = AlertRules::default().hit_ratio(0.5).requests(10).entry_bytes(1_000);
     let cache = shop().alerts(rules).build().unwrap();
-    let admin = cache.admin(Admin::bearer(TOKEN));
+    let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
     let web = Web::new(&cache, |asked| async move {
         Ok(if asked.uri().path() == "/items/large" { ok(vec![b'x'; 2_000]) } else { ok("text") })
     });
@@ -308,8 +387,11 @@ async fn an_audit_finds_the_write_that_nobody_declared() {
             assert!(!found.to_string().contains("Ada"), "no values: {found:#}");
             let list = demo.get("/agents").await.json();
             assert!(list.to_string().contains("Ada 2"), "healed: {list}");
-            let stats = admin.get("/_cache/api/stats").await.json();
-            assert!(stats["alerts"].to_string().contains("\"audit\""), "{stats:#}");
+            until(|| async {
+                let stats = admin.get("/_cache/api/stats").await.json();
+                (stats["alerts"].to_string().contains("\"audit\""), stats["alerts"].clone())
+            })
+            .await;
         } else {
             assert_eq!(audits().await["events"], json!([]));
             let stats = admin.get("/_cache/api/stats").await.json();
@@ -320,11 +402,56 @@ async fn an_audit_finds_the_write_that_nobody_declared() {
     }
 }
 
+/// With the right table nothing is found, in any store and tier, under random load. `AUDIT_SECONDS` says for how long each.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_audit_finds_nothing_where_nothing_is_stale() {
+    let seconds: u64 = std::env::var("AUDIT_SECONDS").map_or(4, |seconds| seconds.parse().unwrap());
+    let redis = redis::Redis::start(&[]);
+    let url = redis.url();
+    for tier in [
+        &[][..],
+        &["--redis", &url, "--l1", "on"],
+        &["--redis", &url, "--l1", "validated"],
+        &["--redis", &url, "--l1", "off"],
+    ] {
+        let prefix = format!("tier{}", tier.join(""));
+        let args = [tier, &["--audit", "0.3", "--admin-token", TOKEN, "--prefix", &prefix]].concat();
+        let service = Service::start(&args);
+        let end = std::time::Instant::now() + Duration::from_secs(seconds);
+        let load = (0..6_u64).map(|seed| {
+            let demo = Http::new(&service.url, "demo");
+            tokio::spawn(async move {
+                let mut rng = rand::rngs::SmallRng::seed_from_u64(seed);
+                while std::time::Instant::now() < end {
+                    let agent = format!("/agents/agent-{}", rng.random_range(1..4));
+                    match rng.random_range(0..30) {
+                        0 => drop(demo.put(&agent, json!({"name": format!("{}", rng.random::<u32>())})).await),
+                        1 => drop(
+                            demo.put(&format!("{agent}/config"), json!({"config": {"a": rng.random::<u32>()}})).await,
+                        ),
+                        2..12 => drop(demo.get("/agents").await),
+                        12..20 => drop(demo.get(&format!("{agent}/config")).await),
+                        _ => drop(demo.get(&agent).await),
+                    }
+                }
+            })
+        });
+        futures_util::future::join_all(load).await.into_iter().for_each(|ended| ended.unwrap());
+        // What is suspect is looked at again some seconds later.
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        let admin = Http::new(&service.url, "demo").with("authorization", &format!("Bearer {TOKEN}"));
+        let stats = admin.get("/_cache/api/stats").await.json();
+        let found = admin.get("/_cache/api/recent?kind=audit").await.json();
+        assert_eq!(found["events"], json!([]), "{tier:?}: {found:#}");
+        assert!(stats["audits"]["ok"].as_u64().unwrap() > 10, "{tier:?}: {:#}", stats["audits"]);
+    }
+}
+
 /// What is another thing each time is said to be so, once, and left alone; what has credentials is never looked at.
 #[tokio::test]
 async fn what_cannot_be_compared_is_said_once() {
     let cache = shop().audit(1.0).build().unwrap();
-    let admin = cache.admin(Admin::bearer(TOKEN));
+    let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
     let calls = Arc::new(AtomicU64::new(0));
     let count = calls.clone();
     let web = Web::new(&cache, move |_| {
@@ -358,7 +485,10 @@ async fn what_cannot_be_compared_is_said_once() {
 #[tokio::test]
 async fn only_who_has_the_token_comes_in() {
     let cache = shop().build().unwrap();
-    let admin = cache.admin(Admin::bearer(TOKEN));
+    let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
+    for empty in ["", " ", "\n"] {
+        assert!(Admin::bearer(empty).unwrap_err().to_string().contains("empty"));
+    }
     let send = async |path: &str, authorization: &str| {
         let mut request = Request::get(path).body(Full::<Bytes>::default()).unwrap();
         if !authorization.is_empty() {
@@ -409,7 +539,7 @@ async fn explain_says_why() {
         .mutation(Mutation::put("/pages/{page_id}", "page"))
         .build()
         .unwrap();
-    let admin = cache.admin(Admin::bearer(TOKEN));
+    let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
     let web = Web::new(&cache, |asked| async move {
         let language = asked.headers().get("accept-language").map_or("", |v| v.to_str().unwrap()).to_owned();
         Ok(Response::builder().header("vary", "accept-language").body(full(format!("<{language}>"))).unwrap())
@@ -462,7 +592,7 @@ async fn purges_say_what_they_drop() {
         .cascade(Cascade::new("item").drops(["part"]))
         .build()
         .unwrap();
-    let admin = cache.admin(Admin::bearer(TOKEN));
+    let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
     let web = Web::new(&cache, |_| async {
         Ok(Response::builder().header("vary", "accept-language").body(full("text")).unwrap())
     });
@@ -483,7 +613,7 @@ async fn purges_say_what_they_drop() {
     assert_eq!((status.as_u16(), &dry["dry_run"]), (200, &json!(true)));
     assert_eq!(dry["tags"], json!(["item:item=1", "part:item=1"]));
     assert_eq!(variants().await, 6, "nothing was dropped");
-    let looking = cache.admin(Admin::bearer(TOKEN).read_only());
+    let looking = cache.admin(Admin::bearer(TOKEN).unwrap().read_only());
     assert_eq!(ask(&looking, Method::POST, "/api/invalidate", purge(false)).await.0, 403);
     assert_eq!(ask(&looking, Method::POST, "/api/invalidate", purge(true)).await.0, 200);
     let (_, wet) = ask(&admin, Method::POST, "/api/invalidate", purge(false)).await;
@@ -509,7 +639,7 @@ async fn purges_say_what_they_drop() {
 #[tokio::test]
 async fn events_come_as_they_happen() {
     let cache = shop().build().unwrap();
-    let admin = cache.admin(Admin::bearer(TOKEN));
+    let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
     let web = Web::new(&cache, |_| async { Ok(ok("text")) });
     let listen = || {
         let request = Request::get("/api/events").header("authorization", format!("Bearer {TOKEN}"));

@@ -78,11 +78,10 @@ pub fn apply(router: Router, cache: &Cache) -> Router {
 }
 
 /// The service for those who look after the cache: beside the application, not inside its layers.
-pub fn admin(app: Router, args: &Args, cache: &Cache) -> Router {
-    match &args.admin_token {
-        Some(token) => app.nest_service("/_cache", cache.admin(Admin::bearer(token))),
-        None => app,
-    }
+pub fn admin(app: Router, args: &Args, cache: &Cache) -> Result<Router, String> {
+    let Some(token) = &args.admin_token else { return Ok(app) };
+    let admin = Admin::bearer(token).map_err(|e| format!("--admin-token: {e}"))?;
+    Ok(app.nest_service("/_cache", cache.admin(admin)))
 }
 
 /// Where metrics go, and who writes them down for Prometheus. Within a runtime.

@@ -47,12 +47,14 @@ async fn run() -> Result<(), String> {
                 None => format!("cannot open a temporary database: {e}"),
             }
         })?;
+    // First, so that nothing is counted that nobody records.
+    let exporter = caching::exporter()?;
     let cache = caching::cache(&args, db.clone())?;
     if args.check {
         let _ = write!(std::io::stdout(), "{}", cache.describe());
         return Ok(());
     }
-    let (health, exporter, counted) = (cache.clone(), caching::exporter()?, cache.clone());
+    let (health, counted) = (cache.clone(), cache.clone());
     let metrics: routes::Metrics = Arc::new(move || {
         counted.record_metrics();
         exporter.render()
@@ -60,7 +62,7 @@ async fn run() -> Result<(), String> {
     let store_state: routes::StoreState =
         Arc::new(move || if health.health() == Health::Ok { "ok" } else { "degraded" });
     let app = caching::apply(routes::router(db, store_state, metrics), &cache);
-    let app = caching::admin(app, &args, &cache);
+    let app = caching::admin(app, &args, &cache)?;
 
     let unusable = |e| format!("--listen: cannot listen on {}: {e}", args.listen);
     let listener = TcpListener::bind(args.listen).await.map_err(unusable)?;

@@ -82,6 +82,7 @@ impl AdminService {
     where
         B: Body<Data = Bytes> + Send,
     {
+        self.cache.keep();
         let (parts, body) = request.into_parts();
         let members = members(parts.uri.query());
         let is_get = [Method::GET, Method::HEAD].contains(&parts.method);
@@ -112,6 +113,7 @@ impl AdminService {
 
     fn stats(&self, process: Option<&str>) -> Response<AdminBody> {
         let core = &self.cache.0;
+        core.observer.looks();
         let all = self.snapshots();
         let process = process.filter(|process| !process.is_empty() && *process != "all");
         let chosen: Vec<_> = all.iter().filter(|one| process.is_none_or(|id| id == one.process)).cloned().collect();

@@ -8,9 +8,10 @@ use serde_json::{Map, Value, json};
 use super::words;
 use crate::{
     engine::Found,
+    http::directives::RequestDirectives,
     key::{Key, Tag},
     layer::Core,
-    observe::{Event, What, now, shortened},
+    observe::{Event, What, now, shortened, tag_hash},
     route::{At, Known, Place, ReadRoute, TenantSource, variant_key},
     store::{Payload, StoredResponse},
 };
@@ -61,7 +62,19 @@ pub(super) async fn explain(
         key = Key::new(variant_key(key.as_bytes(), names, &parts.headers));
         found = core.engine.look_at(&key, &tags, &route.policy).await.map_err(away)?;
     }
+    let directives = core.options.request_directives.then(|| RequestDirectives::of(&parts.headers));
+    if directives.as_ref().is_some_and(|directives| directives.no_store) {
+        return Ok(bypass(Some(route), "its `Cache-Control: no-store` forbids it"));
+    }
     let (verdict, because) = judge(core, route, found.as_ref(), (&tags, tenant));
+    let is_refused = |directives: &RequestDirectives| {
+        let asked = core.engine.now();
+        found.as_ref().is_some_and(|found| !directives.accept(found.entry.age(asked), found.entry.ttl(asked)))
+    };
+    let (verdict, because) = match directives.as_ref().is_some_and(is_refused) {
+        true if verdict == "hit" => ("miss", "its `Cache-Control` wants a younger or fresher response".to_owned()),
+        _ => (verdict, because),
+    };
     let listed = match &found {
         Some(found) => found.now.iter().map(|(tag, now)| of_tag(found, tag, now.map(|g| g.0))).collect(),
         None => {
@@ -139,7 +152,10 @@ fn judge(
     let at = core.engine.now();
     let Some(found) = found else {
         return match dropped(core, (tags, tenant), None) {
-            Some(by) => ("miss", format!("nothing is stored under its key: {by}")),
+            Some(by) => (
+                "miss",
+                format!("nothing is stored under its key: {by}, and nothing was stored since, or it had to go"),
+            ),
             None => {
                 ("miss", "nothing is stored under its key: it was not asked for, not stored, or had to go".to_owned())
             }
@@ -190,18 +206,19 @@ fn status(status: StatusCode) -> u16 {
 fn dropped(core: &Core, (tags, tenant): (&[Tag], &str), since: Option<u64>) -> Option<String> {
     let tenant = Some(shortened(tenant));
     let labels: Vec<_> = tags.iter().map(Tag::label).collect();
+    let hashes: Vec<_> = labels.iter().map(String::as_str).chain(["*"]).map(tag_hash).collect();
     let is_it = |event: &Event| match &event.what {
-        What::Invalidation { tags, tenant: own, .. } if *own == tenant => {
+        What::Invalidation { all, tenant: own, .. } if own.is_none() || *own == tenant => {
             // Clocks of engine and wall may differ by a bit.
-            since.is_none_or(|since| event.at + 1_000 >= since) && tags.iter().any(|tag| labels.contains(tag))
+            since.is_none_or(|since| event.at + 1_000 >= since) && all.iter().any(|tag| hashes.contains(tag))
         }
         _ => false,
     };
     let event = core.observer.recent.newest(Some("invalidation"), 1, is_it).pop()?;
-    let What::Invalidation { what, tags, .. } = &event.what else { return None };
-    let tag = tags.iter().find(|tag| labels.contains(tag))?;
+    let What::Invalidation { what, all, .. } = &event.what else { return None };
+    let tag = labels.iter().find(|tag| all.contains(&tag_hash(tag))).map_or("everything", |tag| tag);
     let ago = now().saturating_sub(event.at) / 1_000;
-    let named = tag.split_once(':').map_or(&**tag, |(_, named)| named);
+    let named = tag.split_once(':').map_or(tag, |(_, named)| named);
     let named = if named == "*" { tag } else { named };
     Some(format!("a `{what}` dropped `{named}` {ago} s ago"))
 }

@@ -24,11 +24,12 @@ use tower_service::Service;
 
 pub use body::AdminBody;
 
-use crate::cache::Cache;
+use crate::{cache::Cache, error::ConfigError};
 
 const PAGE: &str = include_str!("dashboard.html");
 
-/// So many wrong tokens in so long, and no more are compared.
+/// After so many wrong tokens in so long, somebody guesses: that is said, and each of them told to come back later. The right one
+/// is let in all the same, for else guessing would keep it out.
 const WRONG: u32 = 20;
 const WINDOW: Duration = Duration::from_secs(10);
 
@@ -42,7 +43,7 @@ const LISTENERS: usize = 32;
 /// # fn main() -> Result<(), tower_cache_aside::ConfigError> {
 /// # let cache = Cache::builder("docs").build()?;
 /// // axum: Router::new().nest_service("/_cache", service)
-/// let service = cache.admin(Admin::bearer("a long secret"));
+/// let service = cache.admin(Admin::bearer("a long secret")?);
 /// # Ok(()) }
 /// ```
 #[must_use]
@@ -53,9 +54,15 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Everybody who has this token (RFC 6750): make it long, and keep it out of the code.
-    pub fn bearer(token: impl AsRef<[u8]>) -> Self {
-        Self { token: Sha256::digest(token.as_ref()).into(), read_only: false }
+    /// Everybody who has this token (RFC 6750): make it long, and keep it out of the code. Space around it does not count.
+    ///
+    /// # Errors
+    /// It is empty, as of a variable that is not set.
+    pub fn bearer(token: impl AsRef<[u8]>) -> Result<Self, ConfigError> {
+        match token.as_ref().trim_ascii() {
+            [] => Err(ConfigError::new("the admin's token is empty, and would let everybody in; set one that is long")),
+            token => Ok(Self { token: Sha256::digest(token).into(), read_only: false }),
+        }
     }
 
     /// They may look, and drop nothing.
@@ -120,7 +127,7 @@ impl Gate {
         }
         wrong.1 = wrong.1.saturating_add(1);
         if wrong.1 == WRONG + 1 {
-            tracing::warn!("many wrong tokens for the admin's API: the next are not looked at for some seconds");
+            tracing::warn!("many wrong tokens for the admin's API: somebody guesses");
         }
         Err(if wrong.1 > WRONG { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::UNAUTHORIZED })
     }

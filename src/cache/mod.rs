@@ -19,7 +19,7 @@ pub use value::{Codec, CodecError, Json, MessagePack, Report, Source};
 use crate::{
     engine::Invalidated,
     error::ConfigError,
-    layer::{CacheAsideLayer, Changes, Core, Due, InvalidateLayer, Writing, joined},
+    layer::{Blame, CacheAsideLayer, Changes, Core, Due, InvalidateLayer, Writing, joined},
     store::{Health, StoreError},
 };
 
@@ -43,12 +43,16 @@ impl Cache {
 
     /// The layer that invalidates after the configured [`Mutation`](crate::Mutation)s.
     pub fn invalidate_layer(&self) -> InvalidateLayer {
+        #[cfg(feature = "stats")]
+        self.keep();
         InvalidateLayer::new(self.0.clone())
     }
 
     /// The layer for tonic's servers: reads and mutations of gRPC methods. (Feature `grpc`.)
     #[cfg(feature = "grpc")]
     pub fn grpc_layer(&self) -> crate::GrpcLayer {
+        #[cfg(feature = "stats")]
+        self.keep();
         crate::GrpcLayer { core: self.0.clone() }
     }
 
@@ -139,7 +143,7 @@ impl Cache {
     /// # Errors
     /// The store could not be told about it: this process serves none of it, others may until the TTL.
     pub async fn clear(&self) -> Result<(), StoreError> {
-        self.0.engine.clear().await
+        self.0.clear(&Blame { by_hand: true, what: "Cache::clear", tenant: None }).await
     }
 
     /// Whether the store does what it is there for, and why not. While it is down, requests go to the origin.

@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{runtime::Handle, time::interval};
+use tokio::{
+    runtime::Handle,
+    time::{MissedTickBehavior, interval},
+};
 
 use super::Cache;
 use crate::{
@@ -43,6 +46,7 @@ impl Cache {
     /// before a scrape is answered, and the scrape has everything. (Feature `metrics`.)
     #[cfg(feature = "metrics")]
     pub fn record_metrics(&self) {
+        self.keep();
         self.0.observer.export(|| snapshot(&self.0));
     }
 
@@ -51,7 +55,7 @@ impl Cache {
         if let Ok(runtime) = Handle::try_current()
             && self.0.observer.starts()
         {
-            runtime.spawn(kept(std::sync::Arc::downgrade(&self.0)));
+            runtime.spawn(kept(Ends(std::sync::Arc::downgrade(&self.0))));
         }
     }
 }
@@ -77,14 +81,27 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
     }
 }
 
+/// The cache, and that nobody looks after it any more: the runtime may end, before it has begun, or a recorder of metrics panic.
+/// Then somebody else has to.
+struct Ends(Weak<Core>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        if let Some(core) = self.0.upgrade() {
+            core.observer.ends();
+        }
+    }
+}
+
 /// As long as there is a cache.
-async fn kept(cache: Weak<Core>) {
+async fn kept(cache: Ends) {
     let mut seconds = interval(Duration::from_secs(1));
+    seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut step = 0;
     let mut fleet = Fleet::default();
     loop {
         seconds.tick().await;
-        let Some(core) = cache.upgrade() else { return };
+        let Some(core) = cache.0.upgrade() else { return };
         let snapshot = snapshot(&core);
         core.observer.look(&snapshot);
         #[cfg(feature = "metrics")]
@@ -114,10 +131,12 @@ impl Fleet {
             self.pause -= 1;
             return;
         }
-        let Ok(said) = serde_json::to_vec(snapshot) else { return };
         let observer = &core.observer;
+        // Who is not looked at need not be heard.
+        let Some(hears) = observer.is_shown() else { return };
+        let Ok(said) = serde_json::to_vec(&snapshot.compact()) else { return };
         let fleet = format!("{}{{*}}", observer.service());
-        let heard = core.engine.exchange(&fleet, observer.process(), said, &self.gone).await;
+        let heard = core.engine.exchange(&fleet, (observer.process(), said), &self.gone, hears).await;
         let others = match heard {
             Ok(heard) => heard.iter().filter_map(|said| serde_json::from_slice(said).ok()).collect(),
             Err(error) => {

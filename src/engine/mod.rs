@@ -198,11 +198,11 @@ impl Engine {
     pub(crate) async fn exchange(
         &self,
         fleet: &str,
-        member: &str,
-        said: Vec<u8>,
+        said: (&str, Vec<u8>),
         gone: &[String],
+        hears: bool,
     ) -> Result<Vec<Vec<u8>>, StoreError> {
-        self.store.exchange(fleet, member, said, gone).await
+        self.store.exchange(fleet, said, gone, hears).await
     }
 
     pub(crate) fn health(&self) -> Health {

@@ -72,6 +72,14 @@ impl Forwarded {
 }
 
 impl Handled {
+    /// Why it is no hit.
+    pub(crate) fn reason(self) -> &'static str {
+        match self {
+            Self::Hit { .. } => "fresh",
+            Self::Forwarded(forwarded) => forwarded.detail.unwrap_or_else(|| forwarded.reason.as_str()),
+        }
+    }
+
     fn write(self, out: &mut Text, name: &str, forwarded_status: Option<StatusCode>, key: Option<&[u8]>) {
         out.extend_from_slice(name.as_bytes());
         match self {

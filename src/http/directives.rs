@@ -111,6 +111,13 @@ pub(crate) struct RequestDirectives {
 }
 
 impl RequestDirectives {
+    /// Whether a response of this age, fresh for so many more seconds (`None`: for ever), is good enough.
+    pub(crate) fn accept(&self, age: Duration, ttl: Option<i64>) -> bool {
+        !self.no_cache
+            && self.max_age.is_none_or(|most| age <= Duration::from_secs(most))
+            && self.min_fresh.is_none_or(|least| ttl.is_none_or(|ttl| ttl >= i64::try_from(least).unwrap_or(i64::MAX)))
+    }
+
     pub(crate) fn of(headers: &HeaderMap) -> Self {
         let mut this = Self::default();
         for (name, value) in members(headers, &header::CACHE_CONTROL) {

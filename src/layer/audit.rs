@@ -8,11 +8,12 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    hash::BuildHasher,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicU64, Ordering::Relaxed},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -20,15 +21,18 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{
     key::Key,
-    observe::now,
     store::{Entry, Payload},
 };
 
 /// So many compare at a time.
 const AT_ONCE: usize = 2;
 
-/// So many keys are suspect at a time.
+/// So many keys are suspect at a time, and keep so many bytes.
 const SUSPECTS: usize = 64;
+const SUSPECT_BYTES: usize = 8 << 20;
+
+/// One that is not asked for again meanwhile is forgotten.
+const FORGOTTEN: Duration = Duration::from_secs(60);
 
 /// So many fields are named.
 const FIELDS: usize = 20;
@@ -36,11 +40,12 @@ const FIELDS: usize = 20;
 /// So deep they are looked for.
 const DEPTH: usize = 32;
 
-/// News of a write takes no longer.
-pub(super) const GRACE: Duration = Duration::from_secs(1);
+/// So long after it was found, and again after that, an entry must still be valid: news of a write, or a write itself that works on
+/// after its commit, takes no longer.
+pub(super) const GRACE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 
 /// How long nothing is compared after the inner service was slow.
-const PAUSE: u64 = 10_000;
+const PAUSE: Duration = Duration::from_secs(10);
 
 /// What was served, and what the inner service says.
 #[derive(Clone)]
@@ -53,16 +58,45 @@ pub(super) struct Suspect {
 
 #[derive(Default)]
 struct Known {
-    suspects: HashMap<Key, Suspect>,
+    suspects: HashMap<Key, Held>,
     /// Routes that say something else each time.
     unreproducible: HashSet<String>,
+}
+
+struct Held {
+    suspect: Suspect,
+    route: String,
+    since: Instant,
+}
+
+impl Known {
+    /// What was not asked for again, and the oldest where there are too many.
+    fn tidy(&mut self) {
+        self.suspects.retain(|_, held| held.since.elapsed() < FORGOTTEN);
+        let bytes = |held: &Held| held.suspect.old.weight() + held.suspect.new.weight();
+        while self.suspects.len() > SUSPECTS || self.suspects.values().map(bytes).sum::<usize>() > SUSPECT_BYTES {
+            let oldest = self.suspects.iter().min_by_key(|(_, held)| held.since).map(|(key, _)| key.clone());
+            oldest.and_then(|key| self.suspects.remove(&key));
+        }
+    }
+
+    /// A bit for each suspect, so that most hits need not look.
+    fn filter(&self) -> u64 {
+        self.suspects.keys().fold(0, |bits, key| bits | bit(key.as_bytes()))
+    }
+}
+
+fn bit(key: &[u8]) -> u64 {
+    1 << (foldhash::fast::FixedState::default().hash_one(key) % 64)
 }
 
 pub(crate) struct Auditor {
     /// The share of hits that are looked at, where their type says nothing else.
     share: f64,
     known: Mutex<Known>,
-    suspects: AtomicUsize,
+    suspects: AtomicU64,
+    began: Instant,
+    /// Until how many milliseconds after that.
     paused: AtomicU64,
     permits: Semaphore,
 }
@@ -72,7 +106,8 @@ impl Auditor {
         Self {
             share,
             known: Mutex::default(),
-            suspects: AtomicUsize::new(0),
+            suspects: AtomicU64::new(0),
+            began: Instant::now(),
             paused: AtomicU64::new(0),
             permits: Semaphore::new(AT_ONCE),
         }
@@ -85,9 +120,11 @@ impl Auditor {
     /// Whether a hit is to be compared: by chance, or because its key is suspect.
     pub(super) fn picks(&self, share: Option<f64>, key: &[u8], route: impl FnOnce() -> String) -> bool {
         let share = share.unwrap_or(self.share);
-        let is_suspect =
-            || self.suspects.load(Relaxed) > 0 && self.known().suspects.keys().any(|suspect| suspect.as_bytes() == key);
-        if share <= 0.0 || !(rand::random::<f64>() < share || is_suspect()) || self.paused.load(Relaxed) > now() {
+        let is_suspect = || {
+            let bits = self.suspects.load(Relaxed);
+            bits != 0 && bits & bit(key) != 0 && self.known().suspects.keys().any(|suspect| suspect.as_bytes() == key)
+        };
+        if share <= 0.0 || !(rand::random::<f64>() < share || is_suspect()) || self.paused.load(Relaxed) > self.now() {
             return false;
         }
         !self.known().unreproducible.contains(&route())
@@ -101,28 +138,35 @@ impl Auditor {
     /// The inner service took so long, and has taken so long before. Where it is slow, real requests come first.
     pub(super) fn took(&self, took: Duration, before: u32) {
         if took > Duration::from_millis(100) && took.as_millis() > 3 * u128::from(before.max(10)) {
-            self.paused.store(now() + PAUSE, Relaxed);
+            self.paused.store(self.now() + u64::try_from(PAUSE.as_millis()).unwrap_or(u64::MAX), Relaxed);
         }
     }
 
-    pub(super) fn suspect(&self, key: &Key, suspect: Suspect) {
+    fn now(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn suspect(&self, key: &Key, route: String, suspect: Suspect) {
         let mut known = self.known();
-        if known.suspects.len() < SUSPECTS {
-            known.suspects.insert(key.clone(), suspect);
-        }
-        self.suspects.store(known.suspects.len(), Relaxed);
+        known.suspects.insert(key.clone(), Held { suspect, route, since: Instant::now() });
+        known.tidy();
+        self.suspects.store(known.filter(), Relaxed);
     }
 
     pub(super) fn take_suspect(&self, key: &Key) -> Option<Suspect> {
         let mut known = self.known();
-        let suspect = known.suspects.remove(key);
-        self.suspects.store(known.suspects.len(), Relaxed);
-        suspect
+        let held = known.suspects.remove(key);
+        known.tidy();
+        self.suspects.store(known.filter(), Relaxed);
+        held.map(|held| held.suspect)
     }
 
     /// Whether that is new.
     pub(super) fn is_unreproducible(&self, route: String) -> bool {
-        self.known().unreproducible.insert(route)
+        let mut known = self.known();
+        known.suspects.retain(|_, held| held.route != route);
+        self.suspects.store(known.filter(), Relaxed);
+        known.unreproducible.insert(route)
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::warnings::Warnings;
 #[cfg(feature = "stats")]
-use crate::observe::{Cause, Dropped};
+use crate::observe::{Cause, Dropped, tag_hash};
 use crate::{
     catalog::{Cascades, Catalogue, Change, Drops, FenceTimes, Policy},
     engine::{Engine, Invalidated},
@@ -20,7 +20,7 @@ use crate::{
     key::{Space, Tag, Tenant},
     observe::{FoundIn, Observer, Tellers},
     route::{Hosts, Identity, Known, OnUnmapped, Routes, TenantSource},
-    store::Fence,
+    store::{Fence, StoreError},
 };
 
 /// Of more tenants than this in one request, children are not looked for: everything of theirs falls.
@@ -46,8 +46,9 @@ impl Blame<'_> {
 
 /// The tags as people read them.
 #[cfg(feature = "stats")]
-fn labels(drops: &Drops) -> Vec<String> {
-    drops.groups.iter().flat_map(|group| &group.tags).take(MOST_NAMED).map(Tag::label).collect()
+fn labels(drops: &Drops) -> (Vec<String>, Arc<[u64]>) {
+    let tags = || drops.groups.iter().flat_map(|group| &group.tags).map(Tag::label);
+    (tags().take(MOST_NAMED).collect(), tags().map(|label| tag_hash(&label)).collect())
 }
 
 /// So many tags of an invalidation are remembered.
@@ -148,7 +149,7 @@ impl Core {
     /// Invalidates, and tells who wants to know. Where any fences are used at all, those of other writers are respected.
     pub(crate) async fn drop_all(&self, drops: Drops, fence: Option<&Fence>, blame: &Blame<'_>) -> Invalidated {
         #[cfg(feature = "stats")]
-        let (start, labels) = (Instant::now(), labels(&drops));
+        let (start, (labels, all)) = (Instant::now(), labels(&drops));
         let any = self.options.fence.is_some() || self.cascades.any_fence();
         let tags = |drops: &Drops| drops.groups.iter().flat_map(|group| group.tags.clone()).collect::<Vec<_>>();
         let told = self.on_invalidated.as_ref().map(|hook| (hook, tags(&drops)));
@@ -163,12 +164,34 @@ impl Core {
             tenant: blame.tenant,
             types: report.types(),
             tags: labels,
+            all,
             took: start.elapsed(),
             undelivered: report.undelivered(),
         });
         #[cfg(not(feature = "stats"))]
         let _ = blame;
         report
+    }
+
+    /// Drops everything of everybody.
+    pub(crate) async fn clear(&self, blame: &Blame<'_>) -> Result<(), StoreError> {
+        #[cfg(feature = "stats")]
+        let start = Instant::now();
+        let cleared = self.engine.clear().await;
+        #[cfg(feature = "stats")]
+        self.observer.dropped(&Dropped {
+            cause: blame.cause(),
+            what: blame.what,
+            tenant: None,
+            types: &[],
+            tags: vec!["*".to_owned()],
+            all: [tag_hash("*")].into(),
+            took: start.elapsed(),
+            undelivered: usize::from(cleared.is_err()),
+        });
+        #[cfg(not(feature = "stats"))]
+        let _ = blame;
+        cleared
     }
 
     /// Lifts a fence around what was not changed.

@@ -1,8 +1,6 @@
 //! From an entry and what a request asks for to a response: whole, without its body (`HEAD`), not modified (304), or a
 //! part (206).
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode,
@@ -74,11 +72,7 @@ impl Asked {
 
     /// Whether the request's directives let this entry answer it (RFC 9111, section 5.2.1).
     pub(crate) fn accepts(&self, entry: &Entry, now: Millis) -> bool {
-        let Some(directives) = self.directives() else { return true };
-        let seconds = Duration::from_secs;
-        !directives.no_cache
-            && directives.max_age.is_none_or(|most| entry.age(now) <= seconds(most))
-            && directives.min_fresh.is_none_or(|least| entry.ttl(now).is_none_or(|ttl| ttl >= least as i64))
+        self.directives().is_none_or(|directives| directives.accept(entry.age(now), entry.ttl(now)))
     }
 
     /// Whether the request says that so stale an entry is good enough, and the response does not forbid it.

@@ -165,7 +165,8 @@ impl Writing {
             return Invalidated::default();
         }
         let fence = self.held().await;
-        let tenant = self.tenants.first().map(|tenant| &*tenant.name);
+        // Of several, it is nobody's in particular.
+        let tenant = self.tenants.first().filter(|_| self.tenants.len() == 1).map(|tenant| &*tenant.name);
         let blame = Blame { by_hand: self.what.starts_with("Cache::"), what: &self.what, tenant };
         let report = self.core.drop_all(self.drops, fence.as_ref(), &blame).await;
         tracing::debug!(%report, "invalidated");
@@ -185,7 +186,7 @@ impl Writing {
 
     /// Something of somebody is stale, and nobody knows whose.
     async fn blame_nobody(&self) {
-        let Core { options, warnings, engine, .. } = &*self.core;
+        let Core { options, warnings, .. } = &*self.core;
         let request = route_of(&self.what);
         if options.on_unmapped != OnUnmapped::Ignore && warnings.is_new("no tenant", &request) {
             tracing::warn!(
@@ -194,7 +195,8 @@ impl Writing {
                  choose `on_unmapped`"
             );
         }
-        if options.on_unmapped == OnUnmapped::Drop && engine.clear().await.is_err() {
+        let blame = Blame { by_hand: false, what: &self.what, tenant: None };
+        if options.on_unmapped == OnUnmapped::Drop && self.core.clear(&blame).await.is_err() {
             tracing::error!("everything was to be dropped, and the store could not be told");
         }
     }

@@ -41,18 +41,22 @@ const SAMPLE: u32 = 16;
 /// Of a type (or tenant) more reasons than this are one.
 const REASONS: usize = 64;
 
+/// As many as the largest needs.
+const BUCKETS: usize = 15;
+
 #[derive(Debug)]
 pub(super) struct Histogram<const N: usize> {
     bounds: &'static [u64; N],
-    /// One more than bounds.
-    counts: Box<[AtomicU64]>,
+    /// One more than bounds, in place: what belongs to one thread shares no line with others.
+    counts: [AtomicU64; BUCKETS],
     sum: AtomicU64,
     max: AtomicU64,
 }
 
 impl<const N: usize> Histogram<N> {
     pub(super) fn new(bounds: &'static [u64; N]) -> Self {
-        let counts = (0..=N).map(|_| AtomicU64::new(0)).collect();
+        const { assert!(N < BUCKETS) };
+        let counts = [const { AtomicU64::new(0) }; BUCKETS];
         Self { bounds, counts, sum: AtomicU64::new(0), max: AtomicU64::new(0) }
     }
 
@@ -67,7 +71,7 @@ impl<const N: usize> Histogram<N> {
     }
 
     pub(super) fn read(&self, into: &mut OfHistogram) {
-        into.counts.resize(self.counts.len(), 0);
+        into.counts.resize(N + 1, 0);
         for (sum, count) in into.counts.iter_mut().zip(&self.counts) {
             *sum += count.load(Relaxed);
         }

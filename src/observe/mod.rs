@@ -28,12 +28,15 @@ pub(crate) use counts::Timer;
 #[cfg(feature = "metrics")]
 pub use export::{DURATION_BUCKETS, SIZE_BUCKETS};
 #[cfg(feature = "stats")]
-pub(crate) use observer::{Cause, Dropped, Observer, now};
+#[cfg(feature = "admin")]
+pub(crate) use observer::now;
+#[cfg(feature = "stats")]
+pub(crate) use observer::{Cause, Dropped, Observer};
 pub use outcome::{FoundIn, Handling, Outcome};
 #[cfg(feature = "admin")]
 pub(crate) use recent::KINDS;
 #[cfg(feature = "stats")]
-pub(crate) use recent::{Event, What, name_of, shortened};
+pub(crate) use recent::{Event, What, name_of, shortened, tag_hash};
 #[cfg(feature = "stats")]
 pub use snapshot::Alert;
 #[cfg(feature = "stats")]

@@ -23,6 +23,9 @@ use super::{
 /// So many tenants are told apart, and those that come later are one.
 const TENANTS: usize = 64;
 
+/// After somebody has looked at the fleet, the others are heard for so long, in milliseconds.
+const LOOKING: u64 = 60_000;
+
 /// What caused an invalidation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Cause {
@@ -51,7 +54,10 @@ pub(crate) struct Dropped<'a> {
     pub(crate) tenant: Option<&'a [u8]>,
     /// Entries by data type.
     pub(crate) types: &'a [(Arc<str>, u64)],
+    /// The first of them.
     pub(crate) tags: Vec<String>,
+    /// The hashes of all.
+    pub(crate) all: Arc<[u64]>,
     pub(crate) took: Duration,
     pub(crate) undelivered: usize,
 }
@@ -63,6 +69,7 @@ struct Tenants {
     hasher: RandomState,
     known: AtomicU64,
     others: Counts,
+    shards: usize,
 }
 
 #[derive(Debug)]
@@ -78,12 +85,13 @@ struct Known {
 pub(crate) struct TenantSlot(usize);
 
 impl Tenants {
-    fn new() -> Self {
+    fn new(shards: usize) -> Self {
         Self {
             slots: (0..2 * TENANTS).map(|_| OnceLock::new()).collect(),
             hasher: RandomState::default(),
             known: AtomicU64::new(0),
-            others: Counts::new(1),
+            others: Counts::new(shards),
+            shards,
         }
     }
 
@@ -96,9 +104,10 @@ impl Tenants {
                 Some(_) => {}
                 None if self.known.load(Relaxed) >= TENANTS as u64 => break,
                 None => {
-                    let rank = self.known.fetch_add(1, Relaxed);
-                    let known =
-                        self.slots[at].get_or_init(|| Known { name: name.into(), rank, counts: Counts::new(1) });
+                    let known = self.slots[at].get_or_init(|| {
+                        let rank = self.known.fetch_add(1, Relaxed);
+                        Known { name: name.into(), rank, counts: Counts::new(self.shards) }
+                    });
                     // Another may have come first.
                     if *known.name == *name {
                         return TenantSlot(at);
@@ -118,7 +127,14 @@ impl Tenants {
         let known = known.map(|known| (name_of(&known.name), OfType { rank: known.rank, ..known.counts.read() }));
         let others = self.others.read();
         let others = (others.requests() > 0).then(|| ("other".to_owned(), OfType { rank: u64::MAX, ..others }));
-        known.chain(others).filter(|(_, of_tenant)| of_tenant.requests() + of_tenant.invalidations > 0).collect()
+        let mut all: BTreeMap<String, OfType> = BTreeMap::new();
+        // Two names that are cut off may be one.
+        for (name, of_tenant) in known.chain(others).filter(|(_, one)| one.requests() + one.invalidations > 0) {
+            let sum = all.entry(name).or_default();
+            sum.rank = of_tenant.rank;
+            sum.add(&of_tenant);
+        }
+        all
     }
 }
 
@@ -165,6 +181,8 @@ pub(crate) struct Observer {
     pub(super) rules: AlertRules,
     pub(super) raised: Mutex<Raised>,
     started: AtomicBool,
+    /// When somebody looked at the whole fleet, in milliseconds since 1970.
+    looked: AtomicU64,
     #[cfg(feature = "metrics")]
     pub(super) told: Mutex<super::told::Told>,
     /// What other processes have published.
@@ -196,7 +214,7 @@ impl Observer {
             since: now(),
             types: types.map(|name| (name.into(), Arc::new(Counts::new(shards)))).collect(),
             declared: declared.map(str::to_owned).collect(),
-            tenants: Tenants::new(),
+            tenants: Tenants::new(shards),
             recent: Recent::new(),
             series: Mutex::default(),
             invalidations: CAUSES.map(|_| Histogram::new(&NANOS)),
@@ -207,6 +225,7 @@ impl Observer {
             rules,
             raised: Mutex::default(),
             started: AtomicBool::new(false),
+            looked: AtomicU64::new(0),
             #[cfg(feature = "metrics")]
             told: Mutex::default(),
             others: Mutex::default(),
@@ -238,12 +257,28 @@ impl Observer {
         !self.started.load(Relaxed) && !self.started.swap(true, Relaxed)
     }
 
+    /// That task has ended.
+    pub(crate) fn ends(&self) {
+        self.started.store(false, Relaxed);
+    }
+
+    /// Somebody looks at the whole fleet.
+    #[cfg(feature = "admin")]
+    pub(crate) fn looks(&self) {
+        self.looked.store(now(), Relaxed);
+    }
+
+    /// Whether anybody may look at this process, and whether somebody has just looked at all of them.
+    pub(crate) fn is_shown(&self) -> Option<bool> {
+        self.recent.is_watched().then(|| now().abs_diff(self.looked.load(Relaxed)) < LOOKING)
+    }
+
     pub(crate) fn note(&self, what: What) {
         self.recent.note(Event { at: now(), what });
     }
 
     pub(crate) fn dropped(&self, dropped: &Dropped<'_>) {
-        let Dropped { cause, what, tenant, types, tags, took, undelivered } = dropped;
+        let Dropped { cause, what, tenant, types, tags, all, took, undelivered } = dropped;
         self.invalidations[*cause as usize].record(nanos(*took));
         let total = types.iter().map(|(_, count)| count).sum();
         if let Some(tenant) = tenant {
@@ -268,6 +303,7 @@ impl Observer {
             dropped: types.iter().map(|(name, count)| (name.to_string(), *count)).collect(),
             total,
             tags: tags.iter().map(|tag| shortened(tag)).collect(),
+            all: all.clone(),
             ms: took.as_secs_f64() * 1_000.0,
             undelivered: *undelivered,
         });
@@ -287,6 +323,7 @@ impl Observer {
             dropped: BTreeMap::new(),
             total: 0,
             tags: vec![],
+            all: Arc::default(),
             ms: 0.0,
             undelivered: 0,
         });

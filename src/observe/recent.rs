@@ -2,8 +2,9 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    hash::BuildHasher,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
 };
@@ -29,6 +30,11 @@ pub(crate) fn shortened(text: &str) -> String {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text.to_owned(),
     }
+}
+
+/// A tag by its label, in few bytes.
+pub(crate) fn tag_hash(label: &str) -> u64 {
+    foldhash::fast::FixedState::default().hash_one(label)
 }
 
 /// The name of a tenant, as far as it is text.
@@ -65,6 +71,9 @@ pub(crate) enum What {
         dropped: BTreeMap<String, u64>,
         total: u64,
         tags: Vec<String>,
+        /// The hashes of all of them: not all have room here.
+        #[serde(skip)]
+        all: Arc<[u64]>,
         ms: f64,
         undelivered: usize,
     },

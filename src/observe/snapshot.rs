@@ -39,8 +39,8 @@ impl OfHistogram {
         let rank = (self.count() as f64 * share).ceil() as u64;
         let mut below = 0;
         for (at, count) in self.counts.iter().enumerate().filter(|(_, count)| **count > 0) {
-            if below + count >= rank {
-                let lower = if at == 0 { 0 } else { bounds[at - 1] };
+            if below + count >= rank && rank > below {
+                let lower = at.checked_sub(1).and_then(|at| bounds.get(at)).copied().unwrap_or_default();
                 let upper = bounds.get(at).copied().unwrap_or(self.max).min(self.max).max(lower);
                 let within = (rank - below) as f64 / *count as f64;
                 return Some(lower + ((upper - lower) as f64 * within) as u64);
@@ -122,6 +122,19 @@ pub struct Alert {
     pub value: serde_json::Value,
     /// When it was raised, in milliseconds since 1970.
     pub since: u64,
+}
+
+/// So many tenants are told to others: the busiest.
+const TOLD: usize = 20;
+
+impl Snapshot {
+    /// What others are told: of tenants no more than is shown.
+    pub(crate) fn compact(&self) -> Self {
+        let mut busiest: Vec<_> = self.tenants.iter().collect();
+        busiest.sort_by_key(|(_, of_tenant)| std::cmp::Reverse(of_tenant.requests()));
+        let told = busiest.into_iter().take(TOLD).map(|(name, of_tenant)| (name.clone(), of_tenant.clone()));
+        Self { tenants: told.collect(), ..self.clone() }
+    }
 }
 
 /// Everything that one process has counted.

@@ -29,7 +29,7 @@ impl Told {
     pub(super) fn count(&mut self, name: &'static str, of: Labels<'_>, now: u64) {
         let told = self.counters.entry((name, key(of))).or_default();
         let more = now.saturating_sub(*told);
-        *told = now;
+        *told = now.max(*told);
         counter!(name, labels(of)).increment(more);
     }
 

@@ -21,8 +21,13 @@ pub(crate) struct Watcher {
     observer: Arc<Observer>,
 }
 
-/// A request that was not answered on the spot. It is counted when it has its response.
-pub(crate) struct Watch {
+/// A request that was not answered on the spot. It is counted when it has its response; and as it is dropped, if it gets none.
+pub(crate) struct Watch(Option<Under>);
+
+/// What is under way.
+struct Under {
+    /// What it is if it has no response: why the cache keeps out of it, if it does.
+    bypass: Option<&'static str>,
     watcher: Watcher,
     began: Instant,
     tenant: Option<TenantSlot>,
@@ -65,7 +70,7 @@ impl Watcher {
             Box::new(Note { path: shortened(&path()), tenant })
         });
         let tenant = tenant.map(|name| observer.tenant(&name));
-        Watch { watcher: self.clone(), began: timer.began(), tenant, note }
+        Watch(Some(Under { bypass: None, watcher: self.clone(), began: timer.began(), tenant, note }))
     }
 
     /// The inner service was called.
@@ -86,18 +91,48 @@ impl Watcher {
 }
 
 impl Watch {
+    /// The cache keeps out of it.
+    pub(crate) fn bypassing(mut self, reason: &'static str) -> Self {
+        if let Some(under) = &mut self.0 {
+            under.bypass = Some(reason);
+        }
+        self
+    }
+
     /// The request has its response, or the inner service's error.
-    pub(crate) fn end(self, outcome: Option<&Outcome>) {
-        let (handling, reason, saved) = match outcome {
-            Some(Outcome { outcome, reason, saved, .. }) => (*outcome, *reason, *saved),
-            None => (Handling::Miss, Some("error"), 0),
-        };
-        self.finish(handling, reason, saved);
+    pub(crate) fn end(mut self, outcome: Option<&Outcome>) {
+        let Some(under) = self.0.take() else { return };
+        match outcome {
+            Some(Outcome { outcome, reason, saved, .. }) => under.count(*outcome, *reason, *saved),
+            None => under.unanswered("error"),
+        }
     }
 
     /// The same, of what is no response. `saved` is how many milliseconds the load took once that was spared.
-    pub(crate) fn finish(self, handling: Handling, reason: Option<&'static str>, saved: u32) {
-        let Self { watcher, began, tenant, note } = self;
+    pub(crate) fn finish(mut self, handling: Handling, reason: Option<&'static str>, saved: u32) {
+        self.0.take().into_iter().for_each(|under| under.count(handling, reason, saved));
+    }
+}
+
+impl Drop for Watch {
+    /// Its client has gone, or its handler has panicked.
+    fn drop(&mut self) {
+        if let Some(under) = self.0.take() {
+            under.unanswered(if std::thread::panicking() { "error" } else { "cancelled" });
+        }
+    }
+}
+
+impl Under {
+    fn unanswered(self, why: &'static str) {
+        match self.bypass {
+            Some(reason) => self.count(Handling::Bypass, Some(reason), 0),
+            None => self.count(Handling::Miss, Some(why), 0),
+        }
+    }
+
+    fn count(self, handling: Handling, reason: Option<&'static str>, saved: u32) {
+        let Self { watcher, began, tenant, note, .. } = self;
         let Watcher { data_type, counts, observer } = watcher;
         let took = began.elapsed();
         let tenant = tenant.map(|slot| observer.of_tenant(slot));

@@ -297,6 +297,12 @@ impl ReadRoute {
         &self.data_type
     }
 
+    /// Whether its responses are each user's own.
+    #[cfg(feature = "stats")]
+    pub(crate) fn is_of_users(&self) -> bool {
+        matches!(self.credentials, Credential::PerUser(_) | Credential::User)
+    }
+
     pub(crate) fn id(&self) -> &[u8] {
         &self.id
     }

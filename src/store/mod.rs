@@ -295,16 +295,16 @@ pub trait Store: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(vec![])))
     }
 
-    /// Leaves this for a minute, as what a member of a fleet has said last, takes away what `gone` have said, and gives what all
-    /// members have said; by default there are no others.
+    /// Leaves this for a minute, as what a member of a fleet has said last, and takes away what `gone` have said. Who `hears` gets
+    /// what all members have said; by default there are no others.
     fn exchange<'a>(
         &'a self,
         fleet: &'a str,
-        member: &'a str,
-        said: Vec<u8>,
+        (member, said): (&'a str, Vec<u8>),
         gone: &'a [String],
+        hears: bool,
     ) -> StoreFuture<'a, Vec<Vec<u8>>> {
-        let _ = (fleet, member, said, gone);
+        let _ = (fleet, member, said, gone, hears);
         Box::pin(std::future::ready(Ok(vec![])))
     }
 

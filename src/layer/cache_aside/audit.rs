@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Instant};
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, uri::PathAndQuery};
 use http_body::Body;
 use tokio::{sync::oneshot, time::sleep};
 use tower_service::Service;
@@ -16,7 +16,7 @@ use crate::{
         audit::{GRACE, Suspect, differences, is_same},
         core::Core,
     },
-    observe::{Event, What, name_of, shortened},
+    observe::{Event, What, name_of, shortened, tag_hash},
     route::ReadRoute,
     store::Entry,
 };
@@ -52,7 +52,7 @@ impl Miss {
         let suspect = auditor.take_suspect(&key);
         (self.reason, self.whole) = (Reason::Stale, None);
         let (tags, tenant) = (self.tags.clone(), self.tenant.clone());
-        let path = request.uri().path().to_owned();
+        let path = request.uri().path_and_query().map_or("", PathAndQuery::as_str).to_owned();
         let Some(leader) = core.engine.lead_refresh(&key, &tags, &route.policy).await else { return };
         let held = stored(&leader).filter(|stale| !stale.invalidated).map(|stale| stale.entry.clone());
         // What has just been dropped is nobody's fault, and what shall not be stored cannot be compared.
@@ -70,7 +70,7 @@ impl Miss {
         let was_written = |since: u64| writes(&core, &tenant.name, since).next().is_some();
         let result = match compared(suspect, old, found.entry, was_written) {
             Compared::Same => "ok",
-            Compared::Suspect(suspect) => return auditor.suspect(&key, suspect),
+            Compared::Suspect(suspect) => return auditor.suspect(&key, route.what(), suspect),
             Compared::Unreproducible => {
                 if auditor.is_unreproducible(route.what()) {
                     unreproducible(&core, &route, &path, &tenant.name);
@@ -78,10 +78,11 @@ impl Miss {
                 "not_reproducible"
             }
             Compared::Stale(suspect) => {
-                sleep(GRACE).await;
-                // News of a write may have been on its way.
-                if !core.engine.is_current(&key, &suspect.old, &route.policy).await {
-                    return;
+                for grace in GRACE {
+                    sleep(grace).await;
+                    if !core.engine.is_current(&key, &suspect.old, &route.policy).await {
+                        return;
+                    }
                 }
                 stale(&core, &route, (&path, &tenant.name), &suspect);
                 "stale"
@@ -109,14 +110,14 @@ fn compared(suspect: Option<Suspect>, old: Arc<Entry>, new: Arc<Entry>, was_writ
 }
 
 /// The writes of a tenant since then, the last one first: what they were, and which tags they dropped.
-fn writes(core: &Core, tenant: &[u8], since: u64) -> impl Iterator<Item = (String, Vec<String>)> {
+fn writes(core: &Core, tenant: &[u8], since: u64) -> impl Iterator<Item = (String, Arc<[u64]>)> {
     let tenant = Some(name_of(tenant));
     let is_it = |event: &Event| match &event.what {
-        What::Invalidation { tenant: own, .. } => event.at + 10 >= since && *own == tenant,
+        What::Invalidation { tenant: own, .. } => event.at + 10 >= since && (own.is_none() || *own == tenant),
         _ => false,
     };
     core.observer.recent.newest(Some("invalidation"), 100, is_it).into_iter().filter_map(|event| match event.what {
-        What::Invalidation { what, tags, .. } => Some((what, tags)),
+        What::Invalidation { what, all, .. } => Some((what, all)),
         _ => None,
     })
 }
@@ -142,9 +143,10 @@ fn unreproducible(core: &Core, route: &ReadRoute, path: &str, tenant: &[u8]) {
 /// A stale response was served; it is healed. The writes since its fill that dropped none of its tags are suspect.
 fn stale(core: &Core, route: &ReadRoute, (path, tenant): (&str, &[u8]), suspect: &Suspect) {
     let tags: Vec<_> = suspect.old.stamps.iter().map(|stamp| stamp.tag.label()).collect();
+    let hashes: Vec<_> = suspect.old.stamps.iter().map(|stamp| tag_hash(&stamp.tag.label())).collect();
     let mut suspects: Vec<String> = vec![];
     for (what, dropped) in writes(core, tenant, suspect.old.created) {
-        if !dropped.iter().any(|tag| tags.contains(tag)) && !suspects.contains(&what) && suspects.len() < SUSPECTS {
+        if !dropped.iter().any(|tag| hashes.contains(tag)) && !suspects.contains(&what) && suspects.len() < SUSPECTS {
             suspects.push(what);
         }
     }

@@ -293,6 +293,7 @@ impl Miss {
 pub(super) fn audits(core: &Core, route: &ReadRoute, key: &[u8], headers: &HeaderMap) -> bool {
     let Some(auditor) = &core.auditor else { return false };
     route.body.is_none()
+        && !route.is_of_users()
         && auditor.picks(route.policy.audit, key, || route.what())
         && !headers.keys().any(|name| core.identity.is_credential(name))
 }

@@ -10,13 +10,16 @@ mod load;
 mod miss;
 
 use std::{
+    borrow::Cow,
     fmt,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
-use http::{Extensions, HeaderMap, HeaderName, Method, Request, Response, Version, header, request};
+use http::{
+    Extensions, HeaderMap, HeaderName, Method, Request, Response, Uri, Version, header, request, uri::PathAndQuery,
+};
 use http_body::Body;
 use smallvec::SmallVec;
 use tower_layer::Layer;
@@ -180,7 +183,7 @@ where
             Ok(wanted) => wanted,
             Err(handled) => {
                 let finish = self.bypassed(&read, &parts, (handled, timer), whole);
-                return self.pass(Request::from_parts(parts, body), Some(finish));
+                return self.pass(Counted::mark(&self.core, Request::from_parts(parts, body)), Some(finish));
             }
         };
         let Wanted { key, tenant: name, needs_public, .. } = wanted;
@@ -200,7 +203,7 @@ where
                 watcher.hit(timer, &outcome, || Some(name.clone()));
                 (Some(with_outcome(response, Extensions::new(), outcome)), None)
             }
-            None => (None, Some(watcher.watch(timer, || Some(name.clone()), || place.full().into()))),
+            None => (None, Some(watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri)))),
         };
         let tenant = self.core.space.tenant(&*name);
         let tags = route.tags(tenant.head(), &read.params);
@@ -242,6 +245,21 @@ impl Looked {
     fn has(&self, core: &Arc<Core>, key: &[u8]) -> bool {
         let own = Arc::as_ptr(core) as usize;
         self.0.iter().any(|(cache, looked)| *cache == own && looked.as_bytes() == key)
+    }
+}
+
+/// The caches that have counted a request which they keep out of: another layer of theirs does not count it again.
+#[derive(Clone, Default)]
+struct Counted(SmallVec<[usize; 2]>);
+
+impl Counted {
+    fn mark<B>(core: &Arc<Core>, mut request: Request<B>) -> Request<B> {
+        request.extensions_mut().get_or_insert_default::<Self>().0.push(Arc::as_ptr(core) as usize);
+        request
+    }
+
+    fn has(&self, core: &Arc<Core>) -> bool {
+        self.0.contains(&(Arc::as_ptr(core) as usize))
     }
 }
 
@@ -364,9 +382,10 @@ impl<S, M> CacheAside<S, M> {
             }
         }
         let teller = &read.route.map_or(read.any, |route| route).teller;
-        let watch = read.route.map(|_| {
-            let tenant = || tenants.tenant(parts).ok();
-            teller.watcher().watch(timer, tenant, || parts.uri.path().into())
+        let is_counted = parts.extensions.get::<Counted>().is_some_and(|counted| counted.has(&self.core));
+        let watch = read.route.filter(|_| !is_counted).map(|_| {
+            let asked = || parts.uri.path_and_query().map_or("", PathAndQuery::as_str).into();
+            teller.watcher().watch(timer, || tenants.tenant(parts).ok(), asked).bypassing(handled.reason())
         });
         Finish { told: Some((handled, teller.clone(), watch)), tag_header: options.tag_header.clone(), whole }
     }
@@ -433,6 +452,14 @@ impl<S, M> CacheAside<S, M> {
             asked.key = Some(Bytes::copy_from_slice(&wanted.key));
         }
         Ok((route, wanted, asked))
+    }
+}
+
+/// The path as clients see it, and the query.
+fn asked_for<'p>(place: &'p Place<'_>, uri: &Uri) -> Cow<'p, str> {
+    match uri.query() {
+        Some(query) => format!("{}?{query}", place.full()).into(),
+        None => place.full().into(),
     }
 }
 

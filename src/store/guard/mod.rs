@@ -368,17 +368,17 @@ impl<S: Store> Store for Guard<S> {
     fn exchange<'a>(
         &'a self,
         fleet: &'a str,
-        member: &'a str,
-        said: Vec<u8>,
+        (member, said): (&'a str, Vec<u8>),
         gone: &'a [String],
+        hears: bool,
     ) -> StoreFuture<'a, Vec<Vec<u8>>> {
         Box::pin(async move {
-            let shared = &self.shared;
-            let answered = async {
-                // Refused, it is no trouble of the store's: a user without the right, for those who look on alone.
-                Ok(shared.store.exchange(fleet, member, said, gone).await)
-            };
-            self.call(answered).await.and_then(|said| said)
+            // For those who look on alone: what goes wrong is no trouble of the store's, and nobody waits for it.
+            if self.shared.is_behind() {
+                return Err(StoreError::away("invalidations wait to be delivered first"));
+            }
+            let said = timeout(DELIVERY, self.shared.store.exchange(fleet, (member, said), gone, hears)).await;
+            said.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
         })
     }
 

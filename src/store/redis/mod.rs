@@ -397,12 +397,12 @@ impl Store for RedisStore {
     fn exchange<'a>(
         &'a self,
         fleet: &'a str,
-        member: &'a str,
-        said: Vec<u8>,
+        (member, said): (&'a str, Vec<u8>),
         gone: &'a [String],
+        hears: bool,
     ) -> StoreFuture<'a, Vec<Vec<u8>>> {
         self.start();
-        self.0.remote.exchange(fleet, member, said, gone)
+        self.0.remote.exchange(fleet, (member, said), gone, hears)
     }
 
     fn usage(&self) -> Usage {

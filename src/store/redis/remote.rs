@@ -569,9 +569,9 @@ impl Store for Remote {
     fn exchange<'a>(
         &'a self,
         fleet: &'a str,
-        member: &'a str,
-        said: Vec<u8>,
+        (member, said): (&'a str, Vec<u8>),
         gone: &'a [String],
+        hears: bool,
     ) -> StoreFuture<'a, Vec<Vec<u8>>> {
         Box::pin(async move {
             let server = self.link.writing(fleet.as_bytes()).await?;
@@ -581,10 +581,12 @@ impl Store for Remote {
             if !gone.is_empty() {
                 pipeline.hdel(&key, gone).ignore();
             }
-            pipeline.hvals(&key);
+            if hears {
+                pipeline.hvals(&key);
+            }
             let mut connection = server.connection.clone();
-            let (all,): (Vec<Vec<u8>>,) = self.link.call(&server, pipeline.query_async(&mut connection)).await?;
-            Ok(all)
+            let all: Vec<Vec<Vec<u8>>> = self.link.call(&server, pipeline.query_async(&mut connection)).await?;
+            Ok(all.into_iter().next().unwrap_or_default())
         })
     }
 
