@@ -144,7 +144,7 @@ impl AdminService {
             return failed(StatusCode::BAD_REQUEST, "`n` is a number");
         };
         let events = self.cache.0.observer.recent.newest(kind, most.min(500), |_| true);
-        answered(&json!({"events": events}))
+        answered(&json!(events))
     }
 
     /// What happens, as it happens (server-sent events).

@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     outcome::{Handling, Outcome},
-    snapshot::{HANDLINGS, OfHistogram, OfType},
+    snapshot::{ByReason, HANDLINGS, OfHistogram, OfType},
 };
 
 /// Upper bounds of durations, in nanoseconds: 10 µs to 10 s.
@@ -134,17 +134,17 @@ impl Timer {
 
 /// Why, and how often.
 #[derive(Debug)]
-struct Reasons {
+pub(super) struct Reasons {
     names: [OnceLock<(Handling, &'static str)>; REASONS],
     counts: [AtomicU64; REASONS],
 }
 
 impl Reasons {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { names: [const { OnceLock::new() }; REASONS], counts: [const { AtomicU64::new(0) }; REASONS] }
     }
 
-    fn add(&self, why: (Handling, &'static str)) {
+    pub(super) fn add(&self, why: (Handling, &'static str)) {
         let start = why.1.len() * 7 + why.0 as usize;
         for at in (0..REASONS).map(|i| (start + i) % REASONS) {
             if *self.names[at].get_or_init(|| why) == why {
@@ -152,6 +152,19 @@ impl Reasons {
                 return;
             }
         }
+    }
+}
+
+impl Reasons {
+    pub(super) fn read(&self) -> ByReason {
+        let mut read = ByReason::new();
+        for (name, count) in self.names.iter().zip(&self.counts) {
+            if let Some((handling, reason)) = name.get() {
+                let of_handling = read.entry(handling.as_str().to_owned()).or_default();
+                *of_handling.entry((*reason).to_owned()).or_default() += count.load(Relaxed);
+            }
+        }
+        read
     }
 }
 
@@ -229,12 +242,7 @@ impl Counts {
             }
             of_type.saved_ms += shard.saved.load(Relaxed);
         }
-        for (name, count) in self.reasons.names.iter().zip(&self.reasons.counts) {
-            if let Some((handling, reason)) = name.get() {
-                let of_handling = of_type.reasons.entry(handling.as_str().to_owned()).or_default();
-                *of_handling.entry((*reason).to_owned()).or_default() += count.load(Relaxed);
-            }
-        }
+        of_type.reasons = self.reasons.read();
         for (loads, into) in self.loads.iter().zip(&mut of_type.loads) {
             loads.read(into);
         }

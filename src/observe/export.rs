@@ -1,13 +1,11 @@
 //! What was counted, handed to the recorder of the `metrics` facade.
 
-use std::collections::BTreeMap;
-
 use metrics::gauge;
 
 use super::{
     counts::{BYTES, NANOS},
     observer::{Observer, locked},
-    snapshot::{HANDLINGS, OfType, Snapshot},
+    snapshot::{ByReason, HANDLINGS, OfType, Snapshot},
     told::{Told, labels},
 };
 
@@ -28,8 +26,8 @@ impl Observer {
         let snapshot = &snapshot();
         for (data_type, of_type) in &snapshot.types {
             export_type(told, service, data_type, of_type);
+            export_requests(told, (service, data_type), of_type.by_reason(), snapshot);
         }
-        self.export_tenants(told, snapshot);
         for (source, durations) in &snapshot.invalidations {
             let of = [("service", service), ("source", source)];
             told.histogram("cache_aside_invalidation_duration_seconds", &of, durations, &NANOS, NANO);
@@ -62,24 +60,38 @@ impl Observer {
             gauge!(name, labels(&of)).set(value);
         }
     }
+}
 
-    /// The first of them have a label, the others share one.
-    fn export_tenants(&self, told: &mut Told, snapshot: &Snapshot) {
-        if self.labels == 0 {
-            return;
+/// How many requests a type had, and why. Where tenants have labels, by tenant: those without share one.
+fn export_requests(told: &mut Told, (service, data_type): (&str, &str), all: ByReason, snapshot: &Snapshot) {
+    let mut count = |tenant: Option<&str>, all: &ByReason| {
+        for (outcome, reasons) in all {
+            for (reason, count) in reasons {
+                let labels = [("data_type", data_type), ("outcome", outcome), ("reason", reason)];
+                let labels: Vec<_> = [("service", service)]
+                    .into_iter()
+                    .chain(tenant.map(|name| ("tenant", name)))
+                    .chain(labels)
+                    .collect();
+                told.count("cache_aside_requests_total", &labels, *count);
+            }
         }
-        let mut of_labels: BTreeMap<&str, OfType> = BTreeMap::new();
-        for (name, of_tenant) in &snapshot.tenants {
-            let label = if of_tenant.rank < self.labels as u64 { name } else { "other" };
-            of_labels.entry(label).or_default().add(of_tenant);
-        }
-        for (tenant, of_tenant) in of_labels {
-            for handling in HANDLINGS {
-                let of = [("service", self.service()), ("tenant", tenant), ("outcome", handling.as_str())];
-                told.count("cache_aside_tenant_requests_total", &of, of_tenant.of(handling));
+    };
+    if !snapshot.has_labels {
+        return count(None, &all);
+    }
+    let mut others = all;
+    for (tenant, types) in &snapshot.labelled {
+        let Some(of_tenant) = types.get(data_type) else { continue };
+        count(Some(tenant), of_tenant);
+        for (outcome, reasons) in of_tenant {
+            for (reason, count) in reasons {
+                let other = others.get_mut(outcome).and_then(|reasons| reasons.get_mut(reason));
+                other.into_iter().for_each(|other| *other = other.saturating_sub(*count));
             }
         }
     }
+    count(Some("other"), &others);
 }
 
 fn export_type(told: &mut Told, service: &str, data_type: &str, of_type: &OfType) {
@@ -88,16 +100,6 @@ fn export_type(told: &mut Told, service: &str, data_type: &str, of_type: &OfType
         let durations = &of_type.handled[handling as usize];
         let of = [("service", service), ("data_type", data_type), ("outcome", outcome)];
         told.histogram("cache_aside_request_duration_seconds", &of, durations, &NANOS, NANO);
-        let reasons = of_type.reasons.get(outcome);
-        let mut rest = durations.count();
-        for (reason, count) in reasons.into_iter().flatten() {
-            rest = rest.saturating_sub(*count);
-            let of = [("service", service), ("data_type", data_type), ("outcome", outcome), ("reason", reason)];
-            told.count("cache_aside_requests_total", &of, *count);
-        }
-        let reason = if outcome == "stale" { "stale" } else { "fresh" };
-        let of = [("service", service), ("data_type", data_type), ("outcome", outcome), ("reason", reason)];
-        told.count("cache_aside_requests_total", &of, rest);
     }
     for (result, loads) in ["ok", "error"].iter().zip(&of_type.loads) {
         let of = [("service", service), ("data_type", data_type), ("result", result)];

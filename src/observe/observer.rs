@@ -14,10 +14,10 @@ use foldhash::fast::RandomState;
 
 use super::{
     alerts::{AlertRules, Raised},
-    counts::{Counts, Histogram, NANOS, nanos},
+    counts::{Counts, Histogram, NANOS, Reasons, nanos},
     outcome::Handling,
     recent::{Event, Recent, What, name_of, shortened},
-    snapshot::{OfType, STEPS, Snapshot},
+    snapshot::{ByReason, OfType, STEPS, Snapshot},
 };
 
 /// So many tenants are told apart, and those that come later are one.
@@ -70,14 +70,17 @@ struct Tenants {
     known: AtomicU64,
     others: Counts,
     shards: usize,
+    /// How many have a label in metrics, and how many data types there are.
+    labels: usize,
+    types: usize,
 }
 
 #[derive(Debug)]
 struct Known {
     name: Box<[u8]>,
-    /// How many came before.
-    rank: u64,
     counts: Counts,
+    /// What metrics say of it, by data type, if it has a label.
+    labelled: Option<Box<[OnceLock<Box<Reasons>>]>>,
 }
 
 /// Which tenant a request is counted for: the number of its slot, or one beyond the last.
@@ -85,13 +88,15 @@ struct Known {
 pub(crate) struct TenantSlot(usize);
 
 impl Tenants {
-    fn new(shards: usize) -> Self {
+    fn new(shards: usize, labels: usize, types: usize) -> Self {
         Self {
             slots: (0..2 * TENANTS).map(|_| OnceLock::new()).collect(),
             hasher: RandomState::default(),
             known: AtomicU64::new(0),
             others: Counts::new(shards),
             shards,
+            labels,
+            types,
         }
     }
 
@@ -105,8 +110,9 @@ impl Tenants {
                 None if self.known.load(Relaxed) >= TENANTS as u64 => break,
                 None => {
                     let known = self.slots[at].get_or_init(|| {
-                        let rank = self.known.fetch_add(1, Relaxed);
-                        Known { name: name.into(), rank, counts: Counts::new(self.shards) }
+                        let has_label = self.known.fetch_add(1, Relaxed) < self.labels as u64;
+                        let labelled = has_label.then(|| (0..self.types).map(|_| OnceLock::new()).collect());
+                        Known { name: name.into(), counts: Counts::new(self.shards), labelled }
                     });
                     // Another may have come first.
                     if *known.name == *name {
@@ -124,15 +130,31 @@ impl Tenants {
 
     fn read(&self) -> BTreeMap<String, OfType> {
         let known = self.slots.iter().filter_map(OnceLock::get);
-        let known = known.map(|known| (name_of(&known.name), OfType { rank: known.rank, ..known.counts.read() }));
+        let known = known.map(|known| (name_of(&known.name), known.counts.read()));
         let others = self.others.read();
-        let others = (others.requests() > 0).then(|| ("other".to_owned(), OfType { rank: u64::MAX, ..others }));
+        let others = (others.requests() > 0).then(|| ("other".to_owned(), others));
         let mut all: BTreeMap<String, OfType> = BTreeMap::new();
         // Two names that are cut off may be one.
         for (name, of_tenant) in known.chain(others).filter(|(_, one)| one.requests() + one.invalidations > 0) {
             let sum = all.entry(name).or_default();
-            sum.rank = of_tenant.rank;
             sum.add(&of_tenant);
+        }
+        all
+    }
+}
+
+impl Tenants {
+    /// What metrics say of those that have a label.
+    fn labelled<'t>(
+        &self,
+        types: impl Iterator<Item = &'t Arc<str>> + Clone,
+    ) -> BTreeMap<String, BTreeMap<String, ByReason>> {
+        let mut all = BTreeMap::new();
+        for known in self.slots.iter().filter_map(OnceLock::get) {
+            let Some(of_types) = &known.labelled else { continue };
+            let named = types.clone().zip(of_types.iter());
+            let read = named.filter_map(|(data_type, reasons)| Some((data_type.to_string(), reasons.get()?.read())));
+            all.insert(name_of(&known.name), read.collect());
         }
         all
     }
@@ -175,9 +197,6 @@ pub(crate) struct Observer {
     invalidated: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
     audits: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
     unmapped: AtomicU64,
-    /// How many tenants have a label of their own in metrics.
-    #[cfg_attr(not(feature = "metrics"), allow(dead_code))]
-    pub(crate) labels: usize,
     pub(super) rules: AlertRules,
     pub(super) raised: Mutex<Raised>,
     started: AtomicBool,
@@ -208,20 +227,20 @@ impl Observer {
     ) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let shards = threads.next_power_of_two().min(8);
+        let types: BTreeMap<_, _> = types.map(|name| (name.into(), Arc::new(Counts::new(shards)))).collect();
         Self {
             service: service.to_owned(),
             process: format!("{}-{:08x}", std::process::id(), rand::random::<u32>()),
             since: now(),
-            types: types.map(|name| (name.into(), Arc::new(Counts::new(shards)))).collect(),
+            tenants: Tenants::new(shards, labels, types.len()),
+            types,
             declared: declared.map(str::to_owned).collect(),
-            tenants: Tenants::new(shards),
             recent: Recent::new(),
             series: Mutex::default(),
             invalidations: CAUSES.map(|_| Histogram::new(&NANOS)),
             invalidated: Mutex::default(),
             audits: Mutex::default(),
             unmapped: AtomicU64::new(0),
-            labels,
             rules,
             raised: Mutex::default(),
             started: AtomicBool::new(false),
@@ -240,8 +259,16 @@ impl Observer {
         &self.process
     }
 
-    pub(super) fn counts(&self, data_type: &str) -> Option<Arc<Counts>> {
-        self.types.get(data_type).cloned()
+    /// The counts of a type, and its number.
+    pub(super) fn counts(&self, data_type: &str) -> Option<(Arc<Counts>, usize)> {
+        let at = self.types.keys().position(|name| **name == *data_type)?;
+        self.types.get(data_type).map(|counts| (counts.clone(), at))
+    }
+
+    /// What metrics say of a tenant's requests of a type, if it has a label.
+    pub(super) fn labelled(&self, TenantSlot(at): TenantSlot, data_type: usize) -> Option<&Reasons> {
+        let of_types = self.tenants.slots.get(at)?.get()?.labelled.as_ref()?;
+        of_types.get(data_type).map(|reasons| &**reasons.get_or_init(|| Box::new(Reasons::new())))
     }
 
     pub(crate) fn tenant(&self, name: &[u8]) -> TenantSlot {
@@ -389,6 +416,8 @@ impl Observer {
             seen: now(),
             types: with_series(types.collect(), &series[0]),
             tenants: with_series(self.tenants.read(), &series[1]),
+            labelled: self.tenants.labelled(self.types.keys()),
+            has_labels: self.tenants.labels > 0,
             alerts: locked(&self.raised).all(),
             invalidations,
             invalidated: locked(&self.invalidated).clone(),

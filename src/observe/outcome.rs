@@ -58,6 +58,14 @@ impl Handling {
     }
 }
 
+#[cfg(feature = "stats")]
+impl Handling {
+    /// Why, where nothing else is said.
+    pub(crate) fn usual(self) -> &'static str {
+        if self == Self::Stale { "stale" } else { "fresh" }
+    }
+}
+
 /// Where a stored response was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]

@@ -51,20 +51,20 @@ impl OfHistogram {
     }
 }
 
+/// How often, by what became of a request and why.
+pub(crate) type ByReason = BTreeMap<String, BTreeMap<String, u64>>;
+
 /// The counts of a data type or a tenant.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct OfType {
     pub(crate) handled: [OfHistogram; 5],
-    pub(crate) reasons: BTreeMap<String, BTreeMap<String, u64>>,
+    pub(crate) reasons: ByReason,
     pub(crate) saved_ms: u64,
     /// Successes and failures.
     pub(crate) loads: [OfHistogram; 2],
     pub(crate) bytes: OfHistogram,
     pub(crate) invalidations: u64,
     pub(crate) invalidated: u64,
-    /// How many tenants came before this one.
-    #[serde(default)]
-    pub(crate) rank: u64,
     /// Requests that were not bypassed, and hits, of the last steps.
     pub(crate) series: [Vec<u64>; 2],
 }
@@ -72,6 +72,21 @@ pub(crate) struct OfType {
 impl OfType {
     pub(crate) fn of(&self, handling: Handling) -> u64 {
         self.handled[handling as usize].count()
+    }
+
+    /// Why and how often, of hits too.
+    #[cfg(feature = "metrics")]
+    pub(crate) fn by_reason(&self) -> ByReason {
+        let mut all = self.reasons.clone();
+        for handling in HANDLINGS {
+            let of_handling = all.entry(handling.as_str().to_owned()).or_default();
+            let rest = self.of(handling).saturating_sub(of_handling.values().sum());
+            let reason = handling.usual();
+            if rest > 0 || [Handling::Hit, Handling::Stale].contains(&handling) {
+                *of_handling.entry(reason.to_owned()).or_default() += rest;
+            }
+        }
+        all
     }
 
     pub(crate) fn requests(&self) -> u64 {
@@ -145,6 +160,12 @@ pub(crate) struct Snapshot {
     pub(crate) seen: u64,
     pub(crate) types: BTreeMap<String, OfType>,
     pub(crate) tenants: BTreeMap<String, OfType>,
+    /// Requests by tenant that has a label, and data type. For this process alone.
+    #[serde(skip)]
+    pub(crate) labelled: BTreeMap<String, BTreeMap<String, ByReason>>,
+    /// Whether tenants have labels at all.
+    #[serde(skip)]
+    pub(crate) has_labels: bool,
     pub(crate) alerts: Vec<Alert>,
     /// How the store is, and why; and how many tags wait to be delivered.
     pub(crate) health: (String, Option<String>),

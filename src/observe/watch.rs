@@ -17,7 +17,8 @@ use super::{
 #[derive(Clone, Debug)]
 pub(crate) struct Watcher {
     data_type: Arc<str>,
-    counts: Option<Arc<Counts>>,
+    /// And its number among the types.
+    counts: Option<(Arc<Counts>, usize)>,
     observer: Arc<Observer>,
 }
 
@@ -48,11 +49,14 @@ impl Watcher {
     /// A hit in this process.
     pub(crate) fn hit<'t>(&self, timer: Timer, outcome: &Outcome, tenant: impl FnOnce() -> Option<Cow<'t, [u8]>>) {
         let Self { counts, observer, .. } = self;
-        if let Some(counts) = counts {
-            counts.hit(outcome, timer);
-        }
+        let Some((counts, data_type)) = counts else { return };
+        counts.hit(outcome, timer);
         if let Some(tenant) = tenant() {
-            observer.of_tenant(observer.tenant(&tenant)).hit(outcome, timer);
+            let slot = observer.tenant(&tenant);
+            observer.of_tenant(slot).hit(outcome, timer);
+            if let Some(labelled) = observer.labelled(slot, *data_type) {
+                labelled.add((outcome.outcome, outcome.outcome.usual()));
+            }
         }
     }
 
@@ -75,7 +79,7 @@ impl Watcher {
 
     /// The inner service was called.
     pub(crate) fn loaded(&self, is_ok: bool, took: Duration) {
-        if let Some(counts) = &self.counts {
+        if let Some((counts, _)) = &self.counts {
             counts.load(is_ok, took);
         }
     }
@@ -83,7 +87,7 @@ impl Watcher {
     /// Something of this size was stored.
     pub(crate) fn stored(&self, bytes: usize) {
         let Self { counts, observer, .. } = self;
-        if let Some(counts) = counts {
+        if let Some((counts, _)) = counts {
             counts.stored(bytes);
         }
         observer.large(&self.data_type, bytes as u64);
@@ -135,12 +139,17 @@ impl Under {
         let Self { watcher, began, tenant, note, .. } = self;
         let Watcher { data_type, counts, observer } = watcher;
         let took = began.elapsed();
+        if let (Some(slot), Some((_, data_type))) = (tenant, &counts)
+            && let Some(labelled) = observer.labelled(slot, *data_type)
+        {
+            labelled.add((handling, reason.unwrap_or(handling.usual())));
+        }
         let tenant = tenant.map(|slot| observer.of_tenant(slot));
         if let Some(of_tenant) = tenant.filter(|_| handling == Handling::Miss) {
             // As its request saw it.
             of_tenant.load(reason != Some("error"), took);
         }
-        for counts in counts.as_deref().into_iter().chain(tenant) {
+        for counts in counts.as_ref().map(|(counts, _)| &**counts).into_iter().chain(tenant) {
             counts.request(handling, reason, took, saved);
         }
         if let Some(note) = note.filter(|_| handling != Handling::Hit) {
