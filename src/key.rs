@@ -238,8 +238,14 @@ impl Tag {
     /// What people call it: `agent:agent=a1`, without service and tenant.
     #[cfg(feature = "stats")]
     pub(crate) fn label(&self) -> String {
+        String::from_utf8_lossy(self.named()).into_owned()
+    }
+
+    /// The same as it is.
+    #[cfg(feature = "stats")]
+    pub(crate) fn named(&self) -> &[u8] {
         let rest = self.0.get(self.tenant().len()..).unwrap_or_default();
-        String::from_utf8_lossy(rest.strip_prefix(b":").unwrap_or(rest)).into_owned()
+        rest.strip_prefix(b":").unwrap_or(rest)
     }
 
     /// The service and the tenant in braces: what all keys and tags of that tenant begin with.

@@ -162,11 +162,7 @@ fn judge(
         };
     };
     let entry = &found.entry;
-    let is_current = |tag: &Tag, now: &Option<crate::store::Generation>| {
-        entry.stamps.iter().any(|stamp| stamp.tag == *tag && Some(stamp.generation) == *now)
-    };
-    let lost: Vec<_> =
-        found.now.iter().filter(|(tag, now)| !is_current(tag, now)).map(|(tag, _)| tag.clone()).collect();
+    let lost: Vec<_> = found.lost().cloned().collect();
     if !lost.is_empty() {
         let since = entry.created;
         let labels: Vec<_> = lost.iter().map(|tag| format!("`{}`", tag.label())).collect();
@@ -205,8 +201,7 @@ fn status(status: StatusCode) -> u16 {
 /// Which write has dropped one of these tags, as far as this process remembers.
 fn dropped(core: &Core, (tags, tenant): (&[Tag], &str), since: Option<u64>) -> Option<String> {
     let tenant = Some(shortened(tenant));
-    let labels: Vec<_> = tags.iter().map(Tag::label).collect();
-    let hashes: Vec<_> = labels.iter().map(String::as_str).chain(["*"]).map(tag_hash).collect();
+    let hashes: Vec<_> = tags.iter().map(Tag::named).chain([&b"*"[..]]).map(tag_hash).collect();
     let is_it = |event: &Event| match &event.what {
         What::Invalidation { all, tenant: own, .. } if own.is_none() || *own == tenant => {
             // Clocks of engine and wall may differ by a bit.
@@ -216,7 +211,8 @@ fn dropped(core: &Core, (tags, tenant): (&[Tag], &str), since: Option<u64>) -> O
     };
     let event = core.observer.recent.newest(Some("invalidation"), 1, is_it).pop()?;
     let What::Invalidation { what, all, .. } = &event.what else { return None };
-    let tag = labels.iter().find(|tag| all.contains(&tag_hash(tag))).map_or("everything", |tag| tag);
+    let tag = tags.iter().find(|tag| all.contains(&tag_hash(tag.named()))).map(Tag::label);
+    let tag = tag.as_deref().unwrap_or("everything");
     let ago = now().saturating_sub(event.at) / 1_000;
     let named = tag.split_once(':').map_or(tag, |(_, named)| named);
     let named = if named == "*" { tag } else { named };

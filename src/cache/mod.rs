@@ -109,7 +109,7 @@ impl Cache {
         let core = &self.0;
         let tenant = core.space.tenant(core.tenants.by_hand(Some(tenant))?);
         let changes = Changes::default();
-        let mut due = Due::arm(Writing::new(core, [tenant].into(), changes.clone(), "Cache::write"));
+        let mut due = Due::arm(Writing::new(core, [tenant].into(), changes.clone(), "Cache::write").by_hand());
         let output = changes.scope(work).await;
         let report = match due.take() {
             Some(writing) => joined(core.engine.spawn(writing.end())).await,

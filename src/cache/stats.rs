@@ -15,7 +15,7 @@ use super::Cache;
 use crate::{
     layer::Core,
     observe::{STEP_SECONDS, Snapshot, Stats},
-    store::Health,
+    store::{Exchange, Health},
 };
 
 /// After the store would not have it, so many steps later.
@@ -102,10 +102,11 @@ async fn kept(cache: Ends) {
     loop {
         seconds.tick().await;
         let Some(core) = cache.0.upgrade() else { return };
+        #[cfg(feature = "metrics")]
+        let snapshot = core.observer.export(|| snapshot(&core));
+        #[cfg(not(feature = "metrics"))]
         let snapshot = snapshot(&core);
         core.observer.look(&snapshot);
-        #[cfg(feature = "metrics")]
-        core.observer.export(|| crate::cache::stats::snapshot(&core));
         step += 1;
         if step % STEP_SECONDS == 0 {
             core.observer.step();
@@ -136,7 +137,9 @@ impl Fleet {
         let Some(hears) = observer.is_shown() else { return };
         let Ok(said) = serde_json::to_vec(&snapshot.compact()) else { return };
         let fleet = format!("{}{{*}}", observer.service());
-        let heard = core.engine.exchange(&fleet, (observer.process(), said), &self.gone, hears).await;
+        let (member, gone) = (observer.process(), &self.gone[..]);
+        let exchange = Exchange { fleet: &fleet, member, said: &said, gone, hears };
+        let heard = core.engine.exchange(exchange).await;
         let others = match heard {
             Ok(heard) => heard.iter().filter_map(|said| serde_json::from_slice(said).ok()).collect(),
             Err(error) => {

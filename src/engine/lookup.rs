@@ -152,8 +152,9 @@ impl Engine {
             };
         }
         // A flight may have begun and landed since the look-up; its entry was stored before it was taken off the table.
-        let is_enough = |entry: &Arc<Entry>| attempt.lacking.is_none_or(|made| entry.created > made);
-        if let Some(entry) = self.peek(leader.key.as_bytes(), self.now()).filter(|e| !attempt.refresh && is_enough(e)) {
+        if let Some(entry) =
+            self.peek(leader.key.as_bytes(), self.now()).filter(|entry| !attempt.refresh && attempt.takes(entry))
+        {
             leader.flight.land(Landed::Done(entry.clone()));
             return Begin::Hit(entry);
         }
@@ -187,6 +188,50 @@ impl Engine {
         let tags: Vec<_> = late.iter().map(|s| s.tag.clone()).collect();
         let now = self.store.open(&tags).await;
         now.is_ok_and(|now| now.generations.iter().eq(late.iter().map(|s| &s.generation)))
+    }
+}
+
+/// What is stored under a key.
+#[cfg(feature = "stats")]
+pub(crate) struct Found {
+    pub(crate) entry: Arc<Entry>,
+    /// The tags that it should have or has, with their generations.
+    pub(crate) now: Vec<(Tag, Option<Generation>)>,
+}
+
+#[cfg(feature = "stats")]
+impl Found {
+    /// The tags that it lacks, or that have been dropped since its load began.
+    pub(crate) fn lost(&self) -> impl Iterator<Item = &Tag> {
+        let is_current = |tag: &Tag, now: Option<Generation>| {
+            self.entry.stamps.iter().any(|stamp| stamp.tag == *tag && Some(stamp.generation) == now)
+        };
+        self.now.iter().filter(move |(tag, now)| !is_current(tag, *now)).map(|(tag, _)| tag)
+    }
+}
+
+#[cfg(feature = "stats")]
+impl Engine {
+    /// Whether no tag of an entry has been dropped since its load began.
+    pub(crate) async fn is_current(&self, key: &Key, entry: &Entry, policy: &Policy) -> bool {
+        let tags: Vec<_> = entry.stamps.iter().map(|stamp| stamp.tag.clone()).collect();
+        let found = self.store.lookup(self.inquiry(key, &tags, tags.len(), policy)).await;
+        found.is_ok_and(|found| matches!(validity(entry, &[], &tags, &found.generations), Validity::Valid))
+    }
+
+    /// What is stored under a key, valid or not, with the generations that its tags have now.
+    pub(crate) async fn look_at(&self, key: &Key, tags: &[Tag], policy: &Policy) -> Result<Option<Found>, StoreError> {
+        let mut asked = tags.to_vec();
+        for _ in 0..2 {
+            let found = self.store.lookup(self.inquiry(key, &asked, tags.len(), policy)).await?;
+            let Some(entry) = found.entry else { return Ok(None) };
+            let unknown: Vec<_> = entry.stamps.iter().map(|s| &s.tag).filter(|t| !asked.contains(t)).cloned().collect();
+            if unknown.is_empty() {
+                return Ok(Some(Found { entry, now: asked.into_iter().zip(found.generations).collect() }));
+            }
+            asked.extend(unknown);
+        }
+        Ok(None)
     }
 }
 

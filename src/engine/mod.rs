@@ -31,6 +31,8 @@ use crate::{
 use flight::{Flight, Flights};
 pub use invalidated::Invalidated;
 pub(crate) use leader::{Leader, Sealed};
+#[cfg(feature = "stats")]
+pub(crate) use lookup::Found;
 pub(crate) use obtain::{Asker, Obtained, Source, Use};
 pub(crate) use stale::Stale;
 
@@ -84,15 +86,6 @@ pub(crate) struct Engine {
     clock: Clock,
     /// Loads, writes and fills that go on without their clients.
     tasks: TaskTracker,
-}
-
-/// What is stored under a key.
-#[cfg(feature = "stats")]
-pub(crate) struct Found {
-    pub(crate) entry: Arc<Entry>,
-    /// The tags that it should have or has, with their generations.
-    #[cfg_attr(not(feature = "admin"), allow(dead_code))]
-    pub(crate) now: Vec<(Tag, Option<crate::store::Generation>)>,
 }
 
 /// What earlier loads of a key taught. Lost without harm.
@@ -161,48 +154,10 @@ impl Engine {
         Ok(Invalidated::new(lines.zip(counts.into_iter().chain(std::iter::repeat(0))), 0))
     }
 
-    /// Whether no tag of an entry has been dropped since its load began.
-    #[cfg(feature = "stats")]
-    pub(crate) async fn is_current(&self, key: &Key, entry: &Entry, policy: &crate::catalog::Policy) -> bool {
-        let tags: Vec<_> = entry.stamps.iter().map(|stamp| stamp.tag.clone()).collect();
-        let found = self.store.lookup(self.inquiry(key, &tags, tags.len(), policy)).await;
-        let same = |now: Vec<Option<crate::store::Generation>>| {
-            now.into_iter().eq(entry.stamps.iter().map(|stamp| Some(stamp.generation)))
-        };
-        found.is_ok_and(|found| same(found.generations))
-    }
-
-    /// What is stored under a key, valid or not, with the generations that its tags have now.
-    #[cfg(feature = "stats")]
-    pub(crate) async fn look_at(
-        &self,
-        key: &Key,
-        tags: &[Tag],
-        policy: &crate::catalog::Policy,
-    ) -> Result<Option<Found>, StoreError> {
-        let mut asked = tags.to_vec();
-        for _ in 0..2 {
-            let found = self.store.lookup(self.inquiry(key, &asked, tags.len(), policy)).await?;
-            let Some(entry) = found.entry else { return Ok(None) };
-            let unknown: Vec<_> = entry.stamps.iter().map(|s| &s.tag).filter(|t| !asked.contains(t)).cloned().collect();
-            if unknown.is_empty() {
-                return Ok(Some(Found { entry, now: asked.into_iter().zip(found.generations).collect() }));
-            }
-            asked.extend(unknown);
-        }
-        Ok(None)
-    }
-
     /// What the processes of the fleet say of themselves.
     #[cfg(feature = "stats")]
-    pub(crate) async fn exchange(
-        &self,
-        fleet: &str,
-        said: (&str, Vec<u8>),
-        gone: &[String],
-        hears: bool,
-    ) -> Result<Vec<Vec<u8>>, StoreError> {
-        self.store.exchange(fleet, said, gone, hears).await
+    pub(crate) async fn exchange(&self, exchange: crate::store::Exchange<'_>) -> Result<Vec<Vec<u8>>, StoreError> {
+        self.store.exchange(exchange).await
     }
 
     pub(crate) fn health(&self) -> Health {

@@ -19,6 +19,13 @@ pub(crate) struct Attempt {
     pub(crate) refresh: bool,
 }
 
+impl Attempt {
+    /// Whether an entry is not the one that was not good enough.
+    pub(super) fn takes(&self, entry: &Entry) -> bool {
+        self.lacking.is_none_or(|made| entry.created > made)
+    }
+}
+
 /// What is stored and not fresh, and may still be of use.
 #[derive(Clone)]
 pub(crate) struct Stale {
@@ -45,7 +52,7 @@ impl Stale {
 
     /// Whether it is not stale at all, and what the request is after.
     pub(super) fn answers(&self, now: Millis, attempt: Attempt) -> bool {
-        let is_enough = attempt.lacking.is_none_or(|made| self.entry.created > made);
-        !self.invalidated && self.entry.is_fresh(now) && is_enough && !attempt.reload && !attempt.refresh
+        let is_wanted = attempt.takes(&self.entry) && !attempt.reload && !attempt.refresh;
+        !self.invalidated && self.entry.is_fresh(now) && is_wanted
     }
 }

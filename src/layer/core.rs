@@ -47,8 +47,8 @@ impl Blame<'_> {
 /// The tags as people read them.
 #[cfg(feature = "stats")]
 fn labels(drops: &Drops) -> (Vec<String>, Arc<[u64]>) {
-    let tags = || drops.groups.iter().flat_map(|group| &group.tags).map(Tag::label);
-    (tags().take(MOST_NAMED).collect(), tags().map(|label| tag_hash(&label)).collect())
+    let tags = || drops.groups.iter().flat_map(|group| &group.tags);
+    (tags().take(MOST_NAMED).map(Tag::label).collect(), tags().map(|tag| tag_hash(tag.named())).collect())
 }
 
 /// So many tags of an invalidation are remembered.
@@ -185,7 +185,7 @@ impl Core {
             tenant: None,
             types: &[],
             tags: vec!["*".to_owned()],
-            all: [tag_hash("*")].into(),
+            all: [tag_hash(b"*")].into(),
             took: start.elapsed(),
             undelivered: usize::from(cleared.is_err()),
         });

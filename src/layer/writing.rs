@@ -39,6 +39,8 @@ pub(crate) struct Writing {
     heard: Heard,
     /// Method and path, for warnings.
     what: Arc<str>,
+    /// Code, and no request.
+    by_hand: bool,
     /// What is known to be stale after it.
     declared: Vec<Change>,
     /// What was, before it.
@@ -58,12 +60,18 @@ impl Writing {
             changes,
             heard: Heard::default(),
             what: what.into(),
+            by_hand: false,
             declared: vec![],
             drops: Drops::default(),
             fence: None,
             is_nobodys: false,
             patience: core.cascades.patience,
         }
+    }
+
+    /// It is code that writes, and no request.
+    pub(crate) fn by_hand(self) -> Self {
+        Self { by_hand: true, ..self }
     }
 
     /// Before the handler runs: adds what is known to be stale after it, for it may remove the rows that name the children;
@@ -167,7 +175,7 @@ impl Writing {
         let fence = self.held().await;
         // Of several, it is nobody's in particular.
         let tenant = self.tenants.first().filter(|_| self.tenants.len() == 1).map(|tenant| &*tenant.name);
-        let blame = Blame { by_hand: self.what.starts_with("Cache::"), what: &self.what, tenant };
+        let blame = Blame { by_hand: self.by_hand, what: &self.what, tenant };
         let report = self.core.drop_all(self.drops, fence.as_ref(), &blame).await;
         tracing::debug!(%report, "invalidated");
         report

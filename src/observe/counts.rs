@@ -153,9 +153,7 @@ impl Reasons {
             }
         }
     }
-}
 
-impl Reasons {
     pub(super) fn read(&self) -> ByReason {
         let mut read = ByReason::new();
         for (name, count) in self.names.iter().zip(&self.counts) {

@@ -20,10 +20,16 @@ const NANO: f64 = 1e-9;
 
 impl Observer {
     /// Tells a recorder what has been counted since the last time.
-    pub(crate) fn export(&self, snapshot: impl FnOnce() -> Snapshot) {
-        let (service, told) = (self.service(), &mut *locked(&self.told));
+    pub(crate) fn export(&self, snapshot: impl FnOnce() -> Snapshot) -> Snapshot {
+        let told = &mut *locked(&self.told);
         // Within the lock: an older one would be counted twice.
-        let snapshot = &snapshot();
+        let snapshot = snapshot();
+        self.tell(told, &snapshot);
+        snapshot
+    }
+
+    fn tell(&self, told: &mut Told, snapshot: &Snapshot) {
+        let service = self.service();
         for (data_type, of_type) in &snapshot.types {
             export_type(told, service, data_type, of_type);
             export_requests(told, (service, data_type), of_type.by_reason(), snapshot);

@@ -141,9 +141,7 @@ impl Tenants {
         }
         all
     }
-}
 
-impl Tenants {
     /// What metrics say of those that have a label.
     fn labelled<'t>(
         &self,

@@ -32,9 +32,9 @@ pub(crate) fn shortened(text: &str) -> String {
     }
 }
 
-/// A tag by its label, in few bytes.
-pub(crate) fn tag_hash(label: &str) -> u64 {
-    foldhash::fast::FixedState::default().hash_one(label)
+/// A tag by its name within its tenant, in few bytes.
+pub(crate) fn tag_hash(named: &[u8]) -> u64 {
+    foldhash::fast::FixedState::default().hash_one(named)
 }
 
 /// The name of a tenant, as far as it is text.

@@ -57,7 +57,7 @@ impl Teller {
             Handled::Hit { ttl } if ttl.is_some_and(|ttl| ttl < 0) => (Handling::Stale, None),
             Handled::Hit { .. } => (Handling::Hit, None),
             Handled::Forwarded(forwarded) => {
-                let reason = forwarded.detail.unwrap_or_else(|| forwarded.reason.as_str());
+                let reason = handled.reason();
                 let handling = match forwarded.reason {
                     Reason::Bypass | Reason::Method => Handling::Bypass,
                     // What the request itself says.

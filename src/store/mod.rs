@@ -168,6 +168,22 @@ impl fmt::Display for Health {
     }
 }
 
+/// What a process of a fleet says of itself.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Exchange<'a> {
+    /// The fleet.
+    pub fleet: &'a str,
+    /// The process, by a name of its own.
+    pub member: &'a str,
+    /// What it says, for a minute.
+    pub said: &'a [u8],
+    /// Processes that have said nothing for a while, and whose words are taken away.
+    pub gone: &'a [String],
+    /// Whether it wants to know what all of them have said.
+    pub hears: bool,
+}
+
 /// What a store takes, and what it had to give up, as far as this process knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -295,16 +311,9 @@ pub trait Store: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(vec![])))
     }
 
-    /// Leaves this for a minute, as what a member of a fleet has said last, and takes away what `gone` have said. Who `hears` gets
-    /// what all members have said; by default there are no others.
-    fn exchange<'a>(
-        &'a self,
-        fleet: &'a str,
-        (member, said): (&'a str, Vec<u8>),
-        gone: &'a [String],
-        hears: bool,
-    ) -> StoreFuture<'a, Vec<Vec<u8>>> {
-        let _ = (fleet, member, said, gone, hears);
+    /// Leaves what a member of a fleet says of itself, and gives what all have said, if it hears; by default there are no others.
+    fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {
+        let _ = exchange;
         Box::pin(std::future::ready(Ok(vec![])))
     }
 

@@ -64,7 +64,7 @@ impl Miss {
         auditor.took(began.elapsed(), old.load);
         drop(permit);
         let Ok(Some(found)) = core.engine.look_at(&key, &tags, &route.policy).await else { return };
-        if !core.engine.is_current(&key, &found.entry, &route.policy).await {
+        if found.lost().next().is_some() {
             return;
         }
         let was_written = |since: u64| writes(&core, &tenant.name, since).next().is_some();
@@ -143,7 +143,7 @@ fn unreproducible(core: &Core, route: &ReadRoute, path: &str, tenant: &[u8]) {
 /// A stale response was served; it is healed. The writes since its fill that dropped none of its tags are suspect.
 fn stale(core: &Core, route: &ReadRoute, (path, tenant): (&str, &[u8]), suspect: &Suspect) {
     let tags: Vec<_> = suspect.old.stamps.iter().map(|stamp| stamp.tag.label()).collect();
-    let hashes: Vec<_> = suspect.old.stamps.iter().map(|stamp| tag_hash(&stamp.tag.label())).collect();
+    let hashes: Vec<_> = suspect.old.stamps.iter().map(|stamp| tag_hash(stamp.tag.named())).collect();
     let mut suspects: Vec<String> = vec![];
     for (what, dropped) in writes(core, tenant, suspect.old.created) {
         if !dropped.iter().any(|tag| hashes.contains(tag)) && !suspects.contains(&what) && suspects.len() < SUSPECTS {

@@ -356,13 +356,9 @@ impl<S, M> CacheAside<S, M> {
                 return miss(key).answer(inner, request).await;
             }
             let response = future::call(&mut inner, request).await?;
-            let (mut parts, body) = response.into_parts();
-            // Which tags it has is read only where its body can be.
-            if let (Some(of), true) = (part_of, parts.headers.remove(&core.options.tag_header).is_some()) {
-                of.spoil();
-            }
-            teller.tell(Forwarded::because(Reason::Bypass, "request-body"), None, &mut parts);
-            Ok(Response::from_parts(parts, CacheBody::inner(body)))
+            let told = Some((Forwarded::because(Reason::Bypass, "request-body"), teller, None));
+            let finish = Finish { told, tag_header: core.options.tag_header.clone(), whole: part_of };
+            Ok(finish.finish(response).map(CacheBody::inner))
         })))
     }
 

@@ -24,7 +24,7 @@ use crate::{
         changes::Reads,
         core::Core,
         extensions::{NoCache, take_tags},
-        future,
+        future::{self, Finish},
         reading::{Reading, Reply, settle},
         request::RequestBody,
         serve::{Asked, How},
@@ -113,10 +113,10 @@ impl Read {
             Ok(wanted) => wanted,
             Err(reason) => {
                 self.whole.iter().for_each(Reads::spoil);
-                let (mut parts, body) = future::call(&mut inner, request).await?.into_parts();
-                parts.headers.remove(&self.core.options.tag_header);
-                self.route.teller.tell(Forwarded::because(Reason::Bypass, reason), None, &mut parts);
-                return Ok(out(Response::from_parts(parts, CacheBody::inner(body))));
+                let response = future::call(&mut inner, request).await?;
+                let told = Some((Forwarded::because(Reason::Bypass, reason), self.route.teller.clone(), None));
+                let finish = Finish { told, tag_header: self.core.options.tag_header.clone(), whole: None };
+                return Ok(out(finish.finish(response).map(CacheBody::inner)));
             }
         };
         let (core, route) = (self.core.clone(), self.route.clone());

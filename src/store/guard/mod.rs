@@ -24,7 +24,8 @@ use tokio::{
 };
 
 use super::{
-    Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup, Usage,
+    Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture,
+    TagGroup, Usage,
 };
 use crate::{
     catalog::Tier,
@@ -365,19 +366,13 @@ impl<S: Store> Store for Guard<S> {
         Box::pin(self.call(self.shared.store.count(groups)))
     }
 
-    fn exchange<'a>(
-        &'a self,
-        fleet: &'a str,
-        (member, said): (&'a str, Vec<u8>),
-        gone: &'a [String],
-        hears: bool,
-    ) -> StoreFuture<'a, Vec<Vec<u8>>> {
+    fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {
         Box::pin(async move {
             // For those who look on alone: what goes wrong is no trouble of the store's, and nobody waits for it.
             if self.shared.is_behind() {
                 return Err(StoreError::away("invalidations wait to be delivered first"));
             }
-            let said = timeout(DELIVERY, self.shared.store.exchange(fleet, (member, said), gone, hears)).await;
+            let said = timeout(DELIVERY, self.shared.store.exchange(exchange)).await;
             said.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
         })
     }

@@ -29,8 +29,8 @@ use serde::Deserialize;
 use tokio::runtime::Handle;
 
 use super::{
-    Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreError, StoreFuture,
-    TagGroup, Usage, guard::Guard,
+    Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreError,
+    StoreFuture, TagGroup, Usage, guard::Guard,
 };
 use crate::{
     catalog::Tier,
@@ -394,15 +394,9 @@ impl Store for RedisStore {
         self.0.remote.count(groups)
     }
 
-    fn exchange<'a>(
-        &'a self,
-        fleet: &'a str,
-        (member, said): (&'a str, Vec<u8>),
-        gone: &'a [String],
-        hears: bool,
-    ) -> StoreFuture<'a, Vec<Vec<u8>>> {
+    fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {
         self.start();
-        self.0.remote.exchange(fleet, (member, said), gone, hears)
+        self.0.remote.exchange(exchange)
     }
 
     fn usage(&self) -> Usage {

@@ -35,7 +35,8 @@ use crate::{
     clock::Millis,
     key::{Key, Tag},
     store::{
-        Entry, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup,
+        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture,
+        TagGroup,
         codec::{self, Encoded},
     },
 };
@@ -566,13 +567,8 @@ impl Store for Remote {
         })
     }
 
-    fn exchange<'a>(
-        &'a self,
-        fleet: &'a str,
-        (member, said): (&'a str, Vec<u8>),
-        gone: &'a [String],
-        hears: bool,
-    ) -> StoreFuture<'a, Vec<Vec<u8>>> {
+    fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {
+        let Exchange { fleet, member, said, gone, hears } = exchange;
         Box::pin(async move {
             let server = self.link.writing(fleet.as_bytes()).await?;
             let key = self.name("s:", fleet.as_bytes());
