@@ -160,6 +160,35 @@ async fn what_has_no_answer_is_counted() {
     assert_eq!((json!(item.bypasses), item.requests), (json!({"credentials": 1}), 4));
 }
 
+/// Who waits in vain for another's call is counted.
+#[tokio::test]
+async fn waits_that_are_overdue_are_counted() {
+    let slow = DataType::new("slow", Ttl::Standard).coalesce_timeout(Duration::from_millis(50));
+    let cache = shop().data_type(slow).route(Route::new("/slow/{slow_id}", "slow")).build().unwrap();
+    let calls = Arc::new(AtomicU64::new(0));
+    let count = calls.clone();
+    let web = Web::new(&cache, move |_| {
+        let n = count.fetch_add(1, Ordering::SeqCst);
+        async move {
+            if n == 0 {
+                std::future::pending::<()>().await;
+            }
+            Ok(ok("text"))
+        }
+    });
+    let hangs = tokio::spawn({
+        let web = web.clone();
+        async move { web.send(of("a", Method::GET, "/slow/1")).await }
+    });
+    while calls.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let waits = (0..3).map(|_| web.send(of("a", Method::GET, "/slow/1")));
+    futures_util::future::join_all(waits).await;
+    assert_eq!(cache.stats().overdue_waits, 3);
+    hangs.abort();
+}
+
 /// Two layers of one cache count a request once, and a purge of everything is no silence.
 #[tokio::test]
 async fn nothing_is_counted_twice() {
@@ -293,6 +322,7 @@ async fn metrics_are_exact() {
         (format!("cache_aside_invalidation_duration_seconds_count{{{all},source=\"route\"}}"), "1"),
         (format!("cache_aside_invalidated_entries_total{{{all},data_type=\"agents_list\",source=\"route\"}}"), "1"),
         (format!("cache_aside_store_up{{{all}}}"), "1"),
+        (format!("cache_aside_overdue_waits_total{{{all}}}"), "0"),
     ] {
         let found = text.lines().find_map(|own| own.strip_prefix(&line)).map(str::trim);
         assert_eq!(found, Some(value), "{line}\n{text}");

@@ -71,6 +71,7 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
     Snapshot {
         health,
         journal: usage.journal_tags,
+        overdue: core.engine.overdue(),
         store_errors: usage.errors.into_iter().map(|(kind, count)| (kind.to_owned(), count)).collect(),
         evictions: usage.evictions,
         eviction_age_ms: u64::try_from(usage.eviction_age.as_millis()).unwrap_or(u64::MAX),

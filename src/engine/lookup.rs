@@ -1,6 +1,9 @@
 //! From a key to what a request has to do about it: answer, wait, or call the origin.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -168,6 +171,10 @@ impl Engine {
     pub(super) async fn follow(&self, flight: Follower) -> Landed {
         match flight.wait(Inside::current().flights()).await {
             Landed::Done(entry) if !self.is_proven(&entry, flight.tags()).await => Landed::Failed,
+            Landed::Overdue => {
+                self.overdue.fetch_add(1, Ordering::Relaxed);
+                Landed::Overdue
+            }
             landed => landed,
         }
     }

@@ -14,7 +14,7 @@ mod obtain;
 mod stale;
 
 use std::{
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -31,7 +31,7 @@ use crate::{
 use flight::{Flight, Flights};
 pub use invalidated::Invalidated;
 pub(crate) use leader::{Leader, Sealed};
-#[cfg(feature = "stats")]
+#[cfg(feature = "admin")]
 pub(crate) use lookup::Found;
 pub(crate) use obtain::{Asker, Obtained, Source, Use};
 pub(crate) use stale::Stale;
@@ -82,6 +82,8 @@ impl Inside {
 pub(crate) struct Engine {
     store: Arc<dyn Store>,
     flights: Flights,
+    /// How many requests have stopped waiting for another's call.
+    overdue: AtomicU64,
     memos: Memo<Key, Arc<KeyMemo>, Weight>,
     clock: Clock,
     /// Loads, writes and fills that go on without their clients.
@@ -112,7 +114,7 @@ impl Engine {
     /// `memory` is how many bytes it may take for what it remembers of keys.
     pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, memory: u64) -> Self {
         let memos = Memo::with_weighter(MEMOS, memory, Weight);
-        Self { store, flights: Flights::default(), memos, clock, tasks: TaskTracker::new() }
+        Self { store, flights: Flights::default(), overdue: AtomicU64::new(0), memos, clock, tasks: TaskTracker::new() }
     }
 
     pub(crate) fn now(&self) -> Millis {
@@ -137,6 +139,12 @@ impl Engine {
     /// Whether other processes use the store, too.
     pub(crate) fn is_shared(&self) -> bool {
         self.store.is_shared()
+    }
+
+    /// How many requests have stopped waiting for another's call, for it took too long.
+    #[cfg(feature = "stats")]
+    pub(crate) fn overdue(&self) -> u64 {
+        self.overdue.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// What the store takes.

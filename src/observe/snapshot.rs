@@ -176,6 +176,9 @@ pub(crate) struct Snapshot {
     pub(crate) invalidated: BTreeMap<String, BTreeMap<String, u64>>,
     pub(crate) audits: BTreeMap<String, BTreeMap<String, u64>>,
     pub(crate) unmapped: u64,
+    /// Requests that stopped waiting for another's call.
+    #[serde(default)]
+    pub(crate) overdue: u64,
     pub(crate) store_errors: BTreeMap<String, u64>,
     pub(crate) evictions: u64,
     pub(crate) eviction_age_ms: u64,

@@ -36,6 +36,8 @@ pub struct Stats {
     pub alerts: Vec<Alert>,
     /// Successful writes that nothing was said of.
     pub unmapped_writes: u64,
+    /// Requests that stopped waiting for another's call, for it took longer than `coalesce_timeout`.
+    pub overdue_waits: u64,
     /// How audits ended.
     pub audits: BTreeMap<String, u64>,
 }
@@ -136,7 +138,7 @@ impl Stats {
         let (mut types, mut tenants) = (BTreeMap::<_, OfType>::new(), BTreeMap::<_, OfType>::new());
         let (mut alerts, mut store, mut audits) =
             (vec![], StoreStats { state: "ok", ..StoreStats::default() }, BTreeMap::new());
-        let mut unmapped_writes = 0;
+        let (mut unmapped_writes, mut overdue_waits) = (0, 0);
         for snapshot in snapshots {
             snapshot.types.iter().for_each(|(name, one)| types.entry(name.clone()).or_default().add(one));
             snapshot.tenants.iter().for_each(|(name, one)| tenants.entry(name.clone()).or_default().add(one));
@@ -152,6 +154,7 @@ impl Stats {
                 *audits.entry(result.clone()).or_default() += count;
             }
             unmapped_writes += snapshot.unmapped;
+            overdue_waits += snapshot.overdue;
             store.add(snapshot);
         }
         let mut totals = OfType::default();
@@ -171,6 +174,7 @@ impl Stats {
             tenants: busiest.iter().map(|(name, of_tenant)| (name.clone(), TypeStats::of(of_tenant))).collect(),
             alerts,
             unmapped_writes,
+            overdue_waits,
             audits,
         }
     }
