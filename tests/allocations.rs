@@ -18,21 +18,22 @@ fn served(path: &str) -> http::Request<http_body_util::Full<bytes::Bytes>> {
 
 #[test]
 fn a_hit_allocates_at_most_six_times() {
-    let mut fewest = u64::MAX;
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let mut service = builder().build().unwrap().layer().layer(origin());
     runtime.block_on(async { service.ready().await.unwrap().call(get("/agents/1")).await.unwrap() });
-    // The second of one second makes what the others share; should the second end meanwhile, so does the fourth.
-    for most in [6, u64::MAX, 6, 6, 6, 6, 6, 6] {
-        let request = served("/agents/1");
-        let mut response = None;
-        let hit = measure(|| response = service.call(request).now_or_never());
-        let response = response.unwrap().unwrap();
-        assert!(response.headers()["cache-status"].to_str().unwrap().contains("; hit"));
-        assert!(hit.count_total <= most, "{} allocations", hit.count_total);
-        fewest = fewest.min(hit.count_total);
-    }
-    assert!(fewest <= 4, "{fewest} allocations");
+    let counted: Vec<u64> = (0..8)
+        .map(|_| {
+            let request = served("/agents/1");
+            let mut response = None;
+            let hit = measure(|| response = service.call(request).now_or_never());
+            let response = response.unwrap().unwrap();
+            assert!(response.headers()["cache-status"].to_str().unwrap().contains("; hit"));
+            hit.count_total
+        })
+        .collect();
+    // The second hit of each second makes what the others of that second share, and one second may end meanwhile.
+    assert!(counted.iter().filter(|count| **count > 6).count() <= 2, "allocations: {counted:?}");
+    assert!(counted.iter().any(|count| *count <= 4), "allocations: {counted:?}");
 
     // Of the first requests that no route reads, somebody looks why.
     for _ in 0..32 {
