@@ -112,7 +112,7 @@ pub use layer::{
 #[cfg(feature = "grpc")]
 pub use layer::{Grpc, GrpcLayer, GrpcResponseBody};
 #[cfg(feature = "stats")]
-pub use observe::{Alert, AlertRules, Quantiles, Series, Sizes, Stats, StoreStats, TypeStats};
+pub use observe::{Alert, AlertRules, Quantiles, Sent, Series, Sizes, Stats, StoreStats, TypeStats};
 #[cfg(feature = "metrics")]
 pub use observe::{DURATION_BUCKETS, SIZE_BUCKETS};
 pub use observe::{FoundIn, Handling, Outcome};

@@ -48,6 +48,8 @@ pub struct CacheBuilder {
     entity_tags: bool,
     request_directives: bool,
     show_keys: bool,
+    #[cfg(feature = "stats")]
+    audit_values: bool,
     cache_status: Option<String>,
     forwards: Option<String>,
     #[cfg(feature = "stats")]
@@ -75,6 +77,8 @@ impl CacheBuilder {
             entity_tags: true,
             request_directives: false,
             show_keys: false,
+            #[cfg(feature = "stats")]
+            audit_values: false,
             cache_status: Some("tower-cache-aside".to_owned()),
             forwards: None,
             #[cfg(feature = "stats")]
@@ -336,6 +340,14 @@ impl CacheBuilder {
         self
     }
 
+    /// Shows what differs in an audit's findings, as JSON of up to 256 characters a field, to who may use the admin's API: by default
+    /// only the fields are named, for what is in them may be anybody's. It is never logged. (Feature `stats`.)
+    #[cfg(feature = "stats")]
+    pub fn audit_values(mut self, on: bool) -> Self {
+        self.audit_values = on;
+        self
+    }
+
     /// When to raise an alert ([`Cache::stats`](crate::Cache::stats)). (Feature `stats`.)
     #[cfg(feature = "stats")]
     pub fn alerts(mut self, rules: crate::AlertRules) -> Self {
@@ -402,7 +414,7 @@ impl CacheBuilder {
         let says_tier = tier.is_some();
         let memos = memos(self.config.memory.unwrap_or(MEMORY));
         #[cfg(feature = "stats")]
-        let auditor = auditor(self.config.audit, &self.config.types)?;
+        let auditor = auditor((self.config.audit, self.audit_values), &self.config.types)?;
         #[cfg(not(feature = "stats"))]
         no_auditor(self.config.audit, &self.config.types)?;
         let store = self.make_store(options.body_limit as u64)?;
@@ -524,7 +536,10 @@ impl CacheBuilder {
 
 /// Whoever compares hits with the inner service, if any type wants that.
 #[cfg(feature = "stats")]
-fn auditor(share: Option<f64>, types: &[DataType]) -> Result<Option<crate::layer::Auditor>, ConfigError> {
+fn auditor(
+    (share, shows): (Option<f64>, bool),
+    types: &[DataType],
+) -> Result<Option<crate::layer::Auditor>, ConfigError> {
     let of_types = types.iter().map(|t| (format!("data type `{}`: ", t.name), t.policy.audit));
     let all: Vec<_> = std::iter::once((String::new(), share)).chain(of_types).collect();
     for (what, share) in &all {
@@ -533,7 +548,7 @@ fn auditor(share: Option<f64>, types: &[DataType]) -> Result<Option<crate::layer
         }
     }
     let audits = all.iter().any(|(_, share)| share.is_some_and(|share| share > 0.0));
-    Ok(audits.then(|| crate::layer::Auditor::new(share.unwrap_or_default())))
+    Ok(audits.then(|| crate::layer::Auditor::new(share.unwrap_or_default(), shows)))
 }
 
 #[cfg(not(feature = "stats"))]

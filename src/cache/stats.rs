@@ -74,6 +74,7 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
         overdue: core.engine.overdue(),
         store_errors: usage.errors.into_iter().map(|(kind, count)| (kind.to_owned(), count)).collect(),
         evictions: usage.evictions,
+        evicted_misses: usage.evicted_misses,
         eviction_age_ms: u64::try_from(usage.eviction_age.as_millis()).unwrap_or(u64::MAX),
         store_bytes: usage.bytes,
         store_capacity: usage.capacity,

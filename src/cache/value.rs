@@ -18,7 +18,7 @@ use crate::{
     engine::{self, Asker, Inside, Leader, Obtained, Use},
     key::{Key, Tag, Tenant},
     layer::{Core, Reads, joined},
-    observe::{Handling, Teller, Timer, Watch},
+    observe::{FoundIn, Handling, Served, Teller, Timer, Watch},
     store::{Entry, Payload},
 };
 
@@ -201,7 +201,7 @@ struct Ask<T, V, C> {
     /// What the value becomes a part of.
     whole: Option<Reads>,
     /// Where the answer was found, and how many milliseconds it took to load once.
-    found: (engine::Source, u32),
+    found: (engine::Source, Served),
     codec: PhantomData<fn() -> C>,
 }
 
@@ -210,7 +210,11 @@ impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
 
     fn judge(&mut self, entry: &Entry, source: engine::Source) -> Use<V> {
         let Some(value) = self.shape.decode::<C>(entry) else { return Use::Lacking };
-        self.found = (source, entry.load);
+        let bytes = match &entry.payload {
+            Payload::Value(bytes) => bytes.len() as u64,
+            _ => 0,
+        };
+        self.found = (source, Served { bytes, saved: entry.load });
         if let Some(whole) = &self.whole {
             whole.add_stamps(&entry.stamps);
             if source == engine::Source::Stale {
@@ -222,12 +226,12 @@ impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
 }
 
 impl<T, V, C> Ask<T, V, C> {
-    fn finish(&self, watch: Watch) {
-        let (source, load) = self.found;
+    fn finish(&self, watch: Watch, tier: FoundIn) {
+        let (source, served) = self.found;
         match source {
-            engine::Source::Store => watch.finish(Handling::Hit, None, load),
-            engine::Source::Flight => watch.finish(Handling::Coalesced, Some("uri-miss"), load),
-            engine::Source::Stale => watch.finish(Handling::Stale, None, load),
+            engine::Source::Store => watch.finish((Handling::Hit, None), Some(tier), served),
+            engine::Source::Flight => watch.finish((Handling::Coalesced, Some("uri-miss")), None, served),
+            engine::Source::Stale => watch.finish((Handling::Stale, None), Some(tier), served),
         }
     }
 }
@@ -278,13 +282,13 @@ where
     };
     // What this value becomes a part of depends on what this value depends on.
     let whole = Reads::current();
-    let found = (engine::Source::Store, 0);
+    let found = (engine::Source::Store, Served::default());
     let mut ask = Ask { shape, whole: whole.clone(), found, codec: PhantomData::<fn() -> C> };
     let tags = place.as_ref().map(|(_, tags)| tags.clone());
     let found = find(&core, place, &policy, &mut ask).await;
     let lookup = start.elapsed();
     if let Obtained::Answer(_) | Obtained::AnswerAndReload(..) = &found {
-        watch.take().into_iter().for_each(|watch| ask.finish(watch));
+        watch.take().into_iter().for_each(|watch| ask.finish(watch, core.found_in()));
     }
     let fill = Fill { teller: teller.clone(), core: core.clone(), tenant, kept, reads: Reads::default() };
     let leader = match found {
@@ -304,7 +308,7 @@ where
     let task = core.engine.spawn(scope.around(fill.load::<T, C, _, _, _, _>(leader, shape, load)));
     let loaded = joined(task).await;
     let reason = if loaded.is_ok() { "uri-miss" } else { "error" };
-    watch.into_iter().for_each(|watch| watch.finish(Handling::Miss, Some(reason), 0));
+    watch.into_iter().for_each(|watch| watch.finish((Handling::Miss, Some(reason)), None, Served::default()));
     // That there was an error may depend on all that, too.
     if let Some(whole) = whole {
         whole.add_loaded(tags.as_deref(), &parts);

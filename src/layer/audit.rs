@@ -21,6 +21,7 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::{
     key::Key,
+    observe::{Differing, shortened},
     store::{Entry, Payload},
 };
 
@@ -93,6 +94,8 @@ fn bit(key: &[u8]) -> u64 {
 pub(crate) struct Auditor {
     /// The share of hits that are looked at, where their type says nothing else.
     share: f64,
+    /// Whether findings show what differs.
+    pub(super) shows: bool,
     known: Mutex<Known>,
     suspects: AtomicU64,
     began: Instant,
@@ -102,9 +105,10 @@ pub(crate) struct Auditor {
 }
 
 impl Auditor {
-    pub(crate) fn new(share: f64) -> Self {
+    pub(crate) fn new(share: f64, shows: bool) -> Self {
         Self {
             share,
+            shows,
             known: Mutex::default(),
             suspects: AtomicU64::new(0),
             began: Instant::now(),
@@ -191,6 +195,24 @@ pub(super) fn differences(one: &Entry, other: &Entry) -> Vec<String> {
         _ => {}
     }
     fields
+}
+
+/// What was served in these fields, and what the inner service says.
+pub(super) fn values(one: &Entry, other: &Entry, fields: &[String]) -> Vec<Differing> {
+    let (Payload::Response(one), Payload::Response(other)) = (&one.payload, &other.payload) else { return vec![] };
+    let json = |body: &[u8]| serde_json::from_slice::<Value>(body).ok();
+    let (one_json, other_json) = (json(&one.body), json(&other.body));
+    let text = |body: &[u8]| Some(shortened(&String::from_utf8_lossy(body)));
+    let at = |json: &Option<Value>, field: &str| Some(shortened(&json.as_ref()?.pointer(field)?.to_string()));
+    let value = |field: &String| {
+        let (served, now) = match &**field {
+            "status" => (Some(one.status.as_u16().to_string()), Some(other.status.as_u16().to_string())),
+            "body" => (text(&one.body), text(&other.body)),
+            field => (at(&one_json, field), at(&other_json, field)),
+        };
+        Differing { field: field.clone(), served, now }
+    };
+    fields.iter().map(value).collect()
 }
 
 fn compare(one: &Value, other: &Value, at: &mut String, depth: usize, fields: &mut Vec<String>) {

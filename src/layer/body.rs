@@ -67,6 +67,14 @@ impl<B: Body> CacheBody<B> {
         self
     }
 
+    /// How long it is, if it is here.
+    pub(crate) fn held(&self) -> u64 {
+        match &self.kind {
+            Kind::Full { data: Some(data), .. } => data.len() as u64,
+            _ => 0,
+        }
+    }
+
     pub(crate) fn inner(body: B) -> Self {
         Self { kind: Kind::Inner { body } }
     }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 
 use super::warnings::Warnings;
 #[cfg(feature = "stats")]
-use crate::observe::{Cause, Dropped, tag_hash};
+use crate::observe::{Cause, Dropped, tag_hash, tag_hashes};
 use crate::{
     catalog::{Cascades, Catalogue, Change, Drops, FenceTimes, Policy},
     engine::{Engine, Invalidated},
@@ -48,7 +48,7 @@ impl Blame<'_> {
 #[cfg(feature = "stats")]
 fn labels(drops: &Drops) -> (Vec<String>, Arc<[u64]>) {
     let tags = || drops.groups.iter().flat_map(|group| &group.tags);
-    (tags().take(MOST_NAMED).map(Tag::label).collect(), tags().map(|tag| tag_hash(tag.named())).collect())
+    (tags().take(MOST_NAMED).map(Tag::label).collect(), tag_hashes(tags().map(Tag::named)))
 }
 
 /// So many tags of an invalidation are remembered.

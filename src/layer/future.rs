@@ -7,6 +7,7 @@ use std::{
 };
 
 use http::{HeaderName, Request, Response};
+use http_body::Body;
 use pin_project_lite::pin_project;
 use tokio::{
     sync::oneshot,
@@ -65,13 +66,13 @@ pub(crate) async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Er
 }
 
 /// Counts a request when it has its response.
-pub(crate) async fn watched<T, E>(
+pub(crate) async fn watched<T: Body, E>(
     watch: Option<Watch>,
     response: impl Future<Output = Result<Response<T>, E>>,
 ) -> Result<Response<T>, E> {
     let response = response.await;
     if let Some(watch) = watch {
-        watch.end(response.as_ref().ok().and_then(|response| response.extensions().get()));
+        watch.end(response.as_ref().map(|response| (response.extensions(), response.body().size_hint())).map_err(drop));
     }
     response
 }
@@ -106,7 +107,7 @@ struct Pass<R, T> {
 }
 
 impl Finish {
-    pub(crate) fn finish<R>(self, response: Response<R>) -> Response<R> {
+    pub(crate) fn finish<R: Body>(self, response: Response<R>) -> Response<R> {
         let (mut parts, body) = response.into_parts();
         let has_tags = parts.headers.remove(&self.tag_header).is_some();
         // What they are is not read here.
@@ -116,14 +117,14 @@ impl Finish {
         if let Some((handled, teller, watch)) = self.told {
             teller.tell(handled, None, &mut parts);
             if let Some(watch) = watch {
-                watch.end(parts.extensions.get());
+                watch.end(Ok((&parts.extensions, body.size_hint())));
             }
         }
         Response::from_parts(parts, body)
     }
 }
 
-impl<R, T> Pass<R, T> {
+impl<R: Body, T> Pass<R, T> {
     fn finish(self, response: Response<R>) -> Response<T> {
         let response = match self.finish {
             Some(finish) => finish.finish(response),
@@ -150,6 +151,7 @@ impl<S: Service<Request<B>>, B, R, T> ResponseFuture<S, B, R, T> {
 impl<S, B, R, T> Future for ResponseFuture<S, B, R, T>
 where
     S: Service<Request<B>, Response = Response<R>>,
+    R: Body,
 {
     type Output = Result<Response<T>, S::Error>;
 

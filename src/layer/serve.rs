@@ -125,8 +125,9 @@ impl<'a> How<'a> {
         self.handled.unwrap_or(Handled::Hit { ttl })
     }
 
-    pub(crate) fn outcome(&self, entry: &Entry, now: Millis) -> Outcome {
-        let found = Found { tier: self.tier, age: entry.age(now), is_stale: self.is_stale, load: entry.load };
+    pub(crate) fn outcome<R: Body>(&self, entry: &Entry, now: Millis, body: &CacheBody<R>) -> Outcome {
+        let (age, load, bytes) = (entry.age(now), entry.load, body.held());
+        let found = Found { tier: self.tier, age, is_stale: self.is_stale, load, bytes };
         self.teller.outcome(self.handled(entry.ttl(now)), Some(found))
     }
 }
@@ -139,7 +140,8 @@ pub(crate) fn serve<R: Body>(
     how: How<'_>,
 ) -> Option<Response<CacheBody<R>>> {
     let mut response = answer(entry, now, asked, how)?;
-    response.extensions_mut().insert(how.outcome(entry, now));
+    let outcome = how.outcome(entry, now, response.body());
+    response.extensions_mut().insert(outcome);
     Some(response)
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    outcome::{Handling, Outcome},
+    outcome::{FoundIn, Handling, Outcome, Served},
     snapshot::{ByReason, HANDLINGS, OfHistogram, OfType},
 };
 
@@ -88,12 +88,17 @@ struct Shard {
     /// How long the last hit took that was timed.
     last: AtomicU64,
     saved: AtomicU64,
+    /// Stored responses that the store was asked for: the others were found in this process.
+    from_store: AtomicU64,
+    /// What was sent: found in this process, by asking the store, and by the inner service.
+    bytes: [AtomicU64; 3],
 }
 
 impl Shard {
     fn new() -> Self {
         let handled = HANDLINGS.map(|_| Histogram::new(&NANOS));
-        Self { handled, last: AtomicU64::new(0), saved: AtomicU64::new(0) }
+        let zero = || AtomicU64::new(0);
+        Self { handled, last: zero(), saved: zero(), from_store: zero(), bytes: [zero(), zero(), zero()] }
     }
 }
 
@@ -209,19 +214,31 @@ impl Counts {
                 handled.max.fetch_max(nanos, Relaxed);
             }
         }
-        if outcome.saved > 0 {
-            shard.saved.fetch_add(outcome.saved.into(), Relaxed);
+        let Served { bytes, saved } = outcome.served;
+        shard.bytes[0].fetch_add(bytes, Relaxed);
+        if saved > 0 {
+            shard.saved.fetch_add(saved.into(), Relaxed);
         }
     }
 
-    pub(super) fn request(&self, handling: Handling, reason: Option<&'static str>, took: Duration, saved: u32) {
+    pub(super) fn request(
+        &self,
+        (handling, reason): (Handling, Option<&'static str>),
+        tier: Option<FoundIn>,
+        took: Duration,
+        served: Served,
+    ) {
         // Before it is counted: whoever reads the counts first finds its reason.
         if let Some(reason) = reason {
             self.reasons.add((handling, reason));
         }
         let shard = self.shard();
         shard.handled[handling as usize].record(nanos(took));
-        shard.saved.fetch_add(saved.into(), Relaxed);
+        shard.saved.fetch_add(served.saved.into(), Relaxed);
+        if tier == Some(FoundIn::Store) {
+            shard.from_store.fetch_add(1, Relaxed);
+        }
+        shard.bytes[tier.map_or(2, |tier| tier as usize)].fetch_add(served.bytes, Relaxed);
     }
 
     pub(super) fn load(&self, is_ok: bool, took: Duration) {
@@ -239,6 +256,10 @@ impl Counts {
                 handled.read(into);
             }
             of_type.saved_ms += shard.saved.load(Relaxed);
+            of_type.from_store += shard.from_store.load(Relaxed);
+            for (sum, bytes) in of_type.sent.iter_mut().zip(&shard.bytes) {
+                *sum += bytes.load(Relaxed);
+            }
         }
         of_type.reasons = self.reasons.read();
         for (loads, into) in self.loads.iter().zip(&mut of_type.loads) {

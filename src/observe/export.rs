@@ -57,6 +57,7 @@ impl Observer {
             told.count("cache_aside_store_errors_total", &[("service", service), ("kind", kind)], *count);
         }
         told.count("cache_aside_evictions_total", &[("service", service), ("cause", "capacity")], snapshot.evictions);
+        told.count("cache_aside_evicted_misses_total", &of, snapshot.evicted_misses);
         for (name, value) in [
             ("cache_aside_store_up", f64::from(u8::from(snapshot.health.0 != "down"))),
             ("cache_aside_journal_tags", snapshot.journal as f64),
@@ -115,4 +116,12 @@ fn export_type(told: &mut Told, service: &str, data_type: &str, of_type: &OfType
     let of = [("service", service), ("data_type", data_type)];
     told.histogram("cache_aside_entry_bytes", &of, &of_type.bytes, &BYTES, 1.0);
     told.count("cache_aside_origin_seconds_saved_total", &of, of_type.saved_ms / 1_000);
+    for (tier, count) in ["process", "store"].iter().zip(of_type.found()) {
+        let of = [("service", service), ("data_type", data_type), ("tier", tier)];
+        told.count("cache_aside_hits_total", &of, count);
+    }
+    for (from, bytes) in ["process", "store", "inner"].iter().zip(of_type.sent) {
+        let of = [("service", service), ("data_type", data_type), ("from", from)];
+        told.count("cache_aside_sent_bytes_total", &of, bytes);
+    }
 }

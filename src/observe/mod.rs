@@ -32,17 +32,18 @@ pub use export::{DURATION_BUCKETS, SIZE_BUCKETS};
 pub(crate) use observer::now;
 #[cfg(feature = "stats")]
 pub(crate) use observer::{Cause, Dropped, Observer};
+pub(crate) use outcome::Served;
 pub use outcome::{FoundIn, Handling, Outcome};
 #[cfg(feature = "admin")]
 pub(crate) use recent::KINDS;
 #[cfg(feature = "stats")]
-pub(crate) use recent::{Event, What, name_of, shortened, tag_hash};
+pub(crate) use recent::{Differing, Event, What, name_of, shortened, tag_hash, tag_hashes};
 #[cfg(feature = "stats")]
 pub use snapshot::Alert;
 #[cfg(feature = "stats")]
 pub(crate) use snapshot::{STEP_SECONDS, Snapshot};
 #[cfg(feature = "stats")]
-pub use stats::{Quantiles, Series, Sizes, Stats, StoreStats, TypeStats};
+pub use stats::{Quantiles, Sent, Series, Sizes, Stats, StoreStats, TypeStats};
 pub(crate) use teller::{Found, Teller, Tellers};
 pub(crate) use watch::Watch;
 #[cfg(not(feature = "stats"))]

@@ -24,7 +24,15 @@ pub struct Outcome {
     pub tier: Option<FoundIn>,
     /// How old a stored response is (RFC 9111, section 4.2.3).
     pub age: Option<Duration>,
-    /// How many milliseconds the inner service took for it once.
+    pub(crate) served: Served,
+}
+
+/// What counts of a response besides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Served {
+    /// How many bytes are sent of what was stored.
+    pub(crate) bytes: u64,
+    /// How many milliseconds the inner service took for it once, if it was spared that.
     pub(crate) saved: u32,
 }
 

@@ -32,6 +32,14 @@ pub(crate) fn shortened(text: &str) -> String {
     }
 }
 
+/// Of a write that drops more tags, the first are known again.
+const HASHES: usize = 1_000;
+
+/// Which tags a write has dropped, in few bytes.
+pub(crate) fn tag_hashes<'t>(named: impl Iterator<Item = &'t [u8]>) -> Arc<[u64]> {
+    named.take(HASHES).map(tag_hash).collect()
+}
+
 /// A tag by its name within its tenant, in few bytes.
 pub(crate) fn tag_hash(named: &[u8]) -> u64 {
     foldhash::fast::FixedState::default().hash_one(named)
@@ -93,9 +101,20 @@ pub(crate) enum What {
         data_type: String,
         age_ms: u64,
         fields: Vec<String>,
+        /// What they were and are, if that is asked for.
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        values: Vec<Differing>,
         tags: Vec<String>,
         suspects: Vec<String>,
     },
+}
+
+/// What was served, and what the inner service says: as JSON, cut off.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Differing {
+    pub(crate) field: String,
+    pub(crate) served: Option<String>,
+    pub(crate) now: Option<String>,
 }
 
 impl What {

@@ -60,6 +60,11 @@ pub(crate) struct OfType {
     pub(crate) handled: [OfHistogram; 5],
     pub(crate) reasons: ByReason,
     pub(crate) saved_ms: u64,
+    /// Hits that the store was asked for, and how many bytes were sent: found in this process, in the store, by the inner service.
+    #[serde(default)]
+    pub(crate) from_store: u64,
+    #[serde(default)]
+    pub(crate) sent: [u64; 3],
     /// Successes and failures.
     pub(crate) loads: [OfHistogram; 2],
     pub(crate) bytes: OfHistogram,
@@ -89,6 +94,12 @@ impl OfType {
         all
     }
 
+    /// Hits by where they were found: in this process, and by asking the store.
+    pub(crate) fn found(&self) -> [u64; 2] {
+        let found = self.of(Handling::Hit) + self.of(Handling::Stale);
+        [found.saturating_sub(self.from_store), self.from_store]
+    }
+
     pub(crate) fn requests(&self) -> u64 {
         HANDLINGS.iter().map(|handling| self.of(*handling)).sum()
     }
@@ -110,6 +121,8 @@ impl OfType {
             reasons.iter().for_each(|(reason, count)| *of_handling.entry(reason.clone()).or_default() += count);
         }
         self.saved_ms += other.saved_ms;
+        self.from_store += other.from_store;
+        self.sent.iter_mut().zip(&other.sent).for_each(|(sum, one)| *sum += one);
         self.loads.iter_mut().zip(&other.loads).for_each(|(sum, one)| sum.add(one));
         self.bytes.add(&other.bytes);
         self.invalidations += other.invalidations;
@@ -181,6 +194,9 @@ pub(crate) struct Snapshot {
     pub(crate) overdue: u64,
     pub(crate) store_errors: BTreeMap<String, u64>,
     pub(crate) evictions: u64,
+    /// Look-ups of what had been evicted not long before.
+    #[serde(default)]
+    pub(crate) evicted_misses: u64,
     pub(crate) eviction_age_ms: u64,
     pub(crate) store_bytes: u64,
     pub(crate) store_capacity: u64,

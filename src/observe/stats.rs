@@ -60,6 +60,8 @@ pub struct StoreStats {
     pub entries: u64,
     /// How many had to go for others.
     pub evictions: u64,
+    /// How often something was looked for that had been evicted not long before: with more room it had been a hit.
+    pub evicted_misses: u64,
     /// How old the last of those were, in milliseconds.
     pub eviction_age_ms: u64,
 }
@@ -86,6 +88,12 @@ pub struct TypeStats {
     pub hit_ratio: Option<f64>,
     /// How long the inner service was spared, as it took for what was served.
     pub origin_ms_saved: u64,
+    /// Hits, stale ones included, that were found in this process.
+    pub hits_in_process: u64,
+    /// And those that the store was asked for.
+    pub hits_in_store: u64,
+    /// What was sent.
+    pub bytes_sent: Sent,
     /// How long it took.
     pub load_ms: Quantiles,
     /// How large bodies are that were stored.
@@ -118,6 +126,18 @@ pub struct Sizes {
     pub p50: Option<u64>,
     /// The largest.
     pub max: u64,
+}
+
+/// How many bytes the bodies have that were sent, as far as that is known when a response begins.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct Sent {
+    /// Of what was found in this process.
+    pub process: u64,
+    /// Of what the store was asked for.
+    pub store: u64,
+    /// Of what comes from the inner service, by this request or another.
+    pub inner: u64,
 }
 
 /// Counts of the last steps, the oldest first.
@@ -190,6 +210,7 @@ impl StoreStats {
         self.capacity += snapshot.store_capacity;
         self.entries += snapshot.store_entries;
         self.evictions += snapshot.evictions;
+        self.evicted_misses += snapshot.evicted_misses;
         self.eviction_age_ms = self.eviction_age_ms.max(snapshot.eviction_age_ms);
     }
 }
@@ -201,6 +222,8 @@ impl TypeStats {
         of_type.loads.iter().for_each(|one| loads.add(one));
         let ms = |share| loads.quantile(share, &NANOS).map(|nanos| nanos as f64 / 1_000_000.0);
         let [requests, hits] = of_type.series.clone();
+        let [hits_in_process, hits_in_store] = of_type.found();
+        let [process, store, inner] = of_type.sent;
         Self {
             requests: of_type.requests(),
             hits: of_type.of(Handling::Hit),
@@ -211,6 +234,9 @@ impl TypeStats {
             miss_reasons: reasons(Handling::Miss),
             hit_ratio: of_type.ratio(),
             origin_ms_saved: of_type.saved_ms,
+            hits_in_process,
+            hits_in_store,
+            bytes_sent: Sent { process, store, inner },
             load_ms: Quantiles { p50: ms(0.5), p95: ms(0.95) },
             bytes: Sizes { p50: of_type.bytes.quantile(0.5, &BYTES), max: of_type.bytes.max },
             invalidations: of_type.invalidations,

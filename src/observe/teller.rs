@@ -6,7 +6,7 @@ use http::{HeaderMap, StatusCode, response};
 
 use super::{
     Observer,
-    outcome::{FoundIn, Handling, Outcome},
+    outcome::{FoundIn, Handling, Outcome, Served},
     watch::Watcher,
 };
 use crate::http::cache_status::{Handled, Reason};
@@ -73,11 +73,12 @@ impl Teller {
             }
         };
         let saved = found.filter(|_| handling != Handling::Miss).map_or(0, |found| found.load);
+        let served = Served { bytes: found.map_or(0, |found| found.bytes), saved };
         let found = found.filter(|_| matches!(handled, Handled::Hit { .. }));
         let handling = if found.is_some_and(|found| found.is_stale) { Handling::Stale } else { handling };
         let data_type = self.0.data_type.clone();
         let (tier, age) = (found.map(|found| found.tier), found.map(|found| found.age));
-        Outcome { outcome: handling, reason, data_type, tier, age, saved }
+        Outcome { outcome: handling, reason, data_type, tier, age, served }
     }
 }
 
@@ -90,6 +91,8 @@ pub(crate) struct Found {
     pub(crate) is_stale: bool,
     /// How many milliseconds it took to load.
     pub(crate) load: u32,
+    /// How long the body is that is sent of it.
+    pub(crate) bytes: u64,
 }
 
 /// Those of all data types.

@@ -2,7 +2,10 @@
 
 use std::{borrow::Cow, sync::Arc, time::Duration};
 
-use super::outcome::{Handling, Outcome};
+use http::Extensions;
+use http_body::SizeHint;
+
+use super::outcome::{FoundIn, Handling, Outcome, Served};
 
 /// Knows nothing.
 #[derive(Debug)]
@@ -48,7 +51,7 @@ impl Watch {
         self
     }
 
-    pub(crate) fn end(self, _: Option<&Outcome>) {}
+    pub(crate) fn end(self, _: Result<(&Extensions, SizeHint), ()>) {}
 
-    pub(crate) fn finish(self, _: Handling, _: Option<&'static str>, _: u32) {}
+    pub(crate) fn finish(self, _: (Handling, Option<&'static str>), _: Option<FoundIn>, _: Served) {}
 }

@@ -6,10 +6,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use http::Extensions;
+use http_body::SizeHint;
+
 use super::{
     counts::{Counts, Timer},
     observer::{Observer, TenantSlot, now},
-    outcome::{Handling, Outcome},
+    outcome::{FoundIn, Handling, Outcome, Served},
     recent::{What, name_of, shortened},
 };
 
@@ -104,17 +107,21 @@ impl Watch {
     }
 
     /// The request has its response, or the inner service's error.
-    pub(crate) fn end(mut self, outcome: Option<&Outcome>) {
+    pub(crate) fn end(mut self, response: Result<(&Extensions, SizeHint), ()>) {
         let Some(under) = self.0.take() else { return };
-        match outcome {
-            Some(Outcome { outcome, reason, saved, .. }) => under.count(*outcome, *reason, *saved),
-            None => under.unanswered("error"),
-        }
+        let outcome = response.ok().and_then(|(extensions, size)| Some((extensions.get()?, size)));
+        let Some((Outcome { outcome, reason, tier, served, .. }, size)) = outcome else {
+            return under.unanswered("error");
+        };
+        let Served { bytes, saved } = *served;
+        // What comes from the inner service says how long it is, or does not know.
+        let bytes = if bytes == 0 { size.exact().unwrap_or_default() } else { bytes };
+        under.count((*outcome, *reason), *tier, Served { bytes, saved });
     }
 
-    /// The same, of what is no response. `saved` is how many milliseconds the load took once that was spared.
-    pub(crate) fn finish(mut self, handling: Handling, reason: Option<&'static str>, saved: u32) {
-        self.0.take().into_iter().for_each(|under| under.count(handling, reason, saved));
+    /// The same, of what is no response.
+    pub(crate) fn finish(mut self, why: (Handling, Option<&'static str>), tier: Option<FoundIn>, served: Served) {
+        self.0.take().into_iter().for_each(|under| under.count(why, tier, served));
     }
 }
 
@@ -130,12 +137,13 @@ impl Drop for Watch {
 impl Under {
     fn unanswered(self, why: &'static str) {
         match self.bypass {
-            Some(reason) => self.count(Handling::Bypass, Some(reason), 0),
-            None => self.count(Handling::Miss, Some(why), 0),
+            Some(reason) => self.count((Handling::Bypass, Some(reason)), None, Served::default()),
+            None => self.count((Handling::Miss, Some(why)), None, Served::default()),
         }
     }
 
-    fn count(self, handling: Handling, reason: Option<&'static str>, saved: u32) {
+    fn count(self, why: (Handling, Option<&'static str>), tier: Option<FoundIn>, served: Served) {
+        let (handling, reason) = why;
         let Self { watcher, began, tenant, note, .. } = self;
         let Watcher { data_type, counts, observer } = watcher;
         let took = began.elapsed();
@@ -150,7 +158,7 @@ impl Under {
             of_tenant.load(reason != Some("error"), took);
         }
         for counts in counts.as_ref().map(|(counts, _)| &**counts).into_iter().chain(tenant) {
-            counts.request(handling, reason, took, saved);
+            counts.request(why, tier, took, served);
         }
         if let Some(note) = note.filter(|_| handling != Handling::Hit) {
             let Note { path, tenant } = *note;

@@ -24,7 +24,9 @@ use bytes::Bytes;
 use foldhash::fast::RandomState;
 use quick_cache::{Lifecycle, OptionsBuilder, Weighter, sync::Cache};
 
-use super::{Entry, Fence, Generation, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture, TagGroup, Usage};
+use super::{
+    Entry, Fence, Generation, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError, StoreFuture, TagGroup, Usage,
+};
 use crate::{
     catalog::Tier,
     clock::Millis,
@@ -41,6 +43,9 @@ const MAX_FENCES: usize = 4096;
 
 /// A lease that is longer than clocks can count is this.
 const MAX_LEASE: Duration = Duration::from_secs(365 * 86_400);
+
+/// So many of the last that had to go are known again.
+const REMEMBERED: usize = 4096;
 
 /// Up to this many entries per group an invalidation counts exactly; above, it reports how many were filled.
 const COUNT_LIMIT: usize = 4096;
@@ -155,14 +160,40 @@ impl TagShard {
 }
 
 /// What had to go while it was valid.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct Evictions(Arc<Evicted>);
 
-#[derive(Default)]
 struct Evicted {
     count: AtomicU64,
     /// In milliseconds; each counts for an eighth.
     age: AtomicU64,
+    hasher: RandomState,
+    /// The hashes of the last, each in the place that it gives: some displace others.
+    last: [AtomicU64; REMEMBERED],
+    /// How often one of those was looked for.
+    missed: AtomicU64,
+}
+
+impl Evictions {
+    fn new(hasher: RandomState) -> Self {
+        let [count, age, missed] = [const { AtomicU64::new(0) }; 3];
+        Self(Arc::new(Evicted { count, age, hasher, last: [const { AtomicU64::new(0) }; REMEMBERED], missed }))
+    }
+
+    fn remember(&self, key: &[u8]) {
+        let hash = self.0.hasher.hash_one(key);
+        self.0.last[hash as usize % REMEMBERED].store(hash, Ordering::Relaxed);
+    }
+
+    /// Nothing is stored under this key.
+    fn missed(&self, key: &[u8]) {
+        let hash = self.0.hasher.hash_one(key);
+        let place = &self.0.last[hash as usize % REMEMBERED];
+        // Once for each time that it went.
+        if place.compare_exchange(hash, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.0.missed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Lifecycle<Bytes, Arc<Resident>> for Evictions {
@@ -170,9 +201,10 @@ impl Lifecycle<Bytes, Arc<Resident>> for Evictions {
     type RequestState = [Option<(Bytes, Arc<Resident>)>; 2];
 
     /// Not called of what is replaced.
-    fn before_evict(&self, _: &mut Self::RequestState, _: &Bytes, resident: &mut Arc<Resident>) {
+    fn before_evict(&self, _: &mut Self::RequestState, key: &Bytes, resident: &mut Arc<Resident>) {
         if resident.is_valid() {
-            let Evicted { count, age } = &*self.0;
+            let Evicted { count, age, .. } = &*self.0;
+            self.remember(key);
             let own = u64::try_from(resident.filled.elapsed().as_millis()).unwrap_or(u64::MAX);
             let before = age.load(Ordering::Relaxed);
             let first = count.fetch_add(1, Ordering::Relaxed) == 0;
@@ -211,7 +243,8 @@ impl MemoryStore {
         let shards = 1usize << shards.ilog2();
         // The options' defaults cannot fail: both numbers are given.
         let items = usize::try_from(capacity / 2048).unwrap_or(usize::MAX).clamp(64, 1 << 20);
-        let (hasher, evictions) = (RandomState::default(), Evictions::default());
+        let hasher = RandomState::default();
+        let evictions = Evictions::new(hasher.clone());
         let mut options = OptionsBuilder::new();
         options.estimated_items_capacity(items).weight_capacity(capacity).shards(shards);
         let entries = match options.build() {
@@ -282,7 +315,11 @@ impl MemoryStore {
 
     /// The entry, valid or not.
     pub(super) fn raw(&self, key: &Key) -> Option<Arc<Entry>> {
-        self.entries.get(&key.0).map(|resident| resident.entry.clone())
+        let found = self.entries.get(&key.0).map(|resident| resident.entry.clone());
+        if found.is_none() {
+            self.evictions.missed(&key.0);
+        }
+        found
     }
 
     /// Whatever is in place under this key is there no more.
@@ -396,12 +433,18 @@ impl Store for MemoryStore {
         done(groups.iter().map(count).collect())
     }
 
+    fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
+        let found = self.entries.iter().map(|(key, _)| key).filter(|key| search.accepts(key));
+        done(found.take(search.most).map(Key).collect())
+    }
+
     fn usage(&self) -> Usage {
         Usage {
             bytes: self.entries.weight(),
             capacity: self.entries.capacity(),
             entries: self.entries.len() as u64,
             evictions: self.evictions.0.count.load(Ordering::Relaxed),
+            evicted_misses: self.evictions.0.missed.load(Ordering::Relaxed),
             eviction_age: Duration::from_millis(self.evictions.0.age.load(Ordering::Relaxed)),
             ..Usage::default()
         }

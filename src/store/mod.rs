@@ -184,6 +184,26 @@ pub struct Exchange<'a> {
     pub hears: bool,
 }
 
+/// Which keys are searched for, by those who look on.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Search<'a> {
+    /// What they begin with.
+    pub prefix: &'a [u8],
+    /// What they hold besides, each somewhere.
+    pub words: &'a [Vec<u8>],
+    /// How many are wanted at most.
+    pub most: usize,
+}
+
+impl Search<'_> {
+    /// Whether this is one of them.
+    pub fn accepts(&self, key: &[u8]) -> bool {
+        let has = |word: &Vec<u8>| word.is_empty() || key.windows(word.len()).any(|part| part == word);
+        key.starts_with(self.prefix) && self.words.iter().all(has)
+    }
+}
+
 /// What a store takes, and what it had to give up, as far as this process knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -196,6 +216,8 @@ pub struct Usage {
     pub entries: u64,
     /// How many of them had to go for others, while they were valid.
     pub evictions: u64,
+    /// How often something was looked up that had been evicted not long before.
+    pub evicted_misses: u64,
     /// How long those were there, of late. When that is shorter than a TTL, the store is too small.
     pub eviction_age: Duration,
     /// Tags that a shared store has not been told of yet.
@@ -308,6 +330,12 @@ pub trait Store: Send + Sync + 'static {
     /// nobody knows.
     fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
         let _ = groups;
+        Box::pin(std::future::ready(Ok(vec![])))
+    }
+
+    /// The keys of entries, valid or not, as far as they can be told without much work; by default none.
+    fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
+        let _ = search;
         Box::pin(std::future::ready(Ok(vec![])))
     }
 

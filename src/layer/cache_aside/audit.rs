@@ -13,7 +13,7 @@ use crate::{
     engine::Inside,
     http::cache_status::Reason,
     layer::{
-        audit::{GRACE, Suspect, differences, is_same},
+        audit::{GRACE, Suspect, differences, is_same, values},
         core::Core,
     },
     observe::{Event, What, name_of, shortened, tag_hash},
@@ -135,6 +135,7 @@ fn unreproducible(core: &Core, route: &ReadRoute, path: &str, tenant: &[u8]) {
         data_type: route.data_type().to_owned(),
         age_ms: 0,
         fields: vec![],
+        values: vec![],
         tags: vec![],
         suspects: vec![],
     });
@@ -151,6 +152,8 @@ fn stale(core: &Core, route: &ReadRoute, (path, tenant): (&str, &[u8]), suspect:
         }
     }
     let fields = differences(&suspect.old, &suspect.new);
+    let shows = core.auditor.as_ref().is_some_and(|auditor| auditor.shows);
+    let values = if shows { values(&suspect.old, &suspect.new, &fields) } else { vec![] };
     tracing::error!(
         route = route.what(),
         ?fields,
@@ -166,6 +169,7 @@ fn stale(core: &Core, route: &ReadRoute, (path, tenant): (&str, &[u8]), suspect:
         data_type: route.data_type().to_owned(),
         age_ms: suspect.new.created.saturating_sub(suspect.old.created),
         fields,
+        values,
         tags,
         suspects,
     });

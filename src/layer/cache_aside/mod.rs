@@ -310,7 +310,8 @@ impl<S, M> CacheAside<S, M> {
                 false if miss::audits(&self.core, route, variant.as_deref().unwrap_or(key), headers) => Behind::Audit,
                 false => Behind::Nothing,
             };
-            Some(((response, how.outcome(&entry, now)), behind))
+            let outcome = how.outcome(&entry, now, response.body());
+            Some(((response, outcome), behind))
         });
         let (response, behind) =
             response.map_or((None, Behind::Nothing), |(response, behind)| (Some(response), behind));

@@ -59,7 +59,8 @@ fn replay<R: Body>(entry: &Entry, now: u64, how: How<'_>) -> Option<Response<Cac
     *response.headers_mut() = stored.headers.clone();
     response.headers_mut().remove(header::AGE);
     how.teller.say(how.handled(entry.ttl(now)), response.headers_mut(), Some(stored.status), None);
-    response.extensions_mut().insert(how.outcome(entry, now));
+    let outcome = how.outcome(entry, now, response.body());
+    response.extensions_mut().insert(outcome);
     Some(response)
 }
 
