@@ -298,6 +298,10 @@ async fn the_page_works_in_a_browser() {
     browser.write("explain-tenant", "demo").await;
     browser.click("explain-go").await;
     browser.says("explain-result", "valid, and fresh").await;
+    browser.write("search-text", "agent =agent-1").await;
+    browser.write("search-tenant", "demo").await;
+    browser.click("search-go").await;
+    browser.says("search-result", "agent_service{demo}:agent:=agent-1").await;
 
     browser.write("purge-tenant", "demo").await;
     browser.script("const s = document.getElementById('purge-type'); s.value = 'agent'; s.dispatchEvent(new Event('input', {bubbles: true})); s.dispatchEvent(new Event('change', {bubbles: true}))").await;

@@ -23,9 +23,10 @@ use http_body_util::{BodyExt, Full};
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use support::{Http, Service};
-use tower::ServiceExt;
+use tower::{Layer, ServiceExt};
 use tower_cache_aside::{
     Admin, AdminService, AlertRules, Cache, CacheBuilder, Cascade, DataType, Mutation, Route, Ttl,
+    store::{Health, RedisStore},
 };
 use web::{Web, full, ok, with};
 
@@ -255,6 +256,64 @@ async fn values_are_counted() {
     assert_eq!(stats.tenants["a"].requests, 5);
 }
 
+/// Where hits were found and what was sent is counted to the byte: in this process, in the store, and by the inner service.
+#[tokio::test]
+async fn tiers_and_bytes_are_exact() {
+    let redis = redis::Redis::start(&[]);
+    for (shared, expected) in [(false, (3, 0)), (true, (0, 3))] {
+        let mut builder = shop();
+        if shared {
+            let store = RedisStore::builder([redis.url()]).settle(Duration::ZERO).in_process(0);
+            builder = builder.store(store.build().unwrap());
+        }
+        let cache = builder.build().unwrap();
+        until(|| async { (cache.health() == Health::Ok, json!(cache.health().to_string())) }).await;
+        let web = Web::new(&cache, |asked| async move {
+            let length = asked.uri().path().rsplit('/').next().unwrap().parse().unwrap();
+            Ok(ok(vec![b'x'; length]))
+        });
+        web.send(of("a", Method::GET, "/items/1000")).await;
+        until(|| async {
+            let stored = web.send(of("a", Method::GET, "/items/1000")).await.is_hit();
+            (stored, Value::Null)
+        })
+        .await;
+        let before = cache.stats().types["item"].clone();
+        web.send(of("a", Method::GET, "/items/1000")).await;
+        web.send(of("a", Method::HEAD, "/items/1000")).await;
+        web.send(with(Method::GET, "/items/1000", &[("x-tenant-id", "a"), ("range", "bytes=0-9")])).await;
+        web.send(of("a", Method::GET, "/items/500")).await;
+        web.send(with(Method::GET, "/items/70", &[("x-tenant-id", "a"), ("authorization", "x")])).await;
+        let now = &cache.stats().types["item"];
+        let found = (now.hits_in_process - before.hits_in_process, now.hits_in_store - before.hits_in_store);
+        assert_eq!(found, expected);
+        let (sent, earlier) = (now.bytes_sent, before.bytes_sent);
+        let sent = [sent.process - earlier.process, sent.store - earlier.store, sent.inner - earlier.inner];
+        assert_eq!(sent, if shared { [0, 1_010, 570] } else { [1_010, 0, 570] });
+        let tenant = &cache.stats().tenants["a"];
+        assert_eq!((tenant.hits_in_process, tenant.hits_in_store), (now.hits_in_process, now.hits_in_store));
+    }
+}
+
+/// Whether more memory would help: what was evicted and is asked for again is told from what was never there.
+#[tokio::test]
+async fn misses_of_what_was_evicted_are_told() {
+    for (memory, asks_again, helps) in [(2 << 20, true, true), (2 << 20, false, false), (64 << 20, true, false)] {
+        let cache = shop().memory(memory).body_limit(100_000).build().unwrap();
+        let web = Web::new(&cache, |_| async { Ok(ok(vec![b'x'; 20_000])) });
+        for id in 0..300 {
+            web.send(of("a", Method::GET, &format!("/items/{id}"))).await;
+        }
+        for id in (0..300).filter(|_| asks_again) {
+            web.send(of("a", Method::GET, &format!("/items/{id}"))).await;
+        }
+        let store = cache.stats().store;
+        assert_eq!(store.evicted_misses > 100, helps, "{store:?}");
+        assert!(helps || store.evicted_misses == 0, "{store:?}");
+        assert!(store.evicted_misses <= store.evictions, "{store:?}");
+    }
+}
+
 /// Of more tenants than are told apart, none is lost.
 #[tokio::test]
 async fn tenants_are_bounded() {
@@ -323,6 +382,9 @@ async fn metrics_are_exact() {
         (format!("cache_aside_invalidated_entries_total{{{all},data_type=\"agents_list\",source=\"route\"}}"), "1"),
         (format!("cache_aside_store_up{{{all}}}"), "1"),
         (format!("cache_aside_overdue_waits_total{{{all}}}"), "0"),
+        (format!("cache_aside_hits_total{{{all},data_type=\"agents_list\",tier=\"process\"}}"), "7"),
+        (format!("cache_aside_hits_total{{{all},data_type=\"agents_list\",tier=\"store\"}}"), "0"),
+        (format!("cache_aside_evicted_misses_total{{{all}}}"), "0"),
     ] {
         let found = text.lines().find_map(|own| own.strip_prefix(&line)).map(str::trim);
         assert_eq!(found, Some(value), "{line}\n{text}");
@@ -489,6 +551,35 @@ async fn an_audit_finds_nothing_where_nothing_is_stale() {
     }
 }
 
+/// What differs is shown where that is asked for, and nowhere else.
+#[tokio::test]
+async fn an_audit_shows_values_if_it_is_asked_to() {
+    let find = async |shows: bool| {
+        let cache = shop().audit(1.0).audit_values(shows).build().unwrap();
+        let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
+        let row = Arc::new(AtomicU64::new(1));
+        let read = row.clone();
+        let web = Web::new(&cache, move |_| {
+            let body = json!({"name": "Ada", "at": [{"n": read.load(Ordering::SeqCst)}]}).to_string();
+            async move { Ok(ok(body)) }
+        });
+        web.send(of("a", Method::GET, "/items/1")).await;
+        // Behind the cache's back.
+        row.store(2, Ordering::SeqCst);
+        let seen = until(|| async {
+            web.send(of("a", Method::GET, "/items/1")).await;
+            let seen = get(&admin, "/api/recent?kind=audit").await;
+            (!seen.as_array().unwrap().is_empty(), seen)
+        })
+        .await;
+        assert_eq!(seen[0]["fields"], json!(["/at/0/n"]), "{seen:#}");
+        seen[0]["values"].clone()
+    };
+    let (shown, hidden) = tokio::join!(find(true), find(false));
+    assert_eq!(shown, json!([{"field": "/at/0/n", "served": "1", "now": "2"}]));
+    assert_eq!(hidden, Value::Null);
+}
+
 /// What is another thing each time is said to be so, once, and left alone; what has credentials is never looked at.
 #[tokio::test]
 async fn what_cannot_be_compared_is_said_once() {
@@ -610,6 +701,15 @@ async fn explain_says_why() {
     tokio::time::sleep(Duration::from_millis(400)).await;
     let (miss, why) = verdict(&explain("path=/pages/1&tenant=a").await);
     assert!(miss == "miss" && (why.contains("expired") || why.contains("nothing is stored")), "{why}");
+    // Below a router that takes a prefix away: one for each.
+    let mounted = cache.layer().mounted_at("/eu").layer(tower::service_fn(|_: Request<Full<Bytes>>| async {
+        Ok::<_, std::io::Error>(Response::new(Full::new(Bytes::from_static(b"x"))))
+    }));
+    mounted.oneshot(of("a", Method::GET, "/items/5")).await.unwrap();
+    assert_eq!(explain("path=/eu/items/5&mount=/eu&tenant=a").await["verdict"], "hit");
+    assert_eq!(explain("path=/items/5&tenant=a").await["verdict"], "miss");
+    assert_eq!(explain("path=/us/items/5&mount=/us/&tenant=a").await["verdict"], "miss");
+
     for (query, words) in [
         ("path=/items/1&tenant=a&header=authorization:x", "credentials"),
         ("path=/items/1", "no tenant"),
@@ -619,7 +719,9 @@ async fn explain_says_why() {
         let (bypass, why) = verdict(&explain(query).await);
         assert!(bypass == "bypass" && why.contains(words), "{query}: {why}");
     }
-    for mistake in ["", "path=items", "path=/items/1&header=nonsense", "path=/items/1&header=a%20b:c"] {
+    for mistake in
+        ["", "path=items", "path=/items/1&mount=/eu", "path=/items/1&header=nonsense", "path=/items/1&header=a%20b:c"]
+    {
         let (status, error) = ask(&admin, Method::GET, &format!("/api/explain?{mistake}"), Value::Null).await;
         assert!(status == 400 && error["error"].is_string(), "{mistake}: {error}");
     }
@@ -744,6 +846,82 @@ async fn a_fleet_is_seen_as_one() {
     let seen = of(1).with("authorization", &format!("Bearer {TOKEN}"));
     let health = seen.get("/_cache/api/stats").await.json();
     assert_eq!(health["store"]["state"], "ok", "{health:#}");
+}
+
+/// Entries are found by what their keys hold, of one tenant or of all, with what would become of them.
+#[tokio::test]
+async fn entries_are_searched() {
+    let redis = redis::Redis::start(&[]);
+    for shared in [false, true] {
+        let mut builder = shop().mutation(Mutation::put("/items/{item_id}", "item"));
+        if shared {
+            let store = RedisStore::builder([redis.url()]).settle(Duration::ZERO).prefix("a-b");
+            builder = builder.store(store.build().unwrap());
+        }
+        let cache = builder.build().unwrap();
+        until(|| async { (cache.health() == Health::Ok, json!(cache.health().to_string())) }).await;
+        let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
+        let web = Web::new(&cache, |_| async { Ok(ok("text")) });
+        for tenant in ["a", "b*"] {
+            for id in ["1", "22", "x%20y"] {
+                web.send(of(tenant, Method::GET, &format!("/items/{id}"))).await;
+            }
+        }
+        let search = async |query: &str| get(&admin, &format!("/api/search?{query}")).await.as_array().unwrap().clone();
+        until(|| async { (search("").await.len() == 6, Value::Null) }).await;
+        for (query, found) in [
+            ("tenant=a", 3),
+            ("tenant=b*", 3),
+            ("tenant=*", 0),
+            ("text=item+22", 2),
+            ("text=22&tenant=a", 1),
+            ("text==22", 2),
+            ("text=x%2520y", 0),
+            ("text=x+y&tenant=a", 1),
+            ("text=*", 3),
+            ("text=nothing", 0),
+            ("n=2", 2),
+        ] {
+            assert_eq!(search(query).await.len(), found, "{query}, shared: {shared}");
+        }
+        web.send(of("a", Method::PUT, "/items/22")).await;
+        let found = search("text=22&tenant=a").await;
+        // In Redis it is there until somebody replaces it, and nobody is answered with it.
+        assert!(found.iter().all(|entry| entry["verdict"] == "miss"), "{found:?}");
+        let found = search("text=1&tenant=b*").await;
+        let one = &found[0];
+        let seen = (&one["verdict"], &one["tenant"], &one["data_type"], &one["entry"]["size"]);
+        assert_eq!(seen, (&json!("hit"), &json!("b*"), &json!("item"), &json!(4)), "{one:#}");
+        assert_eq!(one["tags"][0]["ok"], true, "{one:#}");
+    }
+}
+
+/// A user who may not leave a word for the fleet is no worse off for the rest.
+#[tokio::test]
+async fn without_the_rights_for_the_fleet_all_else_works() {
+    let redis = redis::Redis::start(&[]);
+    redis.command(&["ACL", "SETUSER", "agents", "on", ">secret", "~*", "&*", "+@all", "-hset", "-hvals", "-scan"]);
+    let url = redis.url().replace("://", "://agents:secret@");
+    let store = RedisStore::builder([url]).settle(Duration::ZERO).build().unwrap();
+    let cache = shop().mutation(Mutation::put("/items/{item_id}", "item")).store(store).build().unwrap();
+    let admin = cache.admin(Admin::bearer(TOKEN).unwrap());
+    let web = Web::new(&cache, |_| async { Ok(ok("text")) });
+    until(|| async {
+        get(&admin, "/api/stats").await;
+        let log = redis.command(&["ACL", "LOG"]);
+        (log.contains("hset"), json!(log))
+    })
+    .await;
+    until(|| async { (web.send(of("a", Method::GET, "/items/1")).await.is_hit(), Value::Null) }).await;
+    let written = web.send(of("a", Method::PUT, "/items/1")).await;
+    assert_eq!(written.report.as_ref().unwrap().total(), 1);
+    let stats = get(&admin, "/api/stats").await;
+    assert_eq!((&stats["store"]["state"], &stats["alerts"]), (&json!("ok"), &json!([])), "{stats:#}");
+    assert_eq!(stats["types"]["item"]["invalidated"], 1, "{stats:#}");
+    let log = redis.command(&["ACL", "LOG"]);
+    assert!(log.contains("count\r\n:1\r\n"), "not again and again: {log}");
+    let (status, why) = ask(&admin, Method::GET, "/api/search", Value::Null).await;
+    assert!(status == 503 && why["error"].as_str().unwrap().contains("scan"), "{why}");
 }
 
 /// Nothing is told where nobody asked for it.

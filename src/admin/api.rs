@@ -11,7 +11,6 @@ use bytes::Bytes;
 use futures_util::future::poll_fn;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::Body;
-use percent_encoding::percent_decode_str;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::{
@@ -19,7 +18,12 @@ use tokio::{
     time::timeout,
 };
 
-use super::{AdminBody, AdminService, explain::explain};
+use super::{
+    AdminBody, AdminService,
+    explain::explain,
+    query::{member, members},
+    search::search,
+};
 use crate::{
     cache::stats::snapshot,
     catalog::Drops,
@@ -66,17 +70,6 @@ struct Mutated {
     id: String,
 }
 
-/// The members of a query, decoded.
-pub(super) fn members(query: Option<&str>) -> Vec<(String, String)> {
-    let decode = |text: &str| percent_decode_str(&text.replace('+', " ")).decode_utf8_lossy().into_owned();
-    let members = query.unwrap_or_default().split('&').filter(|member| !member.is_empty());
-    members.map(|member| member.split_once('=').unwrap_or((member, ""))).map(|(n, v)| (decode(n), decode(v))).collect()
-}
-
-fn member<'m>(members: &'m [(String, String)], name: &str) -> Option<&'m str> {
-    members.iter().find(|(own, _)| own == name).map(|(_, value)| &**value)
-}
-
 impl AdminService {
     pub(super) async fn api<B>(&self, name: &str, request: Request<B>) -> Response<AdminBody>
     where
@@ -93,12 +86,16 @@ impl AdminService {
                 Ok(explained) => answered(&explained),
                 Err((status, why)) => failed(status, &why),
             },
+            "search" if is_get => match search(&self.cache.0, &members).await {
+                Ok(found) => answered(&found),
+                Err((status, why)) => failed(status, &why),
+            },
             "events" if is_get => self.events(),
             "invalidate" if parts.method == Method::POST => match whole(body).await {
                 Some(body) => self.invalidate(&body).await,
                 None => failed(StatusCode::BAD_REQUEST, "the body is too large, or does not come"),
             },
-            "stats" | "recent" | "explain" | "events" | "invalidate" => {
+            "stats" | "recent" | "explain" | "search" | "events" | "invalidate" => {
                 failed(StatusCode::METHOD_NOT_ALLOWED, "there is no such method here")
             }
             _ => failed(StatusCode::NOT_FOUND, "there is no such thing here"),

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use http::{Extensions, HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, Uri, header, request};
 use serde_json::{Map, Value, json};
 
-use super::words;
+use super::{query::member, words};
 use crate::{
+    catalog::Policy,
     engine::Found,
     http::directives::RequestDirectives,
     key::{Key, Tag},
@@ -19,6 +20,8 @@ use crate::{
 /// What is asked about.
 struct Asked {
     parts: request::Parts,
+    /// The prefix that a router takes away before the layer sees it, and that these parts lack.
+    mount: Option<String>,
     tenant: Arc<str>,
 }
 
@@ -28,8 +31,8 @@ pub(super) async fn explain(
     members: &[(String, String)],
     own: &HeaderMap,
 ) -> Result<Value, (StatusCode, String)> {
-    let Asked { parts, tenant } = asked(members, own).map_err(|mistake| (StatusCode::BAD_REQUEST, mistake))?;
-    let place = Place::new(&parts.uri, &parts.extensions, None);
+    let Asked { parts, mount, tenant } = asked(members, own).map_err(|mistake| (StatusCode::BAD_REQUEST, mistake))?;
+    let place = Place::new(&parts.uri, &parts.extensions, mount.as_deref());
     let Some(read) = core.routes.read(&Method::GET, &place) else {
         return Ok(bypass(None, "no route reads this path"));
     };
@@ -66,7 +69,7 @@ pub(super) async fn explain(
     if directives.as_ref().is_some_and(|directives| directives.no_store) {
         return Ok(bypass(Some(route), "its `Cache-Control: no-store` forbids it"));
     }
-    let (verdict, because) = judge(core, route, found.as_ref(), (&tags, tenant));
+    let (verdict, because) = judge(core, &route.policy, found.as_ref(), (&tags, tenant));
     let is_refused = |directives: &RequestDirectives| {
         let asked = core.engine.now();
         found.as_ref().is_some_and(|found| !directives.accept(found.entry.age(asked), found.entry.ttl(asked)))
@@ -76,7 +79,7 @@ pub(super) async fn explain(
         _ => (verdict, because),
     };
     let listed = match &found {
-        Some(found) => found.now.iter().map(|(tag, now)| of_tag(found, tag, now.map(|g| g.0))).collect(),
+        Some(found) => of_tags(found),
         None => {
             tags.iter().map(|tag| json!({"tag": tag.label(), "stamped": null, "current": null, "ok": null})).collect()
         }
@@ -93,8 +96,14 @@ pub(super) async fn explain(
 }
 
 fn asked(members: &[(String, String)], own: &HeaderMap) -> Result<Asked, String> {
-    let member = |name: &str| members.iter().find(|(own, _)| own == name).map(|(_, value)| &**value);
+    let member = |name| member(members, name);
     let path = member("path").filter(|path| path.starts_with('/')).ok_or("say a `path` that begins with `/`")?;
+    let mount = member("mount").map(|mount| mount.trim_end_matches('/')).filter(|mount| !mount.is_empty());
+    let below = |mount: &str| path.strip_prefix(mount).filter(|rest| rest.starts_with('/'));
+    let path = match mount {
+        Some(mount) => below(mount).ok_or_else(|| format!("`path` is not below the `mount` {mount}"))?,
+        None => path,
+    };
     let uri: Uri = path.parse().map_err(|_| "`path` is no path".to_owned())?;
     let tenant = member("tenant").unwrap_or_default();
     let mut request = Request::new(());
@@ -113,7 +122,7 @@ fn asked(members: &[(String, String)], own: &HeaderMap) -> Result<Asked, String>
         }
     }
     parts.extensions = Extensions::new();
-    Ok(Asked { parts, tenant: tenant.into() })
+    Ok(Asked { parts, mount: mount.map(str::to_owned), tenant: tenant.into() })
 }
 
 fn bypass(route: Option<&ReadRoute>, because: &str) -> Value {
@@ -123,6 +132,10 @@ fn bypass(route: Option<&ReadRoute>, because: &str) -> Value {
     })
 }
 
+pub(super) fn of_tags(found: &Found) -> Vec<Value> {
+    found.now.iter().map(|(tag, now)| of_tag(found, tag, now.map(|g| g.0))).collect()
+}
+
 fn of_tag(found: &Found, tag: &Tag, current: Option<u128>) -> Value {
     let stamped = found.entry.stamps.iter().find(|stamp| stamp.tag == *tag).map(|stamp| stamp.generation.0);
     let short = |generation: Option<u128>| generation.map(|generation| format!("{generation:x}"));
@@ -130,7 +143,7 @@ fn of_tag(found: &Found, tag: &Tag, current: Option<u128>) -> Value {
     json!({"tag": tag.label(), "stamped": short(stamped), "current": short(current), "ok": is_ok})
 }
 
-fn of_entry(core: &Core, found: &Found) -> Value {
+pub(super) fn of_entry(core: &Core, found: &Found) -> Value {
     let (entry, at) = (&found.entry, core.engine.now());
     let Payload::Response(StoredResponse { status, headers, body, .. }) = &entry.payload else { return Value::Null };
     let mut said = Map::new();
@@ -143,9 +156,9 @@ fn of_entry(core: &Core, found: &Found) -> Value {
 }
 
 /// What would become of it, and why, in words.
-fn judge(
+pub(super) fn judge(
     core: &Core,
-    route: &ReadRoute,
+    policy: &Policy,
     found: Option<&Found>,
     (tags, tenant): (&[Tag], &str),
 ) -> (&'static str, String) {
@@ -184,7 +197,7 @@ fn judge(
         }
         ttl => {
             let ago = ttl.map_or(0, |ttl| -ttl);
-            let kept = if entry.on_error_until > at && route.policy.stale_if_error.is_some() {
+            let kept = if entry.on_error_until > at && policy.stale_if_error.is_some() {
                 "; it is kept for when the origin fails"
             } else {
                 ""

@@ -3,6 +3,8 @@
 mod api;
 mod body;
 mod explain;
+mod query;
+mod search;
 mod words;
 
 use std::{

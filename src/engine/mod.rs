@@ -162,6 +162,12 @@ impl Engine {
         Ok(Invalidated::new(lines.zip(counts.into_iter().chain(std::iter::repeat(0))), 0))
     }
 
+    /// Keys of entries, for those who look on.
+    #[cfg(feature = "admin")]
+    pub(crate) async fn search(&self, search: crate::store::Search<'_>) -> Result<Vec<Key>, StoreError> {
+        self.store.search(search).await
+    }
+
     /// What the processes of the fleet say of themselves.
     #[cfg(feature = "stats")]
     pub(crate) async fn exchange(&self, exchange: crate::store::Exchange<'_>) -> Result<Vec<Vec<u8>>, StoreError> {

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use super::{
-    Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture,
+    Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError, StoreFuture,
     TagGroup, Usage,
 };
 use crate::{
@@ -118,6 +118,14 @@ impl<S: Store> Guard<S> {
         F: Future<Output = Result<T, StoreError>>,
     {
         self.call(call(&self.shared.store)).await
+    }
+
+    /// For those who look on alone: what goes wrong is no trouble of the store's, and nobody waits for it.
+    async fn looks_on<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+        if self.shared.is_behind() {
+            return Err(StoreError::away("invalidations wait to be delivered first"));
+        }
+        timeout(DELIVERY, call).await.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
     }
 
     /// Makes one call under the budget, if the breaker lets it.
@@ -366,15 +374,12 @@ impl<S: Store> Store for Guard<S> {
         Box::pin(self.call(self.shared.store.count(groups)))
     }
 
+    fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
+        Box::pin(self.looks_on(self.shared.store.search(search)))
+    }
+
     fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {
-        Box::pin(async move {
-            // For those who look on alone: what goes wrong is no trouble of the store's, and nobody waits for it.
-            if self.shared.is_behind() {
-                return Err(StoreError::away("invalidations wait to be delivered first"));
-            }
-            let said = timeout(DELIVERY, self.shared.store.exchange(exchange)).await;
-            said.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
-        })
+        Box::pin(self.looks_on(self.shared.store.exchange(exchange)))
     }
 
     fn usage(&self) -> Usage {

@@ -29,7 +29,7 @@ use serde::Deserialize;
 use tokio::runtime::Handle;
 
 use super::{
-    Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreError,
+    Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Search, Store, StoreError,
     StoreFuture, TagGroup, Usage, guard::Guard,
 };
 use crate::{
@@ -288,6 +288,7 @@ impl RedisStore {
     /// What is current is held, to be answered from without asking while it is said what others drop.
     async fn tracked(&self, held: &Held, inquiry: Inquiry<'_>, cap: Option<Duration>) -> Result<Lookup, StoreError> {
         // Captured before the command: a drop whose push overtakes the reply is then not missed.
+        held.memory.raw(inquiry.key);
         let captured = held.memory.capture(inquiry.tags.iter().chain([&held.era]));
         let is_alive = held.is_alive();
         let found = self.0.remote.lookup(inquiry).await?;
@@ -392,6 +393,11 @@ impl Store for RedisStore {
     fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
         self.start();
         self.0.remote.count(groups)
+    }
+
+    fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
+        self.start();
+        self.0.remote.search(search)
     }
 
     fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {

@@ -35,8 +35,8 @@ use crate::{
     clock::Millis,
     key::{Key, Tag},
     store::{
-        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture,
-        TagGroup,
+        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError,
+        StoreFuture, TagGroup,
         codec::{self, Encoded},
     },
 };
@@ -52,6 +52,9 @@ const SAID: Duration = Duration::from_secs(60);
 
 /// Keys looked through at once when everything is dropped.
 const SCANNED: usize = 1_000;
+
+/// Who searches sees so many rounds of each server's keys.
+const ROUNDS: usize = 200;
 
 /// `KEYS` are the mark and pairs of generation and fences; `ARGV` the writer, how long its fences stand from now (0: not at
 /// all), and a fenced generation per pair. A tag stays fenced for as long as any writer fences it, under a new generation
@@ -184,6 +187,9 @@ impl Remote {
     }
 
     pub(super) async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
+        if tags.is_empty() {
+            return Ok(vec![]);
+        }
         let server = self.link.reading(tenant(tags)).await?;
         let values: Vec<Value> = self.command(&server, &self.mget(None, tags)).await?;
         Ok(values.iter().map(|value| parse_generation(value, server.reign)).collect())
@@ -423,6 +429,12 @@ impl ToRedisArgs for Name<'_> {
     }
 }
 
+/// A name in which nothing is a pattern.
+fn escaped(name: &[u8]) -> Vec<u8> {
+    let escape = |byte: &u8| [b'\\', *byte].into_iter().skip(usize::from(!b"*?[]\\^".contains(byte)));
+    name.iter().flat_map(escape).collect()
+}
+
 /// A generation as it is stored: 16 bytes. Anything else was not written by us, and is no generation.
 fn parse_generation(value: &Value, reign: u128) -> Option<Generation> {
     match value {
@@ -564,6 +576,35 @@ impl Store for Remote {
                 }
             }
             Ok(counts)
+        })
+    }
+
+    fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
+        Box::pin(async move {
+            let head = self.name("e:", search.prefix);
+            let mut pattern = escaped(&head);
+            pattern.push(b'*');
+            for word in search.words.iter().take(1) {
+                pattern.extend(escaped(word));
+                pattern.push(b'*');
+            }
+            let mut found = vec![];
+            for server in self.link.slots().servers() {
+                let mut cursor = 0_u64;
+                for _ in 0..ROUNDS {
+                    let mut scan = redis::cmd("SCAN");
+                    scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(SCANNED);
+                    let (next, names): (u64, Vec<Vec<u8>>) = self.command(&server, &scan).await?;
+                    let keys = names.iter().filter_map(|name| name.get(self.link.terms.prefix.len() + 2..));
+                    found.extend(keys.filter(|key| search.accepts(key)).map(|key| Key(Bytes::copy_from_slice(key))));
+                    cursor = next;
+                    if cursor == 0 || found.len() >= search.most {
+                        break;
+                    }
+                }
+            }
+            found.truncate(search.most);
+            Ok(found)
         })
     }
 
