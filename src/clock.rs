@@ -10,10 +10,22 @@ use std::{
 /// Milliseconds since the Unix epoch, as the engine's clock tells them.
 pub type Millis = u64;
 
+/// What tells the time: for tests, a closure or the feature `testing`'s clock.
+pub trait TimeSource: Send + Sync + 'static {
+    /// The time.
+    fn now(&self) -> SystemTime;
+}
+
+impl<F: Fn() -> SystemTime + Send + Sync + 'static> TimeSource for F {
+    fn now(&self) -> SystemTime {
+        self()
+    }
+}
+
 #[derive(Clone)]
 pub(crate) enum Clock {
     Monotonic { wall: Millis, start: Millis },
-    Custom(Arc<dyn Fn() -> SystemTime + Send + Sync>),
+    Custom(Arc<dyn TimeSource>),
 }
 
 impl Default for Clock {
@@ -26,7 +38,7 @@ impl Clock {
     pub(crate) fn now(&self) -> Millis {
         match self {
             Self::Monotonic { wall, start } => wall + uptime().saturating_sub(*start),
-            Self::Custom(now) => millis(now()),
+            Self::Custom(source) => millis(source.now()),
         }
     }
 }

@@ -70,6 +70,7 @@
 //! - `stats`: `Cache::stats`, alerts and the audit.
 //! - `metrics`: the same through the `metrics` facade.
 //! - `admin`: an API and a page to look at the cache, to explain and to purge.
+//! - `testing`: `testing`, for tests of your own mapping: a twin without a cache, a clock and a store that can be told.
 //! - `lz4`: compress large bodies for the shared store.
 //! - `toml`: read the [`Config`] from a file.
 
@@ -92,6 +93,8 @@ mod layer;
 mod observe;
 mod route;
 pub mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod units;
 
 #[cfg(feature = "admin")]
@@ -101,6 +104,7 @@ pub use cache::{
     Fetch, Generate, Invalidation, Json, MessagePack, Report, Source,
 };
 pub use catalog::{Canonical, Cascade, Coalesce, DataType, Freshness, Tier, Ttl};
+pub use clock::TimeSource;
 pub use config::{Config, OnUnreachable};
 pub use engine::Invalidated;
 pub use error::ConfigError;

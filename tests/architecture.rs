@@ -16,10 +16,11 @@ const ROOMS: &[(&str, &[&str])] = &[
         "lib",
         &[
             "admin", "cache", "config", "layer", "http", "observe", "route", "engine", "store", "catalog", "key",
-            "error",
+            "error", "testing", "clock",
         ],
     ),
     ("admin", &["cache", "layer", "http", "engine", "observe", "route", "store", "catalog", "key", "error"]),
+    ("testing", &["cache", "clock"]),
     ("cache", &["layer", "config", "engine", "observe", "route", "store", "catalog", "key", "clock", "error"]),
     ("layer", &["http", "observe", "route", "engine", "store", "catalog", "key", "clock", "error"]),
     ("config", &["route", "store", "catalog", "error", "units"]),

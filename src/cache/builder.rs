@@ -1,10 +1,6 @@
 //! From what is declared to a [`Cache`]: everything is checked here, before the first request.
 
-use std::{
-    fmt,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{fmt, sync::Arc, time::Duration};
 
 use http::{HeaderName, request};
 
@@ -14,7 +10,7 @@ use crate::{
         Canonical, Cascade, Cascades, Catalogue, DataType, Entities, FenceTimes, PATIENCE, Resolver, ResolverError,
         Resolvers, Tier,
     },
-    clock::Clock,
+    clock::{Clock, TimeSource},
     config::{Config, OnUnreachable},
     engine::{Engine, Invalidated},
     error::ConfigError,
@@ -369,9 +365,10 @@ impl CacheBuilder {
         self
     }
 
-    /// The source of time, for tests. By default the wall clock at start, carried on by the monotonic clock.
-    pub fn clock<F: Fn() -> SystemTime + Send + Sync + 'static>(mut self, now: F) -> Self {
-        self.clock = Clock::Custom(Arc::new(now));
+    /// The source of the time by which entries age and expire, for tests: a closure, or `testing::Clock`. By default the wall
+    /// clock at start, carried on by the monotonic clock.
+    pub fn clock(mut self, source: impl TimeSource) -> Self {
+        self.clock = Clock::Custom(Arc::new(source));
         self
     }
 

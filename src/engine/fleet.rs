@@ -1,6 +1,8 @@
 //! Single flight across processes.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::{
     Engine,

@@ -15,11 +15,16 @@ mod stale;
 
 use std::{
     sync::{Arc, atomic::AtomicU64},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use quick_cache::{Weighter, sync::Cache as Memo};
-use tokio::{runtime::Handle, task::JoinHandle, task_local, time::timeout};
+use tokio::{
+    runtime::Handle,
+    task::JoinHandle,
+    task_local,
+    time::{Instant, timeout},
+};
 use tokio_util::task::TaskTracker;
 
 use crate::{

@@ -17,12 +17,13 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use foldhash::fast::RandomState;
 use quick_cache::{Lifecycle, OptionsBuilder, Weighter, sync::Cache};
+use tokio::time::Instant;
 
 use super::{
     Entry, Fence, Generation, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError, StoreFuture, TagGroup, Usage,

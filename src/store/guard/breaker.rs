@@ -4,8 +4,10 @@
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 /// Failures count for this long.
 const WINDOW: Duration = Duration::from_secs(10);

@@ -14,13 +14,13 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use tokio::{
     runtime::Handle,
     sync::Notify,
-    time::{sleep, timeout, timeout_at},
+    time::{Instant, sleep, timeout, timeout_at},
 };
 
 use super::{
@@ -322,7 +322,7 @@ impl<S: Store> Store for Guard<S> {
             let budget = if shared.is_behind() { Duration::ZERO } else { self.invalidate_budget };
             let deadline = Instant::now() + budget;
             let mut last = None;
-            while let Ok(attempt) = timeout_at(deadline.into(), shared.store.invalidate(groups, fence)).await {
+            while let Ok(attempt) = timeout_at(deadline, shared.store.invalidate(groups, fence)).await {
                 match attempt {
                     Ok(counts) => {
                         pending.why = None;
@@ -334,7 +334,7 @@ impl<S: Store> Store for Guard<S> {
                     }
                 }
                 // A refusal may come at once, also after the deadline.
-                if timeout_at(deadline.into(), sleep(RETRY.0)).await.is_err() {
+                if timeout_at(deadline, sleep(RETRY.0)).await.is_err() {
                     break;
                 }
             }

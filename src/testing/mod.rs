@@ -1,0 +1,5 @@
+//! For tests of one's own mapping. (Feature `testing`.)
+
+mod clock;
+
+pub use clock::Clock;
