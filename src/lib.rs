@@ -151,4 +151,8 @@ pub mod docs {
 
     #[doc = include_str!("../docs/security.md")]
     pub mod security {}
+
+    #[cfg(feature = "testing")]
+    #[doc = include_str!("../docs/testing.md")]
+    pub mod testing {}
 }

@@ -20,7 +20,7 @@ const ROOMS: &[(&str, &[&str])] = &[
         ],
     ),
     ("admin", &["cache", "layer", "http", "engine", "observe", "route", "store", "catalog", "key", "error"]),
-    ("testing", &["cache", "clock"]),
+    ("testing", &["cache", "http", "observe", "route", "store", "catalog", "key", "clock"]),
     ("cache", &["layer", "config", "engine", "observe", "route", "store", "catalog", "key", "clock", "error"]),
     ("layer", &["http", "observe", "route", "engine", "store", "catalog", "key", "clock", "error"]),
     ("config", &["route", "store", "catalog", "error", "units"]),

@@ -119,7 +119,10 @@ impl Engine {
     /// `memory` is how many bytes it may take for what it remembers of keys.
     pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, memory: u64) -> Self {
         let memos = Memo::with_weighter(MEMOS, memory, Weight);
-        Self { store, flights: Flights::default(), overdue: AtomicU64::new(0), memos, clock, tasks: TaskTracker::new() }
+        let tasks = TaskTracker::new();
+        // Whoever waits, waits until there are none; that is no reason to take no more.
+        tasks.close();
+        Self { store, flights: Flights::default(), overdue: AtomicU64::new(0), memos, clock, tasks }
     }
 
     pub(crate) fn now(&self) -> Millis {
@@ -199,13 +202,16 @@ impl Engine {
         self.tasks.spawn_on(task, runtime)
     }
 
+    /// Waits until nothing is under way.
+    pub(crate) async fn settled(&self) {
+        self.tasks.wait().await;
+    }
+
     /// Waits for what is under way, and delivers what the store has not been told; how many tags are left.
     pub(crate) async fn drain(&self, within: Duration) -> usize {
         let within = within.min(MAX_DRAIN);
         let deadline = Instant::now() + within;
-        self.tasks.close();
-        let _ = timeout(within, self.tasks.wait()).await;
-        self.tasks.reopen();
+        let _ = timeout(within, self.settled()).await;
         let left = self.store.drain(deadline.saturating_duration_since(Instant::now())).await;
         left.unwrap_or_default()
     }

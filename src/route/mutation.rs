@@ -231,7 +231,7 @@ impl MutationRoute {
         self.method == *method || self.method.as_str() == ANY
     }
 
-    pub(super) fn path(&self) -> &str {
+    pub(crate) fn path(&self) -> &str {
         &self.path
     }
 

@@ -280,6 +280,21 @@ impl ReadRoute {
         format!("{} {}", self.method, self.path)
     }
 
+    #[cfg(feature = "testing")]
+    pub(crate) fn method(&self) -> &Method {
+        &self.method
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn path(&self) -> &str {
+        &self.path
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn query(&self) -> &Query {
+        &self.query
+    }
+
     /// Whether it is read by this method.
     pub(super) fn is_for(&self, method: &Method) -> bool {
         self.method == *method || self.method == Method::GET && *method == Method::HEAD

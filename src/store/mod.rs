@@ -7,7 +7,7 @@
 #[cfg(feature = "redis")]
 mod codec;
 mod entry;
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "redis", feature = "testing"))]
 mod guard;
 mod memory;
 #[cfg(feature = "redis")]
@@ -17,7 +17,7 @@ use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, ti
 
 pub(crate) use entry::Payload;
 pub use entry::{Entry, Stamp, StoredResponse};
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "redis", feature = "testing"))]
 pub use guard::Guard;
 pub use memory::MemoryStore;
 #[cfg(feature = "redis")]

@@ -113,6 +113,7 @@ impl<S: Store> Guard<S> {
     }
 
     /// Makes a call of the store's own under the same budget and breaker.
+    #[cfg(feature = "redis")]
     pub(crate) async fn guarded<'a, T, F>(&'a self, call: impl FnOnce(&'a S) -> F) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, StoreError>>,

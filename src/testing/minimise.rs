@@ -1,0 +1,63 @@
+//! Fewer and plainer requests that still make a difference.
+
+use bytes::Bytes;
+use http::{Request, Uri};
+
+use super::{difference::Difference, twin::Twin};
+
+/// Leaves requests out, by halves and less, then headers and queries, for as long as there is a difference.
+pub(super) async fn minimise(make: &impl AsyncFn() -> Twin, mut found: Difference) -> Difference {
+    let mut size = found.len() / 2;
+    while size > 0 {
+        let before = found.len();
+        let mut at = 0;
+        // The last is the one that differs.
+        while at + 1 < found.len() {
+            let mut fewer = found.requests();
+            fewer.drain(at..(at + size).min(fewer.len() - 1));
+            match make().await.run(fewer).await {
+                Err(smaller) => found = smaller,
+                Ok(_) => at += size,
+            }
+        }
+        // What could not go may go now.
+        size = if size == 1 && found.len() < before { 1 } else { size / 2 };
+    }
+    let mut at = 0;
+    while at < found.len() {
+        match with_plainer(make, &found, at).await {
+            Some(plainer) => found = plainer,
+            None => at += 1,
+        }
+    }
+    found
+}
+
+/// The same with one request plainer, if that can be.
+async fn with_plainer(make: &impl AsyncFn() -> Twin, found: &Difference, at: usize) -> Option<Difference> {
+    for plain in plainer(&found.requests()[at]) {
+        let mut requests = found.requests();
+        requests[at] = plain;
+        if let Err(plainer) = make().await.run(requests).await {
+            return Some(plainer);
+        }
+    }
+    None
+}
+
+/// Each says one thing less.
+fn plainer(request: &Request<Bytes>) -> Vec<Request<Bytes>> {
+    let without_header = request.headers().keys().map(|name| {
+        let mut plain = request.clone();
+        plain.headers_mut().remove(name);
+        plain
+    });
+    let mut all: Vec<_> = without_header.collect();
+    let path: Option<Uri> = request.uri().query().and_then(|_| request.uri().path().parse().ok());
+    all.extend(path.map(|path| {
+        let mut plain = request.clone();
+        *plain.uri_mut() = path;
+        plain
+    }));
+    all
+}
