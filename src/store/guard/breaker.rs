@@ -67,8 +67,12 @@ impl Breaker {
         if until == 0 {
             return Some(Permit { breaker: self, is_trial: false });
         }
-        let may_try = now() >= until && !self.trying.swap(true, Ordering::AcqRel);
-        may_try.then_some(Permit { breaker: self, is_trial: true })
+        if now() < until || self.trying.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        let permit = Permit { breaker: self, is_trial: true };
+        // Another trial may have ended since it looked.
+        (self.open_until.load(Ordering::Acquire) == until).then_some(permit)
     }
 
     fn failed(&self, now: u64, is_trial: bool) {
@@ -185,7 +189,10 @@ mod tests {
             assert!(breaker.call(now, false), "{open_for}");
         }
         let first = breaker.permit_at(|| now + 5_000);
-        assert!(first.is_some() && breaker.permit_at(|| now + 5_000).is_none());
+        assert!(first.is_some());
+        for _ in 0..2 {
+            assert!(breaker.permit_at(|| now + 5_000).is_none(), "who is refused does not end the trial of another");
+        }
         drop(first);
         assert!(breaker.permit_at(|| now + 5_000).is_some(), "a trial that is given up is nobody's");
     }
