@@ -112,25 +112,23 @@ impl<S: Store> Guard<S> {
         self
     }
 
-    /// Makes a call of the store's own under the same budget and breaker.
-    #[cfg(feature = "redis")]
-    pub(crate) async fn guarded<'a, T, F>(&'a self, call: impl FnOnce(&'a S) -> F) -> Result<T, StoreError>
+    /// For those who look on alone: what goes wrong is no trouble of the store's, and nobody waits for it.
+    async fn looks_on<'a, T, F>(&'a self, call: impl FnOnce(&'a S) -> F) -> Result<T, StoreError>
     where
         F: Future<Output = Result<T, StoreError>>,
     {
-        self.call(call(&self.shared.store)).await
-    }
-
-    /// For those who look on alone: what goes wrong is no trouble of the store's, and nobody waits for it.
-    async fn looks_on<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
         if self.shared.is_behind() {
             return Err(StoreError::away("invalidations wait to be delivered first"));
         }
-        timeout(DELIVERY, call).await.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
+        timeout(DELIVERY, call(&self.shared.store)).await.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
     }
 
-    /// Makes one call under the budget, if the breaker lets it.
-    async fn call<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    /// Makes one call under the budget, if the breaker lets it. A store may begin with it before its future is polled, so it is
+    /// not asked before that is known.
+    pub(crate) async fn call<'a, T, F>(&'a self, call: impl FnOnce(&'a S) -> F) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
         let shared = &self.shared;
         if shared.is_behind() {
             // The runtime in which that was begun may be gone.
@@ -142,7 +140,7 @@ impl<S: Store> Guard<S> {
             shared.errors[2].fetch_add(1, Ordering::Relaxed);
             return Err(StoreError::away("the circuit breaker is open"));
         };
-        let result = match timeout(self.budget, call).await {
+        let result = match timeout(self.budget, call(&shared.store)).await {
             Ok(result) => result,
             Err(_) => Err(StoreError::unreachable(format!("no answer within {:?}", self.budget))),
         };
@@ -278,27 +276,27 @@ impl<S: Store> Drop for Delivering<S> {
 
 impl<S: Store> Store for Guard<S> {
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
-        Box::pin(self.call(self.shared.store.lookup(inquiry)))
+        Box::pin(self.call(move |store| store.lookup(inquiry)))
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
-        Box::pin(self.call(self.shared.store.open(tags)))
+        Box::pin(self.call(move |store| store.open(tags)))
     }
 
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {
-        Box::pin(self.call(self.shared.store.extend(mark, tags)))
+        Box::pin(self.call(move |store| store.extend(mark, tags)))
     }
 
     fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()> {
-        Box::pin(self.call(self.shared.store.fill(key, entry, tier, now)))
+        Box::pin(self.call(move |store| store.fill(key, entry, tier, now)))
     }
 
     fn claim<'a>(&'a self, key: &'a Key, lease: Duration) -> StoreFuture<'a, bool> {
-        Box::pin(self.call(self.shared.store.claim(key, lease)))
+        Box::pin(self.call(move |store| store.claim(key, lease)))
     }
 
     fn release<'a>(&'a self, key: &'a Key) -> StoreFuture<'a, ()> {
-        Box::pin(self.call(self.shared.store.release(key)))
+        Box::pin(self.call(move |store| store.release(key)))
     }
 
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
@@ -372,15 +370,15 @@ impl<S: Store> Store for Guard<S> {
     }
 
     fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
-        Box::pin(self.call(self.shared.store.count(groups)))
+        Box::pin(self.call(move |store| store.count(groups)))
     }
 
     fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
-        Box::pin(self.looks_on(self.shared.store.search(search)))
+        Box::pin(self.looks_on(move |store| store.search(search)))
     }
 
     fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {
-        Box::pin(self.looks_on(self.shared.store.exchange(exchange)))
+        Box::pin(self.looks_on(move |store| store.exchange(exchange)))
     }
 
     fn usage(&self) -> Usage {
@@ -428,5 +426,22 @@ impl<S: Store> Drop for Pending<'_, S> {
             self.shared.postpone(&self.what, why);
             self.shared.deliver();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::MemoryStore;
+
+    /// A store may do at once what it is asked. What it would read before it is known that it may be read is no answer.
+    #[tokio::test]
+    async fn a_store_is_asked_when_its_answer_is_waited_for() {
+        let guard = Guard::new(MemoryStore::new(1 << 20));
+        let tags = [Tag::entity(b"s{t}", "doc", "doc", b"1")];
+        let before = guard.open(&tags).await.unwrap().generations;
+        let read = guard.open(&tags);
+        guard.invalidate(&[TagGroup::new("doc", tags.to_vec())], None).await.unwrap();
+        assert_ne!(read.await.unwrap().generations, before);
     }
 }

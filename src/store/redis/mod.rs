@@ -271,7 +271,7 @@ impl RedisStore {
         let remote = &self.0.remote;
         // What has expired is not asked about: the store may have another by now.
         if let Some(entry) = held.memory.raw(inquiry.key).filter(|entry| entry.is_fresh(inquiry.now)) {
-            let generations = remote.guarded(|remote| remote.generations(inquiry.tags)).await?;
+            let generations = remote.call(|remote| remote.generations(inquiry.tags)).await?;
             if is_current(&entry, &inquiry, &generations) {
                 return Ok(Lookup::new(Some(entry), generations));
             }
