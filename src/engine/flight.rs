@@ -99,6 +99,15 @@ impl Flight {
         self.tags == own.tags && self.generations == own.generations
     }
 
+    /// Not one that takes too long, nor one that came to nothing: who meets that before it is off the table leads the next.
+    fn is_worth_joining(&self) -> bool {
+        match *self.landed.borrow() {
+            None => Instant::now() < self.until,
+            Some(Landed::Failed | Landed::Unshareable) => false,
+            Some(_) => true,
+        }
+    }
+
     /// The first word counts.
     pub(crate) fn land(&self, how: Landed) {
         self.landed.send_if_modified(|landed| {
@@ -130,8 +139,7 @@ impl Flights {
     /// has just missed.
     pub(crate) fn join_or_lead(&self, key: &Key, own: &Arc<Flight>, seen: Option<Arc<Flight>>) -> Option<Follower> {
         let mut flights = self.shard(key);
-        // One that takes too long is nobody's.
-        let is_good = |f: &Arc<Flight>| f.is_equal(own) && (f.landed.borrow().is_some() || Instant::now() < f.until);
+        let is_good = |f: &Arc<Flight>| f.is_equal(own) && f.is_worth_joining();
         let other = flights.get(key).cloned().filter(is_good).or_else(|| seen.filter(is_good));
         if other.is_none() {
             flights.insert(key.clone(), own.clone());

@@ -146,11 +146,12 @@ impl Engine {
     ) -> Begin {
         if let Some(other) = self.flights.join_or_lead(&leader.key, &leader.flight, seen) {
             return match other.landed() {
-                None => Begin::Follow(other, leader.stale.clone()),
+                // What came to nothing just now fails those who have joined it, and they try again together.
+                None | Some(Landed::Failed | Landed::Unshareable) => Begin::Follow(other, leader.stale.clone()),
                 Some(Landed::Done(entry)) if self.is_good_after(&other, &entry, leader.flight.tags()).await => {
                     Begin::Hit(entry)
                 }
-                // It failed before this request came, or is good only for those who waited: no reason to wait.
+                // It is good only for those who waited: no reason to wait.
                 Some(_) => Begin::Lead(leader),
             };
         }
