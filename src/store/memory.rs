@@ -100,14 +100,17 @@ struct TagShard {
 }
 
 impl TagShard {
-    fn state(&mut self, tag: &Tag) -> &Arc<TagState> {
+    /// `next` is the next version.
+    fn state(&mut self, tag: &Tag, next: impl Fn() -> u64) -> &Arc<TagState> {
         if self.states.len() > self.sweep_at {
             let (floor, fences) = (&mut self.floor, &self.fences);
             self.states.retain(|tag, state| {
                 // Only this table holds it, and it is locked: nobody can come by a pointer to it meanwhile.
                 let used = Arc::strong_count(state) > 1 || fences.contains_key(tag);
                 if !used {
-                    *floor = (*floor).max(state.version.load(Ordering::Acquire) & !FENCED);
+                    let version = state.version.load(Ordering::Acquire);
+                    // The end of a fence is a drop: who has read under it has a mark, and that version is not greater.
+                    *floor = if version & FENCED == 0 { (*floor).max(version) } else { next() };
                 }
                 used
             });
@@ -287,7 +290,7 @@ impl MemoryStore {
     pub(super) fn capture<'t>(&self, tags: impl IntoIterator<Item = &'t Tag>) -> Captured {
         let capture = |tag| {
             let mut shard = self.shard(tag);
-            let state = shard.state(tag).clone();
+            let state = shard.state(tag, || self.next_version()).clone();
             let version = self.version(&mut shard, tag);
             (state, version)
         };
@@ -473,7 +476,7 @@ impl Store for MemoryStore {
             raised = raised.and_then(|()| shard.raise(tag, fence));
             if raised.is_ok() {
                 let version = self.next_version() | FENCED;
-                shard.state(tag).version.store(version, Ordering::Release);
+                shard.state(tag, || self.next_version()).version.store(version, Ordering::Release);
             }
         }
         Box::pin(ready(raised))
@@ -512,6 +515,22 @@ mod tests {
             store.fence(&group(i * 100..(i + 1) * 100), &fence).await.unwrap();
         }
         assert!(fenced(&store) < 64 * 200, "{} of 20,000", fenced(&store));
+    }
+
+    /// Under a fence a row may be read as it was before: its end, too, is a drop, whether anybody asks for the tag or it is
+    /// forgotten.
+    #[tokio::test]
+    async fn a_mark_made_under_a_fence_proves_nothing_when_that_has_run_out() {
+        let store = MemoryStore::new(8 << 20);
+        let fence = Fence::new(Duration::ZERO, Duration::ZERO);
+        store.fence(&group(0..1), &fence).await.unwrap();
+        let mark = store.open(&[]).await.unwrap().mark;
+        for i in 1..400 {
+            store.fence(&group(i * 100..(i + 1) * 100), &fence).await.unwrap();
+        }
+        let forgotten = &group(0..1)[0].tags;
+        assert!(!store.shard(&forgotten[0]).states.contains_key(&forgotten[0]));
+        assert_eq!(store.extend(mark, forgotten).await.unwrap(), None);
     }
 
     /// Those that stand are bounded as well; a fence that cannot be raised is said to be none.
