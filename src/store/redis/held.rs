@@ -11,7 +11,7 @@ use bytes::Bytes;
 use redis::{PushInfo, PushKind, Value};
 
 use crate::{
-    clock::{Millis, uptime},
+    clock::{Clock, Millis},
     key::Tag,
     store::MemoryStore,
 };
@@ -21,16 +21,18 @@ pub(super) struct Held {
     pub(super) memory: MemoryStore,
     /// Carried by everything that is answered from: dropped when nothing held can be trusted any more.
     pub(super) era: Tag,
-    /// Uptime until which drops are known to have been heard of; 0 while they are not.
+    /// Until when drops are known to have been heard of; 0 while they are not.
     proven_until: AtomicU64,
+    clock: Clock,
     /// Whether any type wants to be answered from it at all.
     wanted: AtomicBool,
 }
 
 impl Held {
-    pub(super) fn new(memory: MemoryStore) -> Self {
+    pub(super) fn new(memory: MemoryStore, clock: Clock) -> Self {
         Self {
             memory,
+            clock,
             era: Tag(Bytes::from_static(b"{}:era")),
             proven_until: AtomicU64::new(0),
             wanted: AtomicBool::new(false),
@@ -39,7 +41,7 @@ impl Held {
 
     /// Whether it may be answered from now.
     pub(super) fn is_alive(&self) -> bool {
-        uptime() < self.proven_until.load(Ordering::Acquire)
+        self.clock.now() < self.proven_until.load(Ordering::Acquire)
     }
 
     /// Some type wants it; whether that is new.

@@ -6,6 +6,7 @@
 //! Needs Redis 7.0 or later, for `SET NX GET` and `PEXPIREAT GT`.
 
 mod address;
+mod dial;
 mod held;
 mod link;
 mod remote;
@@ -34,12 +35,13 @@ use super::{
 };
 use crate::{
     catalog::Tier,
-    clock::Millis,
+    clock::{Clock, Millis},
     error::ConfigError,
     key::{Key, Tag},
     units::{bytes, duration},
 };
 use address::Address;
+use dial::Dial;
 use held::Held;
 use link::Link;
 pub use remote::RedisStats;
@@ -96,6 +98,10 @@ pub struct RedisBuilder {
     replicas: u32,
     #[serde(default, deserialize_with = "duration")]
     settle: Option<Duration>,
+    #[serde(skip)]
+    clock: Clock,
+    #[serde(skip)]
+    dial: Dial,
 }
 
 impl RedisStore {
@@ -114,6 +120,8 @@ impl RedisStore {
             assume_one_server: false,
             replicas: 0,
             settle: None,
+            clock: Clock::default(),
+            dial: Dial::default(),
         }
     }
 
@@ -215,6 +223,26 @@ impl RedisBuilder {
         self
     }
 
+    /// What the answers of servers and the tier in this process are timed by; by default the monotonic clock, which goes on
+    /// while the machine sleeps. (Feature `testing`.)
+    #[cfg(feature = "testing")]
+    pub fn clock(mut self, source: impl crate::TimeSource) -> Self {
+        self.clock = Clock::Custom(Arc::new(source));
+        self
+    }
+
+    /// Connects by this instead of the network: to a server that a test plays. (Feature `testing`.)
+    #[cfg(feature = "testing")]
+    pub fn connect_by<F, Fut, S>(mut self, connect: F) -> Self
+    where
+        F: Fn() -> Fut + Send + Sync + 'static,
+        Fut: Future<Output = std::io::Result<S>> + Send + 'static,
+        S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    {
+        self.dial = Dial::by(connect);
+        self
+    }
+
     /// Checks the addresses and makes the store. It connects in the background, and serves from the origin until it has.
     ///
     /// # Errors
@@ -235,9 +263,11 @@ impl RedisBuilder {
             heartbeat: self.heartbeat.unwrap_or(HEARTBEAT),
             assume_one_server: self.assume_one_server,
             replicas: self.replicas,
+            clock: self.clock,
+            dial: self.dial,
         };
         let in_process = self.in_process.unwrap_or(IN_PROCESS);
-        let held = (in_process > 0).then(|| Arc::new(Held::new(MemoryStore::new(in_process))));
+        let held = (in_process > 0).then(|| Arc::new(Held::new(MemoryStore::new(in_process), terms.clock.clone())));
         let link = Arc::new(Link::new(address, terms, self.settle.unwrap_or(SETTLE), held.clone()));
         let remote = Remote::new(link.clone(), self.generation_ttl.unwrap_or(GENERATION_TTL));
         let counters = remote.counters.clone();

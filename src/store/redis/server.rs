@@ -23,11 +23,12 @@ use tokio::sync::Notify;
 
 use super::{
     address::{config, config_with},
+    dial::Dial,
     held::Held,
     trouble::{CHANGED, HIDDEN, REPLICA, Trouble},
 };
 use crate::{
-    clock::{Millis, uptime},
+    clock::{Clock, Millis},
     store::Generation,
 };
 
@@ -49,13 +50,14 @@ pub(super) struct Server {
     pub(super) drops: Option<MultiplexedConnection>,
     /// Folded into generations; never with the bit that says that a tag is fenced.
     pub(super) reign: u128,
-    /// Uptime until which it is proven to be the master it was, and to take writes.
+    clock: Clock,
+    /// Until when it is proven to be the master it was, and to take writes.
     proven_until: AtomicU64,
     /// Whether it may be read.
     readable: AtomicBool,
-    /// Its clock less our uptime: at least and at most.
+    /// Its clock less ours: at least and at most.
     ahead: (AtomicI64, AtomicI64),
-    /// Uptime before which nothing is read: processes that could not deliver invalidations have until then to do so.
+    /// Before this nothing is read: processes that could not deliver invalidations have until then to do so.
     settled: AtomicU64,
     /// What the keys of a heartbeat have in braces, so that they are in a slot of this server's.
     probe: Mutex<Probe>,
@@ -94,6 +96,8 @@ pub(super) struct Terms {
     pub(super) assume_one_server: bool,
     /// How many replicas must have an invalidation.
     pub(super) replicas: u32,
+    pub(super) clock: Clock,
+    pub(super) dial: Dial,
 }
 
 /// What a heartbeat found.
@@ -147,7 +151,7 @@ impl Server {
             None => config(),
         };
         let config = config.set_response_timeout(None);
-        let mut connection = client.get_multiplexed_async_connection_with_config(&config).await?;
+        let mut connection = terms.dial.connect(&client, &config).await?;
         let mut ask = redis::pipe();
         ask.ignore_errors().cmd("INFO").arg("server").cmd("INFO").arg("replication");
         if is_cluster {
@@ -163,7 +167,7 @@ impl Server {
             // Nothing is heard over it between two writes: what is not answered in time is gone.
             _ => {
                 let config = config.set_response_timeout(Some((terms.heartbeat * 3).min(DROPPED)));
-                Some(client.get_multiplexed_async_connection_with_config(&config).await?)
+                Some(terms.dial.connect(&client, &config).await?)
             }
         };
         let claim = claim(replies.get(2), replies.get(3), &host);
@@ -171,6 +175,7 @@ impl Server {
             connection,
             drops,
             reign: identity.reign.unwrap_or(0),
+            clock: terms.clock.clone(),
             proven_until: AtomicU64::new(0),
             readable: AtomicBool::new(false),
             ahead: (AtomicI64::new(0), AtomicI64::new(0)),
@@ -187,12 +192,12 @@ impl Server {
 
     /// Nothing is read for so long.
     pub(super) fn settle(&self, settle: Duration) {
-        self.settled.store(uptime() + settle.as_millis() as Millis, Ordering::Release);
+        self.settled.store(self.clock.now() + settle.as_millis() as Millis, Ordering::Release);
     }
 
     /// Whether it is proven to be the master, and to take writes.
     pub(super) fn is_proven(&self) -> bool {
-        uptime() < self.proven_until()
+        self.clock.now() < self.proven_until()
     }
 
     pub(super) fn proven_until(&self) -> Millis {
@@ -201,7 +206,7 @@ impl Server {
 
     /// Whether what it answers may be believed as well.
     pub(super) fn is_readable(&self) -> bool {
-        let now = uptime();
+        let now = self.clock.now();
         now < self.proven_until()
             && now >= self.settled.load(Ordering::Acquire)
             && self.readable.load(Ordering::Acquire)
@@ -234,12 +239,12 @@ impl Server {
 
     /// The server's time, as it is at least: for what is written.
     pub(super) fn time_at_least(&self) -> i64 {
-        uptime() as i64 + self.ahead.0.load(Ordering::Acquire)
+        self.clock.now() as i64 + self.ahead.0.load(Ordering::Acquire)
     }
 
     /// The server's time, as it is at most: for what is read.
     pub(super) fn time_at_most(&self) -> i64 {
-        uptime() as i64 + self.ahead.1.load(Ordering::Acquire)
+        self.clock.now() as i64 + self.ahead.1.load(Ordering::Acquire)
     }
 
     /// Asks everything that has to hold; good for two heartbeats.
@@ -247,11 +252,11 @@ impl Server {
         if self.lost.load(Ordering::Acquire) {
             return Err(Trouble::silent("a connection was lost"));
         }
-        let sent = uptime();
+        let sent = self.clock.now();
         let mut connection = self.connection.clone();
         let ask = questions(terms, &self.probe().name, self.is_cluster);
         let replies: Vec<Value> = ask.query_async(&mut connection).await?;
-        let answered = uptime();
+        let answered = self.clock.now();
         let identity = Identity::of(&replies)?;
         if identity.is_master == Some(false) {
             return Err(Trouble::new(REPLICA, "the server is a replica"));

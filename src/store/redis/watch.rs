@@ -6,12 +6,12 @@
 
 use std::{
     sync::{Arc, Weak},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 #[cfg(feature = "redis-cluster")]
 use redis::ConnectionInfo;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 #[cfg(feature = "redis-cluster")]
 use super::address::Address;
