@@ -3,6 +3,7 @@
 use std::fmt;
 
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
+use tower_cache_aside::Tier;
 
 /// Processes of a fleet at most.
 pub const PROCESSES: usize = 3;
@@ -23,10 +24,30 @@ pub enum Mode {
     Fenced,
 }
 
+/// Where entries are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Over {
+    Process,
+    /// A store behind a guard, and connections that do what connections may.
+    Lines,
+    Redis(Tier),
+}
+
+impl Over {
+    pub fn nth(self) -> usize {
+        match self {
+            Self::Process => 0,
+            Self::Lines => 1,
+            Self::Redis(_) => 2,
+        }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Plan {
     pub seed: u64,
     pub mode: Mode,
+    pub over: Over,
     pub processes: usize,
     pub actions: Vec<Action>,
 }
@@ -63,6 +84,10 @@ pub enum What {
     },
     /// The store loses all that it has.
     Flush,
+    /// Another server takes over, which has not heard of the last so many milliseconds.
+    FailOver {
+        lag: u64,
+    },
     /// It stops taking requests, delivers what it has not delivered, and ends.
     Stop {
         process: usize,
@@ -172,6 +197,7 @@ const FAULTS: [Fault; 8] = [
 /// What a schedule is about: each has a part of what there is, for in a schedule of everything little comes together.
 struct Flavour {
     mode: Mode,
+    over: Over,
     processes: usize,
     parents: usize,
     kinds: Vec<Kind>,
@@ -206,9 +232,19 @@ impl Flavour {
         // One store in one process is what has the fewest ways to fail.
         let mode = [Mode::Embedded, Mode::Shared, Mode::Shared, Mode::Reject, Mode::Fenced][rng.random_range(0..5)];
         let is_alone = mode == Mode::Embedded;
+        let over = match rng.random_range(0..12) {
+            _ if is_alone => Over::Process,
+            0 => Over::Redis(Tier::Off),
+            1 => Over::Redis(Tier::Validated),
+            2 | 3 => Over::Redis(Tier::On),
+            _ => Over::Lines,
+        };
+        // There a fence is a key as well, and lost with the others.
+        let flushes = mode != Mode::Fenced || !matches!(over, Over::Redis(_));
         let faults = (0..rng.random_range(1..=2)).map(|_| FAULTS[rng.random_range(0..FAULTS.len())]).collect();
         Self {
             mode,
+            over,
             processes: if is_alone { 1 } else { rng.random_range(1..=PROCESSES) },
             parents: rng.random_range(1..=PARENTS),
             kinds: some(rng, &KINDS),
@@ -217,8 +253,8 @@ impl Flavour {
             outages: rng.random(),
             odds: Odds {
                 fault: if is_alone { 0 } else { [0, 4, 10][rng.random_range(0..3)] },
-                life: if is_alone { 0 } else { [0, 0, 12][rng.random_range(0..3)] },
-                flush: [0, 0, 3][rng.random_range(0..3)],
+                life: if is_alone { 0 } else { [0, 0, 8, 16][rng.random_range(0..4)] },
+                flush: if flushes { [0, 0, 3][rng.random_range(0..3)] } else { 0 },
                 write: rng.random_range(10..50),
             },
             gaps: [(3, 20), (20, 200), (30, 1_500)][rng.random_range(0..3)],
@@ -241,7 +277,10 @@ impl Flavour {
                 1 => What::Stop { process },
                 _ => What::Start { process, is_new: true },
             },
-            n if n < fault + life + flush => What::Flush,
+            n if n < fault + life + flush => match self.over {
+                Over::Redis(_) if rng.random() => What::FailOver { lag: rng.random_range(0..1_000) },
+                _ => What::Flush,
+            },
             n if n < fault + life + flush + write => {
                 let is_team = self.odds.life > 0 && rng.random_ratio(1, 4);
                 let thing = if is_team { TEAM } else { rng.random_range(0..self.parents) };
@@ -256,6 +295,27 @@ impl Flavour {
     }
 }
 
+impl Flavour {
+    /// What comes of an action that something may be wrong with, just when that shows.
+    fn echo(&self, rng: &mut SmallRng, what: &What) -> Option<(u64, What)> {
+        let kind = self.kinds[rng.random_range(0..self.kinds.len())];
+        let (fate, patience) = (Fate::Fine, None);
+        match *what {
+            // A write waits for so long until it goes on without the store.
+            What::Write { process, thing, .. } if self.odds.fault > 0 && rng.random() => {
+                let stop = self.odds.life > 0 && rng.random_ratio(1, 3);
+                let read = What::Read { process, kind, parent: thing.min(PARENTS - 1), fate, patience };
+                Some((rng.random_range(1_000..1_100), if stop { What::Stop { process } } else { read }))
+            }
+            What::FailOver { .. } => {
+                let (process, parent) = (rng.random_range(0..self.processes), rng.random_range(0..self.parents));
+                Some((rng.random_range(1_000..2_000), What::Read { process, kind, parent, fate, patience }))
+            }
+            _ => None,
+        }
+    }
+}
+
 impl Plan {
     pub fn new(seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
@@ -266,9 +326,14 @@ impl Plan {
             let (usually, sometimes) = flavour.gaps;
             let most = if rng.random_ratio(1, 6) { sometimes } else { usually };
             at += rng.random_range(0..most);
-            actions.push(Action { at, what: flavour.what(&mut rng) });
+            let what = flavour.what(&mut rng);
+            if let Some((later, what)) = flavour.echo(&mut rng, &what) {
+                actions.push(Action { at: at + later, what });
+            }
+            actions.push(Action { at, what });
         }
-        Self { seed, mode: flavour.mode, processes: flavour.processes, actions }
+        actions.sort_by_key(|action| action.at);
+        Self { seed, mode: flavour.mode, over: flavour.over, processes: flavour.processes, actions }
     }
 
     /// The same with as few actions, hang-ups and bad fates as still fail.
@@ -314,7 +379,8 @@ fn simpler(what: &What) -> Vec<What> {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "SIM_SEED={} ({:?}, {} processes)", self.seed, self.mode, self.processes)?;
+        let Self { seed, mode, over, processes, .. } = self;
+        writeln!(f, "SIM_SEED={seed} ({mode:?} over {over:?}, {processes} processes)")?;
         self.actions.iter().try_for_each(|Action { at, what }| writeln!(f, "  {at:>5} ms  {what:?}"))
     }
 }

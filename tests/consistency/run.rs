@@ -18,7 +18,7 @@ use tokio::{
 use crate::{
     plan::{Action, Fate, How, KINDS, Kind, Mode, PARENTS, PROCESSES, Plan, TEAM, THINGS, What},
     sabotage::Sabotage,
-    service::{COALESCE, HANG, Process, Written, cascades, longest},
+    service::{COALESCE, HANG, LEASE, Process, Written, cascades, longest},
     world::{Counts, World},
 };
 
@@ -33,7 +33,7 @@ const FLEET: u64 = 3_000;
 const WRITE: u64 = 3_300;
 
 /// After a fault: until the journal is delivered.
-const DELIVERED: u64 = 1_500;
+const DELIVERED: u64 = 2_500;
 
 /// How long a process that stops has for it.
 const DRAIN: Duration = Duration::from_secs(5);
@@ -100,6 +100,7 @@ impl Run {
             // It is looked up by whoever uses the connection.
             What::Fault { .. } => {}
             What::Flush => self.world.flush().await.unwrap(),
+            What::FailOver { lag } => self.world.redis.fail_over(&self.world, lag),
             What::Stop { process } => self.stop(process).await,
             What::Kill { process } => {
                 if let Some(process) = self.fleet.lock().unwrap()[process].take() {
@@ -121,7 +122,7 @@ impl Run {
         let _busy = Busy::new(process);
         let floors = {
             let own = *process.own.lock().unwrap();
-            world.floors(&own, longest(kind))
+            world.floors(process.slot, &own, longest(kind))
         };
         let begin = world.dice.now();
         let fleet = if kind == Kind::Late && world.mode != Mode::Embedded { FLEET + COALESCE } else { 0 };
@@ -149,7 +150,7 @@ impl Run {
                 let took = world.dice.now() - begin;
                 world.count(|counts| {
                     counts.reads += 1;
-                    counts.hits += u64::from(is_hit);
+                    counts.hits[world.over.nth()] += u64::from(is_hit);
                     counts.longest[0] = counts.longest[0].max(if fate == Fate::Hangs { 0 } else { took });
                 });
                 // Of teams, the old code knows nothing.
@@ -168,6 +169,8 @@ impl Run {
         let _busy = Busy::new(process);
         let begin = world.dice.now();
         let bound = WRITE + if fate == Fate::Hangs { HANG } else { 0 };
+        let rejects = matches!(world.mode, Mode::Reject | Mode::Fenced);
+        let must_refuse = rejects && how == How::Request && world.is_out(process.slot);
         let within = Duration::from_millis(patience.unwrap_or(bound));
         let written = timeout(within, process.clone().write(how, thing, fate)).await;
         if process.is_dead.load(Ordering::SeqCst) {
@@ -179,12 +182,15 @@ impl Run {
             Err(_) => {}
             Ok(Written::Refused) => {
                 world.count(|counts| counts.refused += 1);
-                let may_refuse = matches!(world.mode, Mode::Reject | Mode::Fenced);
-                if !may_refuse || !world.had_fault(process.slot, DELIVERED) {
+                let is_young = begin <= process.since + DELIVERED;
+                if !rejects || !(is_young || world.had_fault(process.slot, DELIVERED)) {
                     world.wrong(format!("{who}: refused"));
                 }
             }
             Ok(Written::Ended { version, report }) => {
+                if must_refuse {
+                    world.wrong(format!("{who}: not refused"));
+                }
                 let undelivered = report.as_ref().is_some_and(|report| report.undelivered() > 0);
                 let took = world.dice.now() - begin;
                 world.count(|counts| {
@@ -230,6 +236,9 @@ impl Run {
     async fn settle(&self) {
         while (0..PROCESSES).any(|slot| self.world.had_fault(slot, DELIVERED)) {
             sleep(Duration::from_millis(100)).await;
+        }
+        if self.world.mode == Mode::Fenced {
+            sleep(LEASE).await;
         }
         for process in (0..PROCESSES).filter_map(|slot| self.process(slot)) {
             self.check_delivered(&process, 0, "is at its end");
@@ -280,7 +289,11 @@ pub fn search(seeds: std::ops::Range<u64>, sabotage: Sabotage) -> Result<Counts,
                     if seed >= seeds.end || failed.load(Ordering::Relaxed) < seed {
                         break;
                     }
-                    let ran = run(&Plan::new(seed), sabotage, &cascades);
+                    let plan = Plan::new(seed);
+                    if !sabotage.is_of(plan.over) {
+                        continue;
+                    }
+                    let ran = run(&plan, sabotage, &cascades);
                     counts.add(&ran.counts);
                     if !ran.wrong.is_empty() {
                         failed.fetch_min(seed, Ordering::Relaxed);

@@ -10,7 +10,7 @@ use tower_cache_aside::{
     },
 };
 
-use crate::line::Line;
+use crate::{line::Line, plan::Over};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Sabotage {
@@ -37,10 +37,14 @@ pub enum Sabotage {
     DrainNothing,
     /// The store is waited for as long as it takes.
     WaitForEver,
+    /// A server that takes over cannot be told from the one before.
+    ForgetTheReign,
+    /// Nobody hears of dropped generations, and all are believed to.
+    TellNobody,
 }
 
 impl Sabotage {
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 13] = [
         Self::SkipTheCheck,
         Self::CaptureAfterTheLoad,
         Self::JoinAnyFlight,
@@ -52,7 +56,24 @@ impl Sabotage {
         Self::FailureIsNoWrite,
         Self::DrainNothing,
         Self::WaitForEver,
+        Self::ForgetTheReign,
+        Self::TellNobody,
     ];
+}
+
+impl Sabotage {
+    /// Whether it changes anything there.
+    pub fn is_of(self, over: Over) -> bool {
+        match self {
+            Self::None | Self::FailureIsNoWrite => true,
+            Self::ForgetTheReign => matches!(over, Over::Redis(_)),
+            Self::TellNobody => over == Over::Redis(Tier::On),
+            Self::SkipTheCheck | Self::CaptureAfterTheLoad | Self::JoinAnyFlight | Self::BelieveLateTags => {
+                !matches!(over, Over::Redis(_))
+            }
+            _ => over == Over::Lines,
+        }
+    }
 }
 
 /// The guard of a connection, got round in places.

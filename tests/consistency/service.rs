@@ -21,18 +21,22 @@ use tower::{Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_cache_aside::{
     Cache, CacheBuilder, CacheTags, Cascade, Coalesce, DataType, Invalidated, Mutation, OnUnreachable, Route, Source,
     changed,
-    store::{Guard, MemoryStore},
+    store::{Guard, MemoryStore, RedisStore},
 };
 
 use crate::{
     line::Line,
-    plan::{Fate, How, Kind, Mode, PARENTS, TEAM, THINGS},
+    plan::{Fate, How, Kind, Mode, Over, PARENTS, PROCESSES, TEAM, THINGS},
+    redis::connect,
     sabotage::{Loose, Sabotage},
     world::{Versions, World},
 };
 
 /// Longer than any handler takes.
-const LEASE: Duration = Duration::from_secs(10);
+pub const LEASE: Duration = Duration::from_secs(5);
+
+/// How far the clock of each process is ahead, in milliseconds.
+const AHEAD: [u64; PROCESSES] = [0, 3_600_000, 12_345];
 
 /// How long a handler hangs that does.
 pub const HANG: u64 = 3_000;
@@ -42,7 +46,7 @@ pub const COALESCE: u64 = 400;
 
 /// How long entries are fresh, and served stale on purpose.
 const TTLS: [(Kind, u64, u64); 4] =
-    [(Kind::Parent, 2_000, 0), (Kind::Child, 300, 300), (Kind::Late, 1_000, 200), (Kind::Value, 5_000, 0)];
+    [(Kind::Parent, 10_000, 0), (Kind::Child, 300, 300), (Kind::Late, 1_000, 200), (Kind::Value, 30_000, 0)];
 
 /// For how long at most an entry of this kind answers.
 pub fn longest(kind: Kind) -> u64 {
@@ -69,6 +73,8 @@ pub struct Process {
     pub slot: usize,
     pub is_new: bool,
     pub cache: Cache,
+    /// When it was started.
+    pub since: u64,
     web: Web,
     world: Arc<World>,
     /// What it has acknowledged itself.
@@ -136,24 +142,38 @@ fn named(thing: usize) -> (&'static str, String) {
     if thing == TEAM { ("team", "1".to_owned()) } else { ("parent", thing.to_string()) }
 }
 
+fn redis(world: &Arc<World>, slot: usize, is_dead: &Arc<AtomicBool>) -> RedisStore {
+    let (clock, world, is_dead) = (world.clone(), world.clone(), is_dead.clone());
+    RedisStore::builder(["redis://played"])
+        .clock(move || clock.dice.wall(1_000 + 7 * AHEAD[slot]))
+        .connect_by(move || connect(world.clone(), slot, is_dead.clone()))
+        .in_process(4 << 20)
+        .build()
+        .unwrap()
+}
+
 impl Process {
     pub fn start(world: &Arc<World>, slot: usize, is_new: bool) -> Arc<Self> {
         let is_dead = Arc::new(AtomicBool::new(false));
-        let is_embedded = world.mode == Mode::Embedded;
+        let is_embedded = world.over == Over::Process;
         let line = Line { world: world.clone(), process: slot, is_dead: is_dead.clone(), is_embedded };
-        let clock = world.clone();
-        let builder = builder(world.mode, is_new).clock(move || clock.dice.wall(0));
-        let cache = match world.sabotage {
-            _ if is_embedded => builder.store(line).build(),
-            Sabotage::None => builder.store(Guard::new(line)).build(),
-            sabotage => builder.store(Loose { guard: Guard::new(line.clone()), line, sabotage }).build(),
+        // What goes over lines is told by one clock; Redis' store tells it anew.
+        let is_redis = matches!(world.over, Over::Redis(_));
+        let (clock, ahead) = (world.clone(), if is_redis { AHEAD[slot] } else { 0 });
+        let builder = builder(world.mode, is_new).clock(move || clock.dice.wall(ahead));
+        let cache = match (world.over, world.sabotage) {
+            (Over::Process, _) => builder.store(line).build(),
+            (Over::Redis(tier), _) => builder.tier(tier).store(redis(world, slot, &is_dead)).build(),
+            (Over::Lines, Sabotage::None) => builder.store(Guard::new(line)).build(),
+            (Over::Lines, sabotage) => builder.store(Loose { guard: Guard::new(line.clone()), line, sabotage }).build(),
         };
         let cache = cache.unwrap();
+        let since = world.dice.now();
         let place = Place { world: world.clone(), slot, is_new, is_dead: is_dead.clone() };
         let web = web(&cache, place);
         let (own, busy) = (Mutex::default(), AtomicUsize::new(0));
         let (world, is_stopping) = (world.clone(), AtomicBool::new(false));
-        Arc::new(Self { slot, is_new, cache, web, world, own, is_dead, is_stopping, busy })
+        Arc::new(Self { slot, is_new, cache, since, web, world, own, is_dead, is_stopping, busy })
     }
 
     /// What a client reads; `None` if it gets no good answer. And whether it came out of the cache.

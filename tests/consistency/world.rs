@@ -6,22 +6,38 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use tower_cache_aside::store::StoreError;
+use tower_cache_aside::{Tier, store::StoreError};
 
 use crate::{
     dice::Dice,
     line::Server,
-    plan::{Action, Fault, Mode, Plan, THINGS, What},
+    plan::{Action, Fault, Mode, Over, Plan, THINGS, What},
+    redis::Redis,
     sabotage::Sabotage,
 };
+
+/// How long a push is under way at most.
+const PUSH: u64 = 25;
+
+/// Two heartbeats.
+const PROVEN: u64 = 500;
+
+/// Until it is asked again whether it is well.
+const HEARTBEAT: u64 = 300;
+
+/// Until a process has found another server, and trusts it.
+const SETTLED: u64 = 2_500;
 
 pub type Versions = [u64; THINGS];
 
 pub struct World {
     pub dice: Dice,
     pub mode: Mode,
+    pub over: Over,
     pub server: Server,
+    pub redis: Redis,
     pub sabotage: Sabotage,
+    failovers: Vec<u64>,
     /// From when until when, of which process.
     faults: Vec<(u64, u64, Option<usize>, Fault)>,
     pub history: Mutex<History>,
@@ -34,8 +50,9 @@ pub struct History {
     committed: [Vec<u64>; THINGS],
     /// What was committed when the store last dropped all that a write makes stale.
     dropped: Versions,
-    /// What was written behind a fence, or acknowledged to the clients of any process by a write that had one.
-    fenced: Versions,
+    /// From when on every process sees these: the store had dropped all that a write makes stale when they were committed; or
+    /// they were written behind a fence, or acknowledged to a client of any process by a write that had one.
+    visible: Vec<(u64, Versions)>,
     wrong: Vec<String>,
     pub counts: Counts,
 }
@@ -44,7 +61,8 @@ pub struct History {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Counts {
     pub reads: u64,
-    pub hits: u64,
+    /// In one process, over lines, over Redis.
+    pub hits: [u64; 3],
     pub writes: u64,
     pub undelivered: u64,
     pub refused: u64,
@@ -55,7 +73,7 @@ pub struct Counts {
 impl Counts {
     pub fn add(&mut self, other: &Self) {
         self.reads += other.reads;
-        self.hits += other.hits;
+        self.hits = std::array::from_fn(|i| self.hits[i] + other.hits[i]);
         self.writes += other.writes;
         self.undelivered += other.undelivered;
         self.refused += other.refused;
@@ -66,6 +84,14 @@ impl Counts {
 impl History {
     pub fn wrong(&mut self, what: String) {
         self.wrong.push(what);
+    }
+
+    fn sees(&mut self, now: u64, thing: usize, version: u64) {
+        let mut last = self.visible.last().map_or_else(Versions::default, |(_, versions)| *versions);
+        if last[thing] < version {
+            last[thing] = version;
+            self.visible.push((now, last));
+        }
     }
 
     /// How many versions there were at this time.
@@ -83,8 +109,11 @@ impl World {
         Arc::new(Self {
             dice: Dice::new(plan.seed),
             mode: plan.mode,
+            over: plan.over,
             server: Server::new(sabotage, cascades),
+            redis: Redis::default(),
             sabotage,
+            failovers: plan.actions.iter().filter(|a| matches!(a.what, What::FailOver { .. })).map(|a| a.at).collect(),
             faults: plan.actions.iter().filter_map(fault).collect(),
             history: Mutex::default(),
         })
@@ -92,11 +121,20 @@ impl World {
 
     /// What is wrong now with the connection of a process.
     pub fn fault(&self, process: usize) -> Option<Fault> {
+        self.fault_now(process).map(|(.., fault)| *fault)
+    }
+
+    /// When that is over.
+    pub fn fault_ends(&self, process: usize) -> u64 {
+        self.fault_now(process).map_or(0, |(_, until, ..)| *until)
+    }
+
+    fn fault_now(&self, process: usize) -> Option<&(u64, u64, Option<usize>, Fault)> {
         let now = self.dice.now();
         let is_on = |(from, until, of, _): &&(u64, u64, Option<usize>, Fault)| {
             (*from..*until).contains(&now) && of.is_none_or(|of| of == process)
         };
-        self.faults.iter().rev().find(is_on).map(|(.., fault)| *fault)
+        self.faults.iter().rev().find(is_on)
     }
 
     /// Whether anything was wrong with it within so many milliseconds.
@@ -105,7 +143,30 @@ impl World {
         let had = |&(from, until, of, _): &(u64, u64, Option<usize>, Fault)| {
             from <= now && now <= until + within && of.is_none_or(|of| of == process)
         };
-        self.faults.iter().any(had)
+        let failed_over = |at: &u64| *at <= now && now <= at + SETTLED + within;
+        self.faults.iter().any(had) || self.failovers.iter().any(failed_over)
+    }
+
+    /// Whether a process must have noticed by now that the store cannot be told of a write.
+    pub fn is_out(&self, process: usize) -> bool {
+        let Some(since) = self.dice.now().checked_sub(PROVEN + HEARTBEAT) else { return false };
+        let of_it = self.faults.iter().filter(|(_, until, of, _)| *until > since && of.is_none_or(|of| of == process));
+        let mut of_it = of_it.filter(|(from, ..)| *from <= self.dice.now());
+        let is_outage =
+            |fault| matches!(fault, Fault::Cut | Fault::LosesRequests | Fault::LosesReplies | Fault::ReadOnly);
+        let lasts = of_it
+            .next()
+            .is_some_and(|(from, until, _, fault)| *from <= since && *until > self.dice.now() && is_outage(*fault));
+        lasts && of_it.next().is_none() && matches!(self.over, Over::Redis(_))
+    }
+
+    /// For how long a process may not have heard of what others write.
+    fn deafness(&self, process: usize) -> u64 {
+        match self.over {
+            Over::Redis(Tier::On) if self.had_fault(process, PROVEN) => PROVEN + PUSH,
+            Over::Redis(Tier::On) => PUSH,
+            _ => 0,
+        }
     }
 
     pub async fn read(&self, salt: u64) -> Versions {
@@ -123,7 +184,7 @@ impl World {
             history.committed[thing].push(self.dice.now());
             let version = history.committed[thing].len() as u64;
             if is_fenced {
-                history.fenced[thing] = version;
+                history.sees(self.dice.now(), thing, version);
             }
             version
         };
@@ -136,24 +197,33 @@ impl World {
         let mut history = self.history.lock().unwrap();
         for thing in things {
             history.dropped[thing] = history.committed[thing].len() as u64;
+            let version = history.dropped[thing];
+            history.sees(self.dice.now(), thing, version);
         }
     }
 
     pub async fn flush(&self) -> Result<(), StoreError> {
         self.server.flush().await?;
+        self.redis.flush();
         self.dropped(0..THINGS);
         Ok(())
     }
 
     /// What a read must not be older than that begins now, in a process whose own writes these were, and where nothing is
     /// kept for longer than this.
-    pub fn floors(&self, own: &Versions, longest: u64) -> Versions {
+    pub fn floors(&self, process: usize, own: &Versions, longest: u64) -> Versions {
+        let (now, deafness) = (self.dice.now(), self.deafness(process));
         let history = self.history.lock().unwrap();
+        let heard = match deafness {
+            0 => history.visible.len(),
+            deafness => history.visible.partition_point(|(at, _)| at + deafness < now),
+        };
+        let visible = history.visible[..heard].last().map_or_else(Versions::default, |(_, versions)| *versions);
         // The clocks of the cache and of the database tick a millisecond apart.
-        let expired = self.dice.now().checked_sub(longest + 2);
+        let expired = now.checked_sub(longest + 2);
         std::array::from_fn(|i| {
             let by_age = expired.map_or(0, |at| history.committed_at(i, at));
-            own[i].max(history.dropped[i]).max(history.fenced[i]).max(by_age)
+            own[i].max(visible[i]).max(by_age)
         })
     }
 
@@ -161,7 +231,7 @@ impl World {
     pub fn acknowledged(&self, thing: usize, version: u64, is_fenced: bool, is_delivered: bool) {
         let mut history = self.history.lock().unwrap();
         if is_fenced {
-            history.fenced[thing] = history.fenced[thing].max(version);
+            history.sees(self.dice.now(), thing, version);
         }
         if is_delivered && history.dropped[thing] < version {
             let at = self.dice.now();
