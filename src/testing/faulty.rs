@@ -13,8 +13,8 @@ use crate::{
     clock::Millis,
     key::{Key, Tag},
     store::{
-        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture,
-        TagGroup, Usage,
+        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError,
+        StoreFuture, TagGroup, Usage,
     },
 };
 
@@ -106,15 +106,19 @@ impl Faulty {
         Self { store: self.store.clone(), faults: Faults::default() }
     }
 
-    async fn call<T>(&self, call: impl Future<Output = Result<T, StoreError>>) -> Result<T, StoreError> {
+    /// A store may begin with a call before its future is polled.
+    async fn call<'a, T, F>(&'a self, call: impl FnOnce(&'a Arc<dyn Store>) -> F) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
         match self.faults.now() {
             Fault::Gone => Err(gone()),
             Fault::Slow(by) => {
-                let done = call.await;
+                let done = call(&self.store).await;
                 sleep(by).await;
                 done
             }
-            Fault::None | Fault::Behind(_) => call.await,
+            Fault::None | Fault::Behind(_) => call(&self.store).await,
         }
     }
 
@@ -124,7 +128,7 @@ impl Faulty {
         F: Future<Output = Result<T, StoreError>> + Send + 'static,
     {
         let write = write(self.store.clone());
-        let Fault::Behind(by) = self.faults.now() else { return self.call(write).await };
+        let Fault::Behind(by) = self.faults.now() else { return self.call(|_| write).await };
         let late = tokio::spawn(async move {
             sleep(by).await;
             write.await
@@ -152,15 +156,15 @@ impl Store for Faulty {
     }
 
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
-        Box::pin(self.call(self.store.lookup(inquiry)))
+        Box::pin(self.call(move |store| store.lookup(inquiry)))
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
-        Box::pin(self.call(self.store.open(tags)))
+        Box::pin(self.call(move |store| store.open(tags)))
     }
 
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {
-        Box::pin(self.call(self.store.extend(mark, tags)))
+        Box::pin(self.call(move |store| store.extend(mark, tags)))
     }
 
     fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()> {
@@ -179,11 +183,11 @@ impl Store for Faulty {
     }
 
     fn claim<'a>(&'a self, key: &'a Key, lease: Duration) -> StoreFuture<'a, bool> {
-        Box::pin(self.call(self.store.claim(key, lease)))
+        Box::pin(self.call(move |store| store.claim(key, lease)))
     }
 
     fn release<'a>(&'a self, key: &'a Key) -> StoreFuture<'a, ()> {
-        Box::pin(self.call(self.store.release(key)))
+        Box::pin(self.call(move |store| store.release(key)))
     }
 
     fn clear(&self) -> StoreFuture<'_, ()> {
@@ -198,11 +202,15 @@ impl Store for Faulty {
     }
 
     fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
-        Box::pin(self.call(self.store.count(groups)))
+        Box::pin(self.call(move |store| store.count(groups)))
+    }
+
+    fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
+        Box::pin(self.call(move |store| store.search(search)))
     }
 
     fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {
-        Box::pin(self.call(self.store.exchange(exchange)))
+        Box::pin(self.call(move |store| store.exchange(exchange)))
     }
 
     fn usage(&self) -> Usage {
