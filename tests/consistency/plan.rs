@@ -48,6 +48,8 @@ pub struct Plan {
     pub seed: u64,
     pub mode: Mode,
     pub over: Over,
+    /// Writes wait until a replica has their invalidation.
+    pub replicas: bool,
     pub processes: usize,
     pub actions: Vec<Action>,
 }
@@ -84,9 +86,9 @@ pub enum What {
     },
     /// The store loses all that it has.
     Flush,
-    /// Another server takes over, which has not heard of the last so many milliseconds.
+    /// Another server takes over, which has not heard of the last so many milliseconds; or has, for it was waited for.
     FailOver {
-        lag: u64,
+        lag: Option<u64>,
     },
     /// It stops taking requests, delivers what it has not delivered, and ends.
     Stop {
@@ -198,6 +200,7 @@ const FAULTS: [Fault; 8] = [
 struct Flavour {
     mode: Mode,
     over: Over,
+    replicas: bool,
     processes: usize,
     parents: usize,
     kinds: Vec<Kind>,
@@ -239,12 +242,15 @@ impl Flavour {
             2 | 3 => Over::Redis(Tier::On),
             _ => Over::Lines,
         };
+        let is_redis = matches!(over, Over::Redis(_));
+        let replicas = is_redis && rng.random_ratio(1, 3);
         // There a fence is a key as well, and lost with the others.
-        let flushes = mode != Mode::Fenced || !matches!(over, Over::Redis(_));
+        let flushes = mode != Mode::Fenced || !is_redis || replicas;
         let faults = (0..rng.random_range(1..=2)).map(|_| FAULTS[rng.random_range(0..FAULTS.len())]).collect();
         Self {
             mode,
             over,
+            replicas,
             processes: if is_alone { 1 } else { rng.random_range(1..=PROCESSES) },
             parents: rng.random_range(1..=PARENTS),
             kinds: some(rng, &KINDS),
@@ -278,7 +284,9 @@ impl Flavour {
                 _ => What::Start { process, is_new: true },
             },
             n if n < fault + life + flush => match self.over {
-                Over::Redis(_) if rng.random() => What::FailOver { lag: rng.random_range(0..1_000) },
+                Over::Redis(_) if self.mode == Mode::Fenced || rng.random() => {
+                    What::FailOver { lag: (!self.replicas).then(|| rng.random_range(0..1_000)) }
+                }
                 _ => What::Flush,
             },
             n if n < fault + life + flush + write => {
@@ -333,7 +341,8 @@ impl Plan {
             actions.push(Action { at, what });
         }
         actions.sort_by_key(|action| action.at);
-        Self { seed, mode: flavour.mode, over: flavour.over, processes: flavour.processes, actions }
+        let Flavour { mode, over, replicas, processes, .. } = flavour;
+        Self { seed, mode, over, replicas, processes, actions }
     }
 
     /// The same with as few actions, hang-ups and bad fates as still fail.
@@ -379,8 +388,9 @@ fn simpler(what: &What) -> Vec<What> {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seed, mode, over, processes, .. } = self;
-        writeln!(f, "SIM_SEED={seed} ({mode:?} over {over:?}, {processes} processes)")?;
+        let Self { seed, mode, over, replicas, processes, .. } = self;
+        let replicas = if *replicas { " with replicas" } else { "" };
+        writeln!(f, "SIM_SEED={seed} ({mode:?} over {over:?}{replicas}, {processes} processes)")?;
         self.actions.iter().try_for_each(|Action { at, what }| writeln!(f, "  {at:>5} ms  {what:?}"))
     }
 }

@@ -77,9 +77,9 @@ impl Connection {
 
 impl Redis {
     /// Another server takes over, which has not heard of the last so many milliseconds.
-    pub fn fail_over(&self, world: &World, lag: u64) {
+    pub fn fail_over(&self, world: &World, lag: Option<u64>) {
         let node = &mut *self.0.lock().unwrap();
-        let since = world.dice.now().saturating_sub(lag);
+        let since = lag.map_or(u64::MAX, |lag| world.dice.now().saturating_sub(lag));
         while let Some((at, key, before)) = node.undo.pop() {
             if at < since {
                 break;
@@ -325,7 +325,7 @@ impl Node {
                 bulk(out, (time % 1_000 * 1_000).to_string().as_bytes());
             }
             "HVALS" => out.extend_from_slice(b"*0\r\n"),
-            "HSET" | "HDEL" | "EXPIRE" => count(out, 1),
+            "HSET" | "HDEL" | "EXPIRE" | "WAIT" => count(out, 1),
             _ => self.keys(world, now, (&*name, args), out),
         }
     }

@@ -299,7 +299,7 @@ pub fn search(seeds: std::ops::Range<u64>, sabotage: Sabotage) -> Result<Counts,
                         failed.fetch_min(seed, Ordering::Relaxed);
                     }
                     let done = done.fetch_add(1, Ordering::Relaxed) + 1;
-                    if done.is_multiple_of(100_000) {
+                    if done.is_multiple_of(10_000) {
                         eprintln!("{done} schedules");
                     }
                 }

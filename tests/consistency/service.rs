@@ -143,10 +143,11 @@ fn named(thing: usize) -> (&'static str, String) {
 }
 
 fn redis(world: &Arc<World>, slot: usize, is_dead: &Arc<AtomicBool>) -> RedisStore {
-    let (clock, world, is_dead) = (world.clone(), world.clone(), is_dead.clone());
+    let (clock, world, replicas, is_dead) = (world.clone(), world.clone(), world.replicas, is_dead.clone());
     RedisStore::builder(["redis://played"])
         .clock(move || clock.dice.wall(1_000 + 7 * AHEAD[slot]))
         .connect_by(move || connect(world.clone(), slot, is_dead.clone()))
+        .replicas(replicas)
         .in_process(4 << 20)
         .build()
         .unwrap()
