@@ -93,6 +93,7 @@ mod layer;
 mod observe;
 mod route;
 pub mod store;
+mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod units;

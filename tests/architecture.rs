@@ -24,16 +24,17 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("cache", &["layer", "config", "engine", "observe", "route", "store", "catalog", "key", "clock", "error"]),
     ("layer", &["http", "observe", "route", "engine", "store", "catalog", "key", "clock", "error"]),
     ("config", &["route", "store", "catalog", "error", "units"]),
-    ("engine", &["store", "catalog", "key", "clock", "error"]),
-    ("store", &["catalog", "key", "clock", "error", "units"]),
+    ("engine", &["store", "catalog", "key", "clock", "error", "sync"]),
+    ("store", &["catalog", "key", "clock", "error", "units", "sync"]),
     ("route", &["observe", "catalog", "key", "error"]),
-    ("observe", &["http"]),
+    ("observe", &["http", "sync"]),
     ("http", &["catalog", "clock"]),
     ("catalog", &["key", "error", "units"]),
     ("key", &["error"]),
     ("clock", &[]),
     ("units", &[]),
     ("error", &[]),
+    ("sync", &[]),
 ];
 
 type Module = Vec<String>;

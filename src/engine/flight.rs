@@ -5,21 +5,20 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, PoisonError},
 };
 
-use tokio::{
-    sync::watch,
-    time::{Instant, timeout_at},
-};
+use tokio::time::Instant;
 
 use crate::{
     clock::Millis,
     key::{Key, Tag},
     store::{Entry, Generation, Stamp},
+    sync::{
+        Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+        timeout_at, watch,
+    },
 };
 
 const SHARDS: usize = 16;
@@ -54,7 +53,7 @@ pub(crate) struct Flight {
 
 impl Flight {
     pub(crate) fn new(tags: Vec<Tag>, generations: Vec<Generation>, began: Millis, until: Instant) -> Self {
-        let (awaits, is_overdue, landed) = (Mutex::default(), AtomicBool::new(false), watch::Sender::new(None));
+        let (awaits, is_overdue, landed) = (Mutex::default(), AtomicBool::new(false), watch::channel(None).0);
         Self { tags, generations, began, until, awaits, is_overdue, landed }
     }
 

@@ -22,7 +22,6 @@ use quick_cache::{Weighter, sync::Cache as Memo};
 use tokio::{
     runtime::Handle,
     task::JoinHandle,
-    task_local,
     time::{Instant, timeout},
 };
 use tokio_util::task::TaskTracker;
@@ -32,6 +31,7 @@ use crate::{
     clock::{Clock, Millis},
     key::{Key, Tag},
     store::{Entry, Fence, Health, Store, StoreError, TagGroup},
+    sync::task_local,
 };
 use flight::{Flight, Flights};
 pub use invalidated::Invalidated;

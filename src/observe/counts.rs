@@ -2,10 +2,7 @@
 
 use std::{
     cell::Cell,
-    sync::{
-        OnceLock,
-        atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
-    },
+    sync::{OnceLock, atomic::AtomicUsize},
     time::{Duration, Instant},
 };
 
@@ -13,6 +10,7 @@ use super::{
     outcome::{FoundIn, Handling, Outcome, Served},
     snapshot::{ByReason, HANDLINGS, OfHistogram, OfType},
 };
+use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// Upper bounds of durations, in nanoseconds: 10 µs to 10 s.
 pub(crate) const NANOS: [u64; 14] = [

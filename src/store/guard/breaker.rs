@@ -2,12 +2,12 @@
 //!
 //! A call that succeeds costs one relaxed atomic add and no look at the clock.
 
-use std::{
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
-    time::Duration,
-};
+use std::time::Duration;
 
-use tokio::time::Instant;
+use crate::sync::{
+    Instant,
+    atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+};
 
 /// Failures count for this long.
 const WINDOW: Duration = Duration::from_secs(10);

@@ -10,18 +10,11 @@ mod journal;
 
 use std::{
     fmt,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, PoisonError, Weak},
     time::Duration,
 };
 
-use tokio::{
-    runtime::Handle,
-    sync::Notify,
-    time::{Instant, sleep, timeout, timeout_at},
-};
+use tokio::time::Instant;
 
 use super::{
     Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError, StoreFuture,
@@ -31,6 +24,11 @@ use crate::{
     catalog::Tier,
     clock::Millis,
     key::{Key, Tag},
+    sync::{
+        Handle, Mutex, MutexGuard, Notify,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+        sleep, timeout, timeout_at,
+    },
 };
 use breaker::Breaker;
 use journal::{Batch, Journal, What};
