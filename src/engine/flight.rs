@@ -21,6 +21,9 @@ use crate::{
     },
 };
 
+#[cfg(all(test, shuttle))]
+mod interleavings;
+
 const SHARDS: usize = 16;
 
 /// How a flight ended.

@@ -12,6 +12,9 @@ use super::{
 };
 use crate::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+#[cfg(all(test, shuttle))]
+mod interleavings;
+
 /// Upper bounds of durations, in nanoseconds: 10 µs to 10 s.
 pub(crate) const NANOS: [u64; 14] = [
     10_000,

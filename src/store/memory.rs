@@ -500,6 +500,9 @@ impl fmt::Debug for MemoryStore {
     }
 }
 
+#[cfg(all(test, shuttle))]
+mod interleavings;
+
 #[cfg(test)]
 mod tests {
     use super::*;

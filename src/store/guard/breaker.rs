@@ -9,6 +9,9 @@ use crate::sync::{
     atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
 };
 
+#[cfg(all(test, shuttle))]
+mod interleavings;
+
 /// Failures count for this long.
 const WINDOW: Duration = Duration::from_secs(10);
 

@@ -6,6 +6,8 @@
 //! until they succeed.
 
 mod breaker;
+#[cfg(all(test, shuttle))]
+mod interleavings;
 mod journal;
 
 use std::{
