@@ -225,3 +225,28 @@ impl Drop for Waiting<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn flight() -> Arc<Flight> {
+        let until = Instant::now() + Duration::from_secs(60);
+        Arc::new(Flight::new(vec![], vec![], 0, until))
+    }
+
+    /// It is landed before it is taken off the table: those whom it has failed may meet it there.
+    #[test]
+    fn who_meets_a_flight_that_came_to_nothing_leads_the_next() {
+        for nothing in [Landed::Failed, Landed::Unshareable] {
+            let (flights, key, first) = (Flights::default(), Key::new(b"key".to_vec()), flight());
+            assert!(flights.join_or_lead(&key, &first, None).is_none());
+            first.land(nothing);
+            assert!(flights.join_or_lead(&key, &flight(), Some(first.clone())).is_none());
+            let other = flights.join_or_lead(&key, &flight(), Some(first)).unwrap();
+            assert!(other.landed().is_none(), "all others wait for that one");
+        }
+    }
+}
