@@ -283,7 +283,7 @@ pub trait Store: Send + Sync + 'static {
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened>;
 
     /// The generations of `tags`, which were not known at `mark`, if the store can prove that none of them was
-    /// dropped since; creates those that are absent.
+    /// dropped since, nor fenced, be it that the fence has ended; creates those that are absent.
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>>;
 
     /// Stores the entry until [`Entry::keep_until`]; `now` is as in [`Inquiry`]. No check is needed: an entry whose

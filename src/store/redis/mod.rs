@@ -210,8 +210,9 @@ impl RedisBuilder {
     }
 
     /// How many replicas must have an invalidation before its write is acknowledged (`WAIT`); by default none, so that a
-    /// failover may lose the last drops. (What was filled before it is not read after it in any case; what is left is a
-    /// master that is cut off and does not know it yet, which its own side goes on reading for two heartbeats.)
+    /// failover may lose the last drops. (What was filled before it is not read after it in any case. What is left is a
+    /// master that is cut off and does not know it: its own side goes on reading it until it refuses writes, for which Redis
+    /// has `min-replicas-to-write`.)
     pub fn replicas(mut self, count: u32) -> Self {
         self.replicas = count;
         self

@@ -57,8 +57,10 @@ const SCANNED: usize = 1_000;
 const ROUNDS: usize = 200;
 
 /// `KEYS` are the mark and pairs of generation and fences; `ARGV` the writer, how long its fences stand from now (0: not at
-/// all), and a fenced generation per pair. A tag stays fenced for as long as any writer fences it, under a new generation
-/// each time. All of it is one step: whoever sees the mark of before sees the generations of before.
+/// all), for how long it is remembered that they stood, and a fenced generation per pair. A tag stays fenced for as long as any
+/// writer fences it, under a new generation each time. All of it is one step: whoever sees the mark of before sees the
+/// generations of before. A lease that ends leaves the mark, and takes the generation: for as long as a load may take, what
+/// stood tells that nothing is proven of the tag.
 const FENCE: &str = r"
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
@@ -73,8 +75,8 @@ for i = 1, (#KEYS - 1) / 2 do
     local last = redis.call('ZREVRANGE', fences, 0, 0, 'WITHSCORES')
     if last[2] then
         local left = math.max(1, math.ceil(tonumber(last[2]) - now))
-        redis.call('SET', generation, ARGV[2 + i], 'PX', left)
-        redis.call('PEXPIRE', fences, left)
+        redis.call('SET', generation, ARGV[3 + i], 'PX', left)
+        redis.call('PEXPIRE', fences, left + tonumber(ARGV[3]))
     else
         redis.call('DEL', generation, fences)
     end
@@ -316,10 +318,36 @@ impl Remote {
         for name in names {
             eval.arg(name);
         }
-        eval.arg(&writer.to_be_bytes()).arg(stands.as_millis() as u64);
+        eval.arg(&writer.to_be_bytes()).arg(stands.as_millis() as u64).arg(OPENED.as_millis() as u64);
         for _ in 0..count {
             eval.arg(&Generation::unique().fenced().0.to_be_bytes());
         }
+    }
+
+    /// Asks who fences a tag, or did, and until when.
+    fn push_fences(&self, pipeline: &mut Pipeline, tag: &Tag) {
+        pipeline.cmd("ZREVRANGE").arg(self.name("f:", tag.as_bytes())).arg(0).arg(0).arg("WITHSCORES");
+    }
+
+    /// Takes down what is fenced by nobody any more: whoever filled under what was there before the fence has prolonged it
+    /// beyond its lease. Whether there was anything.
+    async fn take_down(&self, server: &Server, fenced: &[&Tag]) -> Result<bool, StoreError> {
+        if fenced.is_empty() {
+            return Ok(false);
+        }
+        let mut ask = redis::pipe();
+        fenced.iter().for_each(|tag| self.push_fences(&mut ask, tag));
+        let fences = self.pipeline(server, &ask).await?;
+        let now = server.time_at_least() as f64;
+        let is_over = |fences: &Value| fences_in(fences).is_some_and(|all| all.iter().all(|(_, until)| *until < now));
+        let over: Vec<_> =
+            fenced.iter().zip(&fences).filter(|(_, fences)| is_over(fences)).map(|(tag, _)| *tag).collect();
+        let Some(first) = over.first() else { return Ok(false) };
+        // In one step with another look, for a fence may just have been raised.
+        let (tenant, mut pipeline) = (first.tenant(), redis::pipe());
+        pipeline.ignore_errors();
+        self.push_fence(&mut pipeline, tenant, over.into_iter(), Fence::NOBODY.writer, Duration::ZERO);
+        self.acknowledged(server, pipeline, 0).await.map(|_| true)
     }
 
     fn push_fill(
@@ -435,6 +463,11 @@ fn escaped(name: &[u8]) -> Vec<u8> {
     name.iter().flat_map(escape).collect()
 }
 
+/// Who fences a tag, and until when; `None` if the server does not say.
+fn fences_in(reply: &Value) -> Option<Vec<(Vec<u8>, f64)>> {
+    FromRedisValue::from_redis_value_ref(reply).ok()
+}
+
 /// A generation as it is stored: 16 bytes. Anything else was not written by us, and is no generation.
 fn parse_generation(value: &Value, reign: u128) -> Option<Generation> {
     match value {
@@ -461,6 +494,12 @@ impl Store for Remote {
             let mut names: Vec<_> = tags.iter().map(|tag| self.name("g:", tag.as_bytes())).collect();
             names.push(self.name("m:", tenant(tags)));
             let (mut generations, _) = self.add(&server, &names, |_| {}).await?;
+            let fenced = tags.iter().zip(&generations).filter(|(_, generation)| generation.is_fenced());
+            let fenced: Vec<_> = fenced.map(|(tag, _)| tag).collect();
+            // Who may not ask leaves them as they are.
+            if self.take_down(&server, &fenced).await.unwrap_or(false) {
+                (generations, _) = self.add(&server, &names, |_| {}).await?;
+            }
             let mark = generations.pop().map_or(0, |g| g.0);
             Ok(Opened::new(generations, Mark(mark)))
         })
@@ -474,10 +513,14 @@ impl Store for Remote {
             // The generations first: if the mark still stands after them, nothing was dropped before.
             let ask = |pipeline: &mut Pipeline| {
                 pipeline.cmd("GET").arg(&marked);
+                tags.iter().for_each(|tag| self.push_fences(pipeline, tag));
             };
             let (generations, rest) = self.add(&server, &names, ask).await?;
             let now = rest.first().and_then(|mark| parse_generation(mark, server.reign));
-            Ok(now.is_some_and(|now| now.0 == mark.0).then_some(generations))
+            // A fence may have stood when the load began, and its writer be gone. (Who may not ask knows of no fences.)
+            let was_fenced = rest.iter().skip(1).any(|reply| fences_in(reply).is_some_and(|all| !all.is_empty()));
+            let is_fenced = was_fenced || generations.iter().any(|generation| generation.is_fenced());
+            Ok((!is_fenced && now.is_some_and(|now| now.0 == mark.0)).then_some(generations))
         })
     }
 
