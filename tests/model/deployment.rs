@@ -228,7 +228,7 @@ impl Model for Protocol {
 }
 
 /// How often the row is written.
-const WRITES: Version = 2;
+const WRITES: Version = 3;
 
 const NAMED: Protocol = Protocol { is_named: true, without: None };
 const DECLARED: Protocol = Protocol { is_named: false, ..NAMED };
