@@ -1,5 +1,7 @@
 //! Assertions on responses, which say what was the case instead.
 
+use std::fmt;
+
 use super::told::{Answer, Told};
 use crate::observe::Handling;
 
@@ -31,8 +33,7 @@ impl Expected {
 }
 
 /// Whether a response is what is expected; else what it is.
-#[doc(hidden)]
-pub fn expect(answer: &impl Answer, expected: Expected) -> Result<(), String> {
+fn expect(answer: &impl Answer, expected: Expected) -> Result<(), String> {
     let what = expected.as_str();
     match Told::of(answer) {
         Some(told) if expected.holds(told.handling) => Ok(()),
@@ -46,6 +47,15 @@ pub fn expect(answer: &impl Answer, expected: Expected) -> Result<(), String> {
              layer is not around this service"
         )),
     }
+}
+
+/// Panics unless a response is what is expected; `why` is said as well.
+#[doc(hidden)]
+#[track_caller]
+pub fn assert_told(answer: &impl Answer, expected: Expected, why: Option<fmt::Arguments<'_>>) {
+    let found = expect(answer, expected).err();
+    let why = why.map_or(String::new(), |why| format!(": {why}"));
+    assert!(found.is_none(), "{}{why}", found.unwrap_or_default());
 }
 
 /// Asserts that a response was answered from the cache, and is fresh. (Feature `testing`.)
@@ -62,7 +72,16 @@ pub fn expect(answer: &impl Answer, expected: Expected) -> Result<(), String> {
 /// ```
 #[macro_export]
 macro_rules! assert_hit {
-    ($response:expr $(, $($why:tt)*)?) => { $crate::__assert_told!(Hit, $response $(, $($why)*)?) };
+    ($response:expr $(,)?) => {
+        $crate::testing::assert_told(&$response, $crate::testing::Expected::Hit, ::std::option::Option::None)
+    };
+    ($response:expr, $($why:tt)+) => {
+        $crate::testing::assert_told(
+            &$response,
+            $crate::testing::Expected::Hit,
+            ::std::option::Option::Some(::std::format_args!($($why)+)),
+        )
+    };
 }
 
 /// Asserts that a response comes from the inner service because nothing (that is good) was stored: by this request, or by one it
@@ -76,7 +95,16 @@ macro_rules! assert_hit {
 /// ```
 #[macro_export]
 macro_rules! assert_miss {
-    ($response:expr $(, $($why:tt)*)?) => { $crate::__assert_told!(Miss, $response $(, $($why)*)?) };
+    ($response:expr $(,)?) => {
+        $crate::testing::assert_told(&$response, $crate::testing::Expected::Miss, ::std::option::Option::None)
+    };
+    ($response:expr, $($why:tt)+) => {
+        $crate::testing::assert_told(
+            &$response,
+            $crate::testing::Expected::Miss,
+            ::std::option::Option::Some(::std::format_args!($($why)+)),
+        )
+    };
 }
 
 /// Asserts that a response is not a stale one, served on purpose while it is refreshed or because the inner service failed:
@@ -91,24 +119,14 @@ macro_rules! assert_miss {
 /// ```
 #[macro_export]
 macro_rules! assert_fresh {
-    ($response:expr $(, $($why:tt)*)?) => { $crate::__assert_told!(Fresh, $response $(, $($why)*)?) };
-}
-
-#[doc(hidden)]
-#[macro_export]
-macro_rules! __assert_told {
-    ($expected:ident, $response:expr $(,)?) => {
-        if let ::std::result::Result::Err(found) =
-            $crate::testing::expect(&$response, $crate::testing::Expected::$expected)
-        {
-            ::std::panic!("{found}");
-        }
+    ($response:expr $(,)?) => {
+        $crate::testing::assert_told(&$response, $crate::testing::Expected::Fresh, ::std::option::Option::None)
     };
-    ($expected:ident, $response:expr, $($why:tt)+) => {
-        if let ::std::result::Result::Err(found) =
-            $crate::testing::expect(&$response, $crate::testing::Expected::$expected)
-        {
-            ::std::panic!("{found}: {}", ::std::format_args!($($why)+));
-        }
+    ($response:expr, $($why:tt)+) => {
+        $crate::testing::assert_told(
+            &$response,
+            $crate::testing::Expected::Fresh,
+            ::std::option::Option::Some(::std::format_args!($($why)+)),
+        )
     };
 }

@@ -7,8 +7,8 @@ use http::{HeaderName, Request};
 
 use super::{
     compare::{Answered, Shown},
+    request::is_read,
     told::Told,
-    twin::is_read,
 };
 use crate::observe::Handling;
 

@@ -3,10 +3,14 @@
 use bytes::Bytes;
 use http::{Request, Uri};
 
-use super::{difference::Difference, twin::Twin};
+use super::difference::Difference;
 
-/// Leaves requests out, by halves and less, then headers and queries, for as long as there is a difference.
-pub(super) async fn minimise(make: &impl AsyncFn() -> Twin, mut found: Difference) -> Difference {
+/// Leaves requests out, by halves and less, then headers and queries, for as long as those that are left make a difference when
+/// they are run.
+pub(super) async fn minimise(
+    run: &impl AsyncFn(Vec<Request<Bytes>>) -> Option<Difference>,
+    mut found: Difference,
+) -> Difference {
     let mut size = found.len() / 2;
     while size > 0 {
         let before = found.len();
@@ -15,9 +19,9 @@ pub(super) async fn minimise(make: &impl AsyncFn() -> Twin, mut found: Differenc
         while at + 1 < found.len() {
             let mut fewer = found.requests();
             fewer.drain(at..(at + size).min(fewer.len() - 1));
-            match make().await.run(fewer).await {
-                Err(smaller) => found = smaller,
-                Ok(_) => at += size,
+            match run(fewer).await {
+                Some(smaller) => found = smaller,
+                None => at += size,
             }
         }
         // What could not go may go now.
@@ -25,7 +29,7 @@ pub(super) async fn minimise(make: &impl AsyncFn() -> Twin, mut found: Differenc
     }
     let mut at = 0;
     while at < found.len() {
-        match with_plainer(make, &found, at).await {
+        match with_plainer(run, &found, at).await {
             Some(plainer) => found = plainer,
             None => at += 1,
         }
@@ -34,11 +38,15 @@ pub(super) async fn minimise(make: &impl AsyncFn() -> Twin, mut found: Differenc
 }
 
 /// The same with one request plainer, if that can be.
-async fn with_plainer(make: &impl AsyncFn() -> Twin, found: &Difference, at: usize) -> Option<Difference> {
+async fn with_plainer(
+    run: &impl AsyncFn(Vec<Request<Bytes>>) -> Option<Difference>,
+    found: &Difference,
+    at: usize,
+) -> Option<Difference> {
     for plain in plainer(&found.requests()[at]) {
         let mut requests = found.requests();
         requests[at] = plain;
-        if let Err(plainer) = make().await.run(requests).await {
+        if let Some(plainer) = run(requests).await {
             return Some(plainer);
         }
     }

@@ -9,25 +9,25 @@
 //! [`docs::testing`](crate::docs::testing) shows all of it.
 
 mod assertions;
-mod body;
 mod clock;
 mod compare;
 mod difference;
 mod faulty;
 mod minimise;
+mod request;
 mod requests;
 mod told;
 mod twin;
 
 #[doc(hidden)]
-pub use assertions::{Expected, expect};
-pub use body::Body;
+pub use assertions::{Expected, assert_told};
 pub use clock::Clock;
 pub use difference::Difference;
 pub use faulty::{Faults, Faulty};
+pub use request::{Body, ReadOnly};
 pub use requests::Requests;
 pub use told::Answer;
-pub use twin::{Compared, ReadOnly, Twin};
+pub use twin::{Compared, Twin};
 
 use crate::cache::Cache;
 

@@ -7,7 +7,7 @@ use http::{HeaderName, HeaderValue, Method, Request, header};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use rand::{RngExt, SeedableRng, rngs::SmallRng};
 
-use super::twin::ReadOnly;
+use super::request::ReadOnly;
 use crate::{
     cache::Cache,
     route::{Query, TenantSource},

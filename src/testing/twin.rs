@@ -11,10 +11,10 @@ use http::{HeaderName, Method, Request, Response, header};
 use tower_service::Service;
 
 use super::{
-    body::Body,
     compare::{Answered, Reply, difference},
     difference::{Difference, Step},
     minimise::minimise,
+    request::{Body, is_read},
 };
 use crate::{cache::Cache, observe::Handling};
 
@@ -70,11 +70,6 @@ pub struct Twin {
     is_apart: bool,
     cache: Option<Cache>,
 }
-
-/// In the extensions of a request: it only reads, whatever its method, and is sent to both twins. (What [`Requests`](super::Requests)
-/// makes of a route has it.)
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ReadOnly;
 
 /// What was compared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -169,7 +164,10 @@ impl Twin {
     ) -> Result<Compared, Difference> {
         match make().await.run(requests).await {
             Ok(compared) => Ok(compared),
-            Err(found) => Err(minimise(&make, found).await),
+            Err(found) => {
+                let run = async |requests: Vec<Request<Bytes>>| make().await.run(requests).await.err();
+                Err(minimise(&run, found).await)
+            }
         }
     }
 
@@ -184,12 +182,6 @@ impl Twin {
         }
         (cached, what.map(|what| (what, uncached)))
     }
-}
-
-/// Whether a request changes nothing.
-pub(super) fn is_read(request: &Request<Bytes>) -> bool {
-    let by_method = request.method().is_safe() || request.method().as_str() == "QUERY";
-    by_method || request.extensions().get::<ReadOnly>().is_some()
 }
 
 /// The same request for the whole response, if it asks for less.

@@ -1,4 +1,4 @@
-//! The body of a request that a test sends.
+//! A request that a test sends: its body, and whether it only reads.
 
 use std::{
     convert::Infallible,
@@ -7,6 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::Request;
 use http_body::{Frame, SizeHint};
 
 /// The body of a request that [`Twin`](super::Twin) sends: all of it, at once.
@@ -43,4 +44,15 @@ impl http_body::Body for Body {
     fn size_hint(&self) -> SizeHint {
         SizeHint::with_exact(self.0.len() as u64)
     }
+}
+
+/// In the extensions of a request: it only reads, whatever its method, and is sent to both twins. (What [`Requests`](super::Requests)
+/// makes of a route has it.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadOnly;
+
+/// Whether a request changes nothing.
+pub(super) fn is_read(request: &Request<Bytes>) -> bool {
+    let by_method = request.method().is_safe() || request.method().as_str() == "QUERY";
+    by_method || request.extensions().get::<ReadOnly>().is_some()
 }
