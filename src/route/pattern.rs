@@ -104,7 +104,8 @@ impl Pattern {
     }
 }
 
-/// Decodes what is escaped without need, and spells the other escapes in one way.
+/// Decodes what is escaped without need, and spells the other escapes in one way. A `%` that escapes nothing is doubled, so that
+/// it does not begin an escape with what was one after it: `%2%46` is not `%2F`.
 fn unescaped(raw: &str) -> Vec<u8> {
     let mut out = Vec::with_capacity(raw.len());
     for (i, piece) in raw.split('%').enumerate() {
@@ -120,7 +121,7 @@ fn unescaped(raw: &str) -> Vec<u8> {
                 out.extend_from_slice(hex.to_ascii_uppercase().as_bytes());
             }
             None => {
-                out.push(b'%');
+                out.extend_from_slice(b"%%");
                 out.extend_from_slice(piece.as_bytes());
                 continue;
             }
@@ -178,6 +179,9 @@ mod tests {
             ("%", "%25", false),
             ("%c3%a9", "\u{e9}", true),
             ("%é", "%é", true),
+            ("%2%46", "%2F", false),
+            ("%%32F", "%2F", false),
+            ("%%41", "%A", true),
         ] {
             assert_eq!(unescaped(a) == unescaped(b), same, "{a} {b}");
         }
