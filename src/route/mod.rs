@@ -29,8 +29,9 @@ pub(crate) use identity::{Identity, UserFrom};
 use method::is_unsafe;
 pub(crate) use mutation::{Mutated, MutationRoute};
 pub use mutation::{Mutation, OnUnmapped};
+use place::Found;
 pub(crate) use place::Place;
-use place::{Found, is_same};
+pub(crate) use place::is_same;
 pub use query::Query;
 pub use read::Route;
 pub(crate) use read::{At, Known, ReadRoute, Wanted, variant_key};
@@ -49,7 +50,8 @@ use crate::{
     observe::Tellers,
 };
 use check::{Cause, Check, Expected, Reader};
-use pattern::{Param, Pattern, pattern_error};
+pub(crate) use pattern::Pattern;
+use pattern::{Param, pattern_error};
 
 /// All routes, compiled.
 #[derive(Debug, Default)]

@@ -107,7 +107,7 @@ fn routed(_: &Extensions) -> (Option<&str>, Option<&str>) {
 
 /// Whether two patterns are the same but for what their parameters are called; or the first ends with the second, if that is
 /// not of `all` of it.
-pub(super) fn is_same(matched: &str, pattern: &str, all: bool) -> bool {
+pub(crate) fn is_same(matched: &str, pattern: &str, all: bool) -> bool {
     if if all { matched == pattern } else { matched.ends_with(pattern) } {
         return true;
     }
@@ -124,9 +124,18 @@ pub(super) fn is_same(matched: &str, pattern: &str, all: bool) -> bool {
     }
 }
 
-/// A segment without the names of its parameters.
+/// A segment without the name of its parameter.
 fn shape(segment: &str) -> Cow<'_, str> {
-    let Some((before, rest)) = segment.split_once('{') else { return segment.into() };
+    // Braces that are doubled are the path's own.
+    let mut begin = 0;
+    let open = loop {
+        let Some(at) = segment[begin..].find('{').map(|at| begin + at) else { return segment.into() };
+        if !segment[at + 1..].starts_with('{') {
+            break at;
+        }
+        begin = at + 2;
+    };
+    let (before, rest) = (&segment[..open], &segment[open + 1..]);
     let (name, after) = rest.split_once('}').unwrap_or((rest, ""));
     let star = if name.starts_with('*') { "*" } else { "" };
     format!("{before}{{{star}}}{after}").into()
@@ -153,6 +162,8 @@ mod tests {
             ("/api/users", "/users", false, true),
             ("/api/superusers", "/users", false, false),
             ("/api/", "/", false, true),
+            ("/{{a}}/{b}", "/{{x}}/{b}", true, false),
+            ("/{{a}}{b}", "/{{a}}{c}", true, true),
         ] {
             assert_eq!(is_same(matched, pattern, all), same, "{matched} {pattern}");
         }
