@@ -6,7 +6,8 @@ use http::HeaderValue;
 /// bytes.
 pub(crate) fn parse_range(range: &HeaderValue, length: usize) -> Option<Option<(usize, usize)>> {
     let (first, last) = range.to_str().ok()?.strip_prefix("bytes=")?.split_once('-')?;
-    let number = |text: &str| text.trim().parse::<usize>().ok();
+    let is_number = |text: &str| text.bytes().all(|digit| digit.is_ascii_digit());
+    let number = |text: &str| text.parse::<usize>().ok().filter(|_| is_number(text));
     match (first.trim(), last.trim()) {
         ("", suffix) => {
             let suffix = number(suffix)?;
@@ -40,6 +41,8 @@ mod tests {
             ("bytes=3-2", None),
             ("bytes=0-1,3-4", None),
             ("bytes=a-b", None),
+            ("bytes=+0-1", None),
+            ("bytes=-+3", None),
             ("lines=0-1", None),
             ("bytes", None),
         ] {
