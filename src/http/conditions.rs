@@ -33,7 +33,8 @@ impl Preconditions {
     /// Whether what the client has is what is stored (RFC 9110, sections 13.1.2 and 13.1.3).
     pub(crate) fn is_not_modified(&self, stored: &HeaderMap) -> bool {
         if !self.none_match.is_empty() {
-            let own = stored.get(header::ETAG).map(HeaderValue::as_bytes).map(opaque);
+            // What is empty is no tag.
+            let own = stored.get(header::ETAG).map(HeaderValue::as_bytes).map(opaque).filter(|own| !own.is_empty());
             return self.none_match.iter().any(|line| {
                 line.as_bytes().trim_ascii() == b"*"
                     || own.is_some_and(|own| tags(line.as_bytes()).any(|tag| tag == own))
@@ -106,6 +107,7 @@ mod tests {
             (("if-none-match", "a"), ("etag", "\"a\""), false),
             (("if-none-match", "*"), ("x", "y"), true),
             (("if-none-match", "\"a\""), ("x", "y"), false),
+            (("if-none-match", ""), ("etag", ""), false),
             (("if-modified-since", modified), ("last-modified", modified), true),
             (("if-modified-since", later), ("last-modified", modified), true),
             (("if-modified-since", earlier), ("last-modified", modified), false),
