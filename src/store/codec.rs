@@ -33,9 +33,10 @@ const VARY: u8 = 8;
 #[cfg(feature = "lz4")]
 const COMPRESS_FROM: usize = 1024;
 
-/// No body is larger than this when it is unpacked: a corrupt size must not take the process's memory.
+/// No body is larger than this when it is unpacked, or than so many times what it is packed to, which no format of LZ4 can
+/// be: a corrupt size must not take the process's memory.
 #[cfg(feature = "lz4")]
-const MAX_BODY: usize = 256 << 20;
+const MAX_BODY: (usize, usize) = (256 << 20, 255);
 
 /// Bytes that are no entry of ours.
 #[derive(Debug, PartialEq, Eq)]
@@ -85,16 +86,16 @@ pub(crate) fn encode(entry: &Entry, shift: i64) -> Result<Encoded, TooLarge> {
     if let Some(response) = response {
         flags |= RESPONSE;
         out.put_u16_le(response.status.as_u16());
-        put_headers(&mut out, &response.headers)?;
+        // The places of `cache-status` and `age` are empty, and made anew when the entry is read.
+        put_headers(&mut out, response.headers.iter().filter(|(name, value)| !(value.is_empty() && is_place(name))))?;
         if let Some(trailers) = &response.trailers {
             flags |= TRAILERS;
-            put_headers(&mut out, trailers)?;
+            put_headers(&mut out, trailers.iter())?;
         }
     }
     if let Payload::Vary(names) = &entry.payload {
         flags |= VARY;
-        let names = names.iter().map(|name| (name.clone(), HeaderValue::from_static("")));
-        put_headers(&mut out, &names.collect())?;
+        put_headers(&mut out, names.iter().map(|name| (name, &NOTHING)))?;
     }
     out.put_slice(tail);
     out[HEAD] = flags;
@@ -138,7 +139,7 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
         let mut headers = take_headers(&mut rest)?;
         for place in PLACES {
             let entry = headers.try_entry(place).map_err(|_| Unreadable)?;
-            entry.or_try_insert(HeaderValue::from_static("")).map_err(|_| Unreadable)?;
+            entry.or_try_insert(NOTHING.clone()).map_err(|_| Unreadable)?;
         }
         let trailers = if flags & TRAILERS == 0 { None } else { Some(take_headers(&mut rest)?) };
         Some((status, headers, trailers))
@@ -169,16 +170,24 @@ fn put_count(out: &mut Vec<u8>, count: usize) -> Result<(), TooLarge> {
     Ok(())
 }
 
-fn put_headers(out: &mut Vec<u8>, headers: &HeaderMap) -> Result<(), TooLarge> {
-    // The places of `cache-status` and `age` are empty, and made anew when the entry is read.
-    let stored = || headers.iter().filter(|(name, value)| !(value.is_empty() && is_place(name)));
-    put_count(out, stored().count())?;
-    for (name, value) in stored() {
+static NOTHING: HeaderValue = HeaderValue::from_static("");
+
+fn put_headers<'h>(
+    out: &mut Vec<u8>,
+    headers: impl Iterator<Item = (&'h HeaderName, &'h HeaderValue)>,
+) -> Result<(), TooLarge> {
+    let (at, mut count) = (out.len(), 0);
+    put_count(out, count)?;
+    for (name, value) in headers {
+        count += 1;
         put_count(out, name.as_str().len())?;
         out.put_slice(name.as_str().as_bytes());
         out.put_u32_le(u32::try_from(value.len()).map_err(|_| TooLarge)?);
         out.put_slice(value.as_bytes());
     }
+    // How many there are is known when they are written.
+    let count = u16::try_from(count).map_err(|_| TooLarge)?;
+    out[at..at + 2].copy_from_slice(&count.to_le_bytes());
     Ok(())
 }
 
@@ -236,16 +245,23 @@ fn pack(_: &[u8], _: Option<&HeaderMap>) -> Option<Vec<u8>> {
 #[cfg(feature = "lz4")]
 fn unpack(packed: &[u8]) -> Result<Bytes, Unreadable> {
     let (size, packed) = lz4_flex::block::uncompressed_size(packed).map_err(|_| Unreadable)?;
-    if size > MAX_BODY {
+    if size > MAX_BODY.0 || size > packed.len().saturating_mul(MAX_BODY.1) {
         return Err(Unreadable);
     }
-    lz4_flex::decompress(packed, size).map(Bytes::from).map_err(|_| Unreadable)
+    let body = lz4_flex::decompress(packed, size).map_err(|_| Unreadable)?;
+    if body.len() == size { Ok(body.into()) } else { Err(Unreadable) }
 }
 
 /// Another process of the fleet may compress: to this one its entries are misses.
 #[cfg(not(feature = "lz4"))]
 fn unpack(_: &[u8]) -> Result<Bytes, Unreadable> {
     Err(Unreadable)
+}
+
+/// Bytes with a right checksum, which may still make no sense.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn sealed(rest: &[u8]) -> Bytes {
+    [&[VERSION], &crc32fast::hash(rest).to_le_bytes()[..], rest].concat().into()
 }
 
 #[cfg(test)]
@@ -301,7 +317,7 @@ mod tests {
         }
 
         #[test]
-        fn names_of_headers_are_read(names in proptest::collection::btree_set("x-[a-z]{1,9}", 1..5)) {
+        fn names_of_headers_are_read(names in proptest::collection::btree_set("x-[a-z]{1,9}|age|cache-status", 1..5)) {
             let names: Box<[HeaderName]> = names.iter().map(|n| n.parse().unwrap()).collect();
             let entry = Entry { payload: Payload::Vary(names), ..entry(vec![], &[], false) };
             let read = decode(encode(&entry, 7).unwrap().bytes.into(), -7, None).unwrap();
@@ -341,17 +357,12 @@ mod tests {
     fn an_absurd_size_is_unreadable() {
         let mut bytes = encode(&entry(vec![7; 2_000], &[], false), 0).unwrap().bytes;
         let at = bytes.len() - encode(&entry(vec![7; 2_000], &[], false), 0).unwrap().compressed.unwrap().1;
-        bytes[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
-        let crc = crc32fast::hash(&bytes[HEAD..]);
-        bytes[1..HEAD].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(decode(bytes.into(), 0, None).unwrap_err(), Unreadable);
-    }
-
-    /// Bytes with a right checksum may still make no sense.
-    fn sealed(mut bytes: Vec<u8>) -> Bytes {
-        let crc = crc32fast::hash(&bytes[HEAD..]);
-        bytes[1..HEAD].copy_from_slice(&crc.to_le_bytes());
-        bytes.into()
+        // Its own size is read, and no other: neither one that is a lie nor one that no such bytes could have.
+        for (size, is_read) in [(2_000, true), (1_999, false), (2_001, false), (100_000_000, false), (u32::MAX, false)]
+        {
+            bytes[at..at + 4].copy_from_slice(&size.to_le_bytes());
+            assert_eq!(decode(sealed(&bytes[HEAD..]), 0, None).is_ok(), is_read, "{size}");
+        }
     }
 
     #[test]
@@ -361,7 +372,7 @@ mod tests {
         for at in HEAD + 1..good.len().min(300) {
             let mut bytes = good.clone();
             bytes[at..at + 2].copy_from_slice(&u16::MAX.to_le_bytes());
-            refused += usize::from(decode(sealed(bytes), 0, None).is_err());
+            refused += usize::from(decode(sealed(&bytes[HEAD..]), 0, None).is_err());
         }
         assert!(refused > 20, "{refused}");
         // More headers than a map may hold, all of them there: the count of none is the last of this one.
@@ -374,7 +385,7 @@ mod tests {
             many.put_slice(name.as_bytes());
             many.put_u32_le(0);
         }
-        assert!(decode(sealed(many), 0, None).is_err());
+        assert!(decode(sealed(&many[HEAD..]), 0, None).is_err());
     }
 
     #[test]
