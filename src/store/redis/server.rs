@@ -112,15 +112,15 @@ pub(super) struct Beat {
 
 /// What a master of a cluster says: the slots it serves itself, and the addresses of all masters.
 #[derive(Debug, Default)]
-pub(super) struct Claim {
-    pub(super) own: Vec<(u16, u16)>,
-    pub(super) masters: Vec<String>,
+pub(crate) struct Claim {
+    pub(crate) own: Vec<(u16, u16)>,
+    pub(crate) masters: Vec<String>,
 }
 
 /// Which server it is, as far as it says.
-struct Identity {
+pub(crate) struct Identity {
     is_master: Option<bool>,
-    reign: Option<u128>,
+    pub(crate) reign: Option<u128>,
     is_cluster: bool,
 }
 
@@ -341,7 +341,7 @@ fn refusal(reply: Option<&Value>) -> Option<Trouble> {
 
 impl Identity {
     /// From `INFO server` and `INFO replication`, either of which may be refused.
-    fn of(replies: &[Value]) -> Result<Self, Trouble> {
+    pub(crate) fn of(replies: &[Value]) -> Result<Self, Trouble> {
         let text = |at: usize| match replies.get(at) {
             Some(Value::ServerError(error)) if is_forbidden(error) => Ok(String::new()),
             Some(Value::ServerError(error)) => Err(Trouble::from(error)),
@@ -372,14 +372,15 @@ fn is_forbidden(error: &ServerError) -> bool {
     error.code() == "NOPERM" || error.to_string().to_ascii_lowercase().contains("unknown command")
 }
 
-/// `TIME` in milliseconds.
-fn time(reply: Option<&Value>) -> Option<i64> {
+/// `TIME` in milliseconds; a server that knows no time that makes sense says none.
+pub(crate) fn time(reply: Option<&Value>) -> Option<i64> {
     let (seconds, micros): (i64, i64) = <(i64, i64)>::from_redis_value_ref(reply?).ok()?;
-    Some(seconds * 1_000 + micros / 1_000)
+    let makes_sense = (0..1 << 40).contains(&seconds) && (0..1_000_000).contains(&micros);
+    makes_sense.then(|| seconds * 1_000 + micros / 1_000)
 }
 
 /// Reads `CLUSTER SLOTS`: [first, last, [host, port, id, …], replicas …] for each range; and `CLUSTER MYID`.
-fn claim(slots: Option<&Value>, own: Option<&Value>, asked: &str) -> Claim {
+pub(crate) fn claim(slots: Option<&Value>, own: Option<&Value>, asked: &str) -> Claim {
     let mut claim = Claim::default();
     let id = own.and_then(|id| String::from_redis_value_ref(id).ok()).unwrap_or_default();
     let Some(Value::Array(ranges)) = slots else { return claim };
@@ -404,7 +405,7 @@ fn claim(slots: Option<&Value>, own: Option<&Value>, asked: &str) -> Claim {
 
 /// The address of a cluster's node, to be reached like this one: with the same login and encryption.
 #[cfg(feature = "redis-cluster")]
-pub(super) fn node(address: &str, seed: &ConnectionInfo) -> Result<ConnectionInfo, redis::RedisError> {
+pub(crate) fn node(address: &str, seed: &ConnectionInfo) -> Result<ConnectionInfo, redis::RedisError> {
     let bad = || redis::RedisError::from((redis::ErrorKind::Client, "a cluster node without a port"));
     let (host, port) = address.rsplit_once(':').ok_or_else(bad)?;
     let port = port.parse().map_err(|_| bad())?;
