@@ -214,6 +214,22 @@ fn the_name_of_a_service_is_part_of_its_keys_and_cannot_forge_anothers() {
     assert!(Cache::builder("agents").version("2:x").build().unwrap_err().to_string().contains("2:x"));
 }
 
+#[test]
+fn redis_is_not_asked_without_a_pause_and_its_times_end() {
+    let of = |line: &str| {
+        let config = Config::from_toml(&format!("[redis]\nurls = [\"redis://127.0.0.1:1\"]\n{line}")).unwrap();
+        Cache::builder("test").config(config).build().map_err(|e| e.to_string())
+    };
+    let names = ["heartbeat", "budget", "invalidate_budget", "settle", "generation_ttl"];
+    for name in names {
+        let error = of(&format!("{name} = \"500000000y\"")).unwrap_err();
+        assert!(error.contains(name) && error.contains("days"), "{error}");
+        of(&format!("{name} = \"1s\"")).unwrap();
+    }
+    assert!(of("heartbeat = \"0s\"").unwrap_err().contains("1ms"));
+    of("settle = \"0s\"").unwrap();
+}
+
 /// Neither in what is shown, nor in what is refused.
 #[test]
 fn passwords_are_not_told() {

@@ -58,6 +58,8 @@ const IN_PROCESS: u64 = 64 << 20;
 const HEARTBEAT: Duration = Duration::from_millis(250);
 const GENERATION_TTL: Duration = Duration::from_secs(7 * 86_400);
 const SETTLE: Duration = Duration::from_secs(1);
+const MILLISECOND: Duration = Duration::from_millis(1);
+const DAY: Duration = Duration::from_secs(86_400);
 
 /// Redis, with a tier in this process. Cheap to clone.
 #[derive(Clone)]
@@ -247,8 +249,9 @@ impl RedisBuilder {
     /// Checks the addresses and makes the store. It connects in the background, and serves from the origin until it has.
     ///
     /// # Errors
-    /// An address that cannot be read, or needs a feature that is not turned on.
+    /// An address that cannot be read, or needs a feature that is not turned on; a time that makes no sense.
     pub fn build(self) -> Result<RedisStore, ConfigError> {
+        self.check_times()?;
         let address = Address::parse(self.urls.iter().map(String::as_str))?;
         let prefix = self.prefix.unwrap_or_else(|| PREFIX.to_owned());
         if prefix.is_empty()
@@ -282,6 +285,25 @@ impl RedisBuilder {
         let store = RedisStore(Arc::new(Shared { remote, link, counters, held, watched: Arc::default() }));
         store.start();
         Ok(store)
+    }
+
+    /// With a heartbeat of nothing no server would ever be up, and times without end cannot be added to others.
+    fn check_times(&self) -> Result<(), ConfigError> {
+        for (name, time, least, most) in [
+            ("heartbeat", self.heartbeat, MILLISECOND, DAY),
+            ("budget", self.budget, Duration::ZERO, DAY),
+            ("invalidate_budget", self.invalidate_budget, Duration::ZERO, DAY),
+            ("settle", self.settle, Duration::ZERO, DAY),
+            ("generation_ttl", self.generation_ttl, MILLISECOND, 36_500 * DAY),
+        ] {
+            if let Some(time) = time.filter(|time| !(least..=most).contains(time)) {
+                return Err(ConfigError::new(format!(
+                    "Redis {name} of {time:?}: choose one from {least:?} to {} days",
+                    most.as_secs() / DAY.as_secs()
+                )));
+            }
+        }
+        Ok(())
     }
 }
 
