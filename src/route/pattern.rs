@@ -72,6 +72,10 @@ impl Pattern {
             let close = rest[open..].find('}').ok_or("a { is not closed")? + open;
             let is_rest = rest[open + 1..].starts_with('*');
             let name = rest[open + 1..close].trim_start_matches('*').to_owned();
+            // The router reads doubled ones as a part of the name.
+            if name.contains('{') || rest[close + 1..].starts_with('}') {
+                return Err("a parameter has no braces in its name, or behind it".to_owned());
+            }
             let explicit = overrides.get(&name).map(String::as_str).or_else(|| name.strip_suffix("_id"));
             let entity = explicit.unwrap_or(&name).to_owned();
             let before = &path[..path.len() - rest.len() + open];
@@ -165,6 +169,18 @@ pub(crate) fn pattern_error(what: &str, error: &str) -> ConfigError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn braces_are_no_part_of_names() {
+        let pattern = |path: &str| Pattern::new(path, &BTreeMap::new(), &Entities::default());
+        for wrong in ["/a/{*b{{}", "/a/{b{{c}", "/a/{b}}", "/a/{b}}c}"] {
+            assert!(pattern(wrong).is_err_and(|why| why.contains("braces")), "{wrong}");
+        }
+        for (good, names) in [("/{{a}}/{b}", &["b"][..]), ("/{a}/{b}.{{c}}", &["a", "b"]), ("/{{a}}", &[])] {
+            let names_of = pattern(good).unwrap();
+            assert!(names_of.params().iter().map(|param| &*param.name).eq(names.iter().copied()), "{good}");
+        }
+    }
 
     #[test]
     fn an_escaped_delimiter_is_not_the_delimiter() {
