@@ -30,7 +30,7 @@ pub(crate) mod shared {
     pub(crate) use foldhash::fast::FixedState as RandomState;
     use quick_cache::{Equivalent, Lifecycle, Options, Weighter, sync};
     pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic};
-    #[cfg(feature = "redis")]
+    #[cfg(any(feature = "redis", feature = "testing"))]
     pub(crate) use shuttle_tokio::{
         runtime::Handle,
         sync::Notify,

@@ -57,7 +57,7 @@ struct State {
     /// The store.
     generations: [Option<Generation>; 2],
     mark: Option<Generation>,
-    entry: Option<(Value, [Generation; 2])>,
+    entry: Option<Stored>,
     readers: Vec<Reader>,
     writers: [Writer; 2],
     losses: u8,
@@ -99,6 +99,9 @@ enum Read {
 
 /// A flight, what it has landed with, and the stamps of that.
 type Landed = (Opened, Value, [Generation; 2]);
+
+/// What is stored, and under what.
+type Stored = (Value, [Generation; 2]);
 
 /// A writer of one row.
 #[derive(Clone, Copy, Debug, Hash, PartialEq)]
@@ -312,7 +315,7 @@ impl Protocol {
     }
 
     /// `Engine::find`.
-    fn find(&self, state: &State) -> Option<(Value, [Generation; 2])> {
+    fn find(&self, state: &State) -> Option<Stored> {
         state.entry.filter(|(_, stamps)| state.is_current(*stamps) || !self.has(Rule::CompareGenerations))
     }
 
@@ -323,7 +326,7 @@ impl Protocol {
     }
 
     /// The flight of a reader that others may join, and how it has landed, if it has: `Flights::join_or_lead`.
-    fn flight(&self, state: &State, leader: usize) -> Option<(Opened, Option<(Value, [Generation; 2])>)> {
+    fn flight(&self, state: &State, leader: usize) -> Option<(Opened, Option<Stored>)> {
         let (opened, landed) = match state.readers[leader].step {
             Read::Loading(opened) | Read::Loaded(opened, _) | Read::Extending(opened, ..) => (opened, None),
             Read::Sealed(opened, value, stamps) | Read::Idle(Some((opened, value, stamps))) => {
