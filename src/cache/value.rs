@@ -45,10 +45,13 @@ pub trait Codec: 'static {
 
 /// [MessagePack](https://msgpack.org), with the names of fields: reads what it wrote, also `NaN`, keys of maps that are no text,
 /// `()` and nulls; fields may be added with a default. Like most formats it writes an option in an option as one: `Some(None)`
-/// in a field comes back as `None`.
+/// in a field comes back as `None`. What is nested more than 128 deep is not read again, as in JSON.
 // As text where types know two forms: what serde buffers (`flatten`, `tag`, `untagged`) is read as if it were.
 #[derive(Clone, Copy, Debug)]
 pub struct MessagePack;
+
+/// What is nested more deeply is not read: it would take the stack of the thread that reads it.
+const MOST_NESTED: usize = 128;
 
 impl Codec for MessagePack {
     const NAME: &'static str = "m";
@@ -60,7 +63,9 @@ impl Codec for MessagePack {
     }
 
     fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, CodecError> {
-        Ok(T::deserialize(&mut rmp_serde::Deserializer::from_read_ref(bytes).with_human_readable())?)
+        let mut reader = rmp_serde::Deserializer::from_read_ref(bytes).with_human_readable();
+        reader.set_max_depth(MOST_NESTED);
+        Ok(T::deserialize(&mut reader)?)
     }
 }
 
