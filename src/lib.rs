@@ -87,6 +87,9 @@ mod clock;
 mod config;
 mod engine;
 mod error;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod http;
 mod key;
 mod layer;

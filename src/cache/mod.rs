@@ -14,6 +14,8 @@ pub use builder::CacheBuilder;
 pub use describe::{DescribedRead, DescribedWrite, Description, Dropped};
 pub use entry::{EntryBuilder, Fetch, Generate};
 pub use invalidation::Invalidation;
+#[cfg(any(test, fuzzing))]
+pub(crate) use value::Shape;
 pub use value::{Codec, CodecError, Json, MessagePack, Report, Source};
 
 use crate::{

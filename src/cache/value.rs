@@ -160,11 +160,11 @@ pub(super) struct Loaded<V> {
 }
 
 /// What is wanted of a value that there may be none of.
-pub(super) struct Shape<T, V> {
+pub(crate) struct Shape<T, V> {
     /// From what is stored; `None` if that is not good enough.
-    pub(super) of: fn(Option<T>) -> Option<V>,
+    pub(crate) of: fn(Option<T>) -> Option<V>,
     /// What is to be stored.
-    pub(super) some: fn(&V) -> Option<&T>,
+    pub(crate) some: fn(&V) -> Option<&T>,
 }
 
 impl<T, V> Clone for Shape<T, V> {
@@ -180,14 +180,14 @@ const NONE: u8 = 0;
 const SOME: u8 = 1;
 
 impl<T: Serialize + DeserializeOwned, V> Shape<T, V> {
-    fn encode<C: Codec>(self, value: &V) -> Result<Vec<u8>, CodecError> {
+    pub(crate) fn encode<C: Codec>(self, value: &V) -> Result<Vec<u8>, CodecError> {
         let Some(value) = (self.some)(value) else { return Ok(vec![NONE]) };
         let mut bytes = C::encode(value)?;
         bytes.insert(0, SOME);
         Ok(bytes)
     }
 
-    fn decode<C: Codec>(self, entry: &Entry) -> Option<V> {
+    pub(crate) fn decode<C: Codec>(self, entry: &Entry) -> Option<V> {
         let Payload::Value(bytes) = &entry.payload else { return None };
         let value = match bytes.split_first() {
             Some((&NONE, [])) => Ok(None),

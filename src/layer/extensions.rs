@@ -45,7 +45,7 @@ pub struct NoCache;
 
 /// Takes the declared tags out of a response. Those that no cascade would match are an error of the handler: the response
 /// must then not be stored.
-pub(super) fn take_tags(
+pub(crate) fn take_tags(
     parts: &mut response::Parts,
     core: &Core,
     tenant: &Tenant,

@@ -28,11 +28,15 @@ pub use body::CacheBody;
 pub use cache_aside::{CacheAside, CacheAsideLayer};
 pub(crate) use changes::Reads;
 pub use changes::{Changes, changed, depends_on};
+#[cfg(any(test, fuzzing))]
+pub(crate) use extensions::take_tags;
 pub use extensions::{CacheTags, NoCache};
 pub use future::ResponseFuture;
 pub(crate) use future::joined;
 #[cfg(feature = "grpc")]
 pub use grpc::{Grpc, GrpcLayer, GrpcResponseBody};
+#[cfg(any(test, fuzzing))]
+pub(crate) use grpc::{accepts, message};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
 pub use request::{Bodies, NoBodies, ReadBody, RequestBody};
 pub(crate) use warnings::Warnings;

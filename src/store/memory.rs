@@ -83,7 +83,7 @@ impl Resident {
     }
 }
 
-pub(super) struct TagState {
+pub(crate) struct TagState {
     version: AtomicU64,
     /// The entries filled since the last drop, for the counts; pruned when it grows.
     members: Mutex<Vec<Weak<Resident>>>,
@@ -294,7 +294,7 @@ impl MemoryStore {
     }
 
     /// Resolves tags, and notices every drop of them from now on.
-    pub(super) fn capture<'t>(&self, tags: impl IntoIterator<Item = &'t Tag>) -> Captured {
+    pub(crate) fn capture<'t>(&self, tags: impl IntoIterator<Item = &'t Tag>) -> Captured {
         let capture = |tag| {
             let mut shard = self.shard(tag);
             let state = shard.state(tag, || self.next_version()).clone();
@@ -305,7 +305,7 @@ impl MemoryStore {
     }
 
     /// Stores an entry under what was captured, to be answered from until then.
-    pub(super) fn insert(&self, key: &Key, entry: Arc<Entry>, tags: Captured, until: Millis) {
+    pub(crate) fn insert(&self, key: &Key, entry: Arc<Entry>, tags: Captured, until: Millis) {
         if tags
             .iter()
             .any(|(state, version)| version & FENCED != 0 || state.version.load(Ordering::Acquire) != *version)

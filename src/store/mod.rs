@@ -5,7 +5,7 @@
 //! multi-get, add, set and delete, which the in-process store, Redis and memcached all have without scripts.
 
 #[cfg(feature = "redis")]
-mod codec;
+pub(crate) mod codec;
 mod entry;
 #[cfg(any(feature = "redis", feature = "testing"))]
 mod guard;
@@ -20,6 +20,8 @@ pub use entry::{Entry, Stamp, StoredResponse};
 #[cfg(any(feature = "redis", feature = "testing"))]
 pub use guard::Guard;
 pub use memory::MemoryStore;
+#[cfg(any(test, fuzzing))]
+pub(crate) use redis::fuzzed;
 #[cfg(feature = "redis")]
 pub use redis::{RedisBuilder, RedisStats, RedisStore};
 

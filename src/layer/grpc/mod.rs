@@ -43,6 +43,8 @@ use crate::{
 };
 pub use body::GrpcResponseBody;
 use read::Read;
+#[cfg(any(test, fuzzing))]
+pub(crate) use read::{accepts, message};
 use write::Write;
 
 /// Wraps gRPC services in [`Grpc`]: unary calls of declared methods are answered from the cache, and mutations invalidate

@@ -38,7 +38,7 @@ use crate::{
 const FRAME: usize = 5;
 
 /// The message of a body that holds exactly one: `Some(None)` if it is compressed.
-pub(super) fn message(body: &Bytes) -> Option<Option<Bytes>> {
+pub(crate) fn message(body: &Bytes) -> Option<Option<Bytes>> {
     let mut head = body.get(..FRAME)?;
     let compressed = head.get_u8();
     let length = head.get_u32() as usize;
@@ -246,7 +246,7 @@ impl Read {
 }
 
 /// Only one message, and a success.
-fn accepts(body: &Bytes, trailers: Option<&HeaderMap>) -> Result<(), &'static str> {
+pub(crate) fn accepts(body: &Bytes, trailers: Option<&HeaderMap>) -> Result<(), &'static str> {
     match (message(body), trailers.and_then(|t| t.get(GRPC_STATUS))) {
         (Some(_), Some(status)) if status == "0" => Ok(()),
         (Some(_), _) => Err("grpc-status"),

@@ -17,10 +17,10 @@ use crate::{
 };
 
 #[derive(Debug)]
-pub(super) struct Held {
-    pub(super) memory: MemoryStore,
+pub(crate) struct Held {
+    pub(crate) memory: MemoryStore,
     /// Carried by everything that is answered from: dropped when nothing held can be trusted any more.
-    pub(super) era: Tag,
+    pub(crate) era: Tag,
     /// Until when drops are known to have been heard of; 0 while they are not.
     proven_until: AtomicU64,
     clock: Clock,
@@ -29,7 +29,7 @@ pub(super) struct Held {
 }
 
 impl Held {
-    pub(super) fn new(memory: MemoryStore, clock: Clock) -> Self {
+    pub(crate) fn new(memory: MemoryStore, clock: Clock) -> Self {
         Self {
             memory,
             clock,
@@ -40,32 +40,32 @@ impl Held {
     }
 
     /// Whether it may be answered from now.
-    pub(super) fn is_alive(&self) -> bool {
+    pub(crate) fn is_alive(&self) -> bool {
         self.clock.now() < self.proven_until.load(Ordering::Acquire)
     }
 
     /// Some type wants it; whether that is new.
-    pub(super) fn want(&self) -> bool {
+    pub(crate) fn want(&self) -> bool {
         !self.wanted.load(Ordering::Relaxed) && !self.wanted.swap(true, Ordering::AcqRel)
     }
 
-    pub(super) fn is_wanted(&self) -> bool {
+    pub(crate) fn is_wanted(&self) -> bool {
         self.wanted.load(Ordering::Acquire)
     }
 
     /// Trusts nothing that is held now.
-    pub(super) fn lose(&self) {
+    pub(crate) fn lose(&self) {
         self.proven_until.store(0, Ordering::Release);
         self.memory.drop_local(&self.era);
     }
 
     /// Every drop has been heard of that was made before this was proven, which is good until then.
-    pub(super) fn prove(&self, until: Millis) {
+    pub(crate) fn prove(&self, until: Millis) {
         self.proven_until.store(until, Ordering::Release);
     }
 
     /// Takes one push. It runs on the connection's own task, before any reply that came after it is handed out.
-    pub(super) fn hear(&self, push: &PushInfo, prefix: &[u8]) {
+    pub(crate) fn hear(&self, push: &PushInfo, prefix: &[u8]) {
         match push.kind {
             PushKind::Disconnection => self.lose(),
             PushKind::Invalidate => match push.data.first() {

@@ -49,6 +49,18 @@ use remote::{Counters, Remote};
 use server::Terms;
 use watch::watch;
 
+/// What is made of a server's replies, for fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed {
+    pub(crate) use super::{
+        held::Held,
+        remote::parse_generation,
+        server::{Identity, claim, node, time},
+        slot::{name_in, slot},
+        trouble::Trouble,
+    };
+}
+
 /// What all keys begin with.
 const PREFIX: &str = "cas";
 

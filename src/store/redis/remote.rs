@@ -469,7 +469,7 @@ fn fences_in(reply: &Value) -> Option<Vec<(Vec<u8>, f64)>> {
 }
 
 /// A generation as it is stored: 16 bytes. Anything else was not written by us, and is no generation.
-fn parse_generation(value: &Value, reign: u128) -> Option<Generation> {
+pub(crate) fn parse_generation(value: &Value, reign: u128) -> Option<Generation> {
     match value {
         Value::BulkString(bytes) => Some(Generation(u128::from_be_bytes(bytes.as_slice().try_into().ok()?) ^ reign)),
         _ => None,

@@ -7,14 +7,14 @@ pub(super) const SLOTS: usize = 16_384;
 const CRC: crc::Crc<u16> = crc::Crc::<u16>::new(&crc::CRC_16_XMODEM);
 
 /// The slot of a tenant's keys; `tenant` as it is in keys, with its braces.
-pub(super) fn slot(tenant: &[u8]) -> usize {
+pub(crate) fn slot(tenant: &[u8]) -> usize {
     let begin = tenant.iter().position(|&c| c == b'{').map_or(0, |at| at + 1);
     let inner = tenant[begin..].strip_suffix(b"}").unwrap_or(tenant);
     usize::from(CRC.checksum(inner)) % SLOTS
 }
 
 /// What a key must have in braces to be in one of these slots: the first such name, or the next, and so on.
-pub(super) fn name_in(own: &[(u16, u16)], nth: usize) -> Option<String> {
+pub(crate) fn name_in(own: &[(u16, u16)], nth: usize) -> Option<String> {
     let is_own = |name: &String| {
         let at = slot(format!("{{{name}}}").as_bytes());
         own.iter().any(|&(first, last)| (usize::from(first)..=usize::from(last)).contains(&at))

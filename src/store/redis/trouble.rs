@@ -6,9 +6,9 @@ use redis::{RedisError, ServerError};
 
 /// What a server, or the way to it, answers instead of what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Trouble {
+pub(crate) struct Trouble {
     /// What begins the server's answer, or names what is known by other means: one line is logged for each.
-    pub(super) code: Arc<str>,
+    pub(crate) code: Arc<str>,
     text: Arc<str>,
 }
 
