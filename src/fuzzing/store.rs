@@ -13,6 +13,7 @@ use redis::{ConnectionAddr, IntoConnectionInfo, Parser, PushInfo, Value};
 use super::input::Input;
 use crate::{
     catalog::Lifetime,
+    clock::Clock,
     clock::Millis,
     key::{Key, Tag},
     store::{
@@ -125,7 +126,7 @@ fn generation(value: &Value) {
 fn hear(push: &PushInfo) {
     const PREFIX: &[u8] = b"cas:g:";
     static HELD: OnceLock<Held> = OnceLock::new();
-    let held = HELD.get_or_init(|| Held::new(MemoryStore::new(1 << 20)));
+    let held = HELD.get_or_init(|| Held::new(MemoryStore::new(1 << 20), Clock::default()));
     held.prove(Millis::MAX);
     let hold = |tag: &Tag, key: &'static [u8]| {
         let entry = Entry::new(Payload::Value(Bytes::new()), [].into(), 0, Lifetime::default());
