@@ -372,6 +372,16 @@ impl Node {
                 self.fence(world, now, args);
                 out.extend_from_slice(b"_\r\n");
             }
+            // The last of them.
+            "ZREVRANGE" => match self.get(now, &args[0]) {
+                Some(Data::Fences(fences)) => {
+                    let (writer, until) = fences.iter().max_by_key(|(_, until)| **until).unwrap();
+                    out.extend_from_slice(b"*1\r\n*2\r\n");
+                    bulk(out, writer);
+                    out.extend_from_slice(format!(",{}\r\n", until + AHEAD).as_bytes());
+                }
+                _ => out.extend_from_slice(b"*0\r\n"),
+            },
             "SCAN" => {
                 let pattern = text(&args[2]).trim_end_matches('*').as_bytes().to_vec();
                 let found: BTreeSet<_> = self.items.keys().filter(|key| key.starts_with(&pattern)).collect();
@@ -409,9 +419,10 @@ impl Node {
     fn fence(&mut self, world: &World, now: u64, args: &[Vec<u8>]) {
         let count: usize = text(&args[1]).parse().unwrap();
         let (keys, argv) = args[2..].split_at(count);
-        let (writer, stands): (_, u64) = (&argv[0], text(&argv[1]).parse().unwrap());
+        let number = |at: usize| text(&argv[at]).parse::<u64>().unwrap();
+        let (writer, stands, remembered) = (&argv[0], number(1), number(2));
         self.put(now, &keys[0], None);
-        for (pair, fenced) in keys[1..].chunks(2).zip(&argv[2..]) {
+        for (pair, fenced) in keys[1..].chunks(2).zip(&argv[3..]) {
             let [generation, name] = pair else { panic!("no pair") };
             let mut fences = match self.get(now, name) {
                 Some(Data::Fences(fences)) => fences.clone(),
@@ -423,9 +434,9 @@ impl Node {
                 _ => fences.insert(writer.clone(), now + stands),
             };
             let last = fences.values().max().copied();
-            let item = |data| last.map(|until| Item { data, until });
-            self.put(now, generation, item(Data::Text(fenced.clone())));
-            self.put(now, name, item(Data::Fences(fences.clone())));
+            let item = |data, longer| last.map(|until| Item { data, until: until + longer });
+            self.put(now, generation, item(Data::Text(fenced.clone()), 0));
+            self.put(now, name, item(Data::Fences(fences.clone()), remembered));
         }
         world.dropped(things(world, keys.iter()));
     }
