@@ -23,7 +23,7 @@ use run::{minimised, search};
 use sabotage::Sabotage;
 
 /// Enough for every sabotage to be caught.
-const SCHEDULES: u64 = 500;
+const SCHEDULES: u64 = 300;
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number: {text}")))
