@@ -8,7 +8,7 @@ use redis::{RedisError, ServerError};
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Trouble {
     /// What begins the server's answer, or names what is known by other means: one line is logged for each.
-    pub(crate) code: Arc<str>,
+    pub(super) code: Arc<str>,
     text: Arc<str>,
 }
 
