@@ -19,7 +19,7 @@ struct Parts {
 impl Parts {
     fn read(input: &mut Input<'_>) -> Self {
         let (tenant, data_type) = (input.part(), input.text());
-        let resource = (input.byte() % 4 != 0).then(|| input.part());
+        let resource = (!input.byte().is_multiple_of(4)).then(|| input.part());
         let scope = (0..input.byte() % 4).map(|_| (input.text(), input.part())).collect();
         Self { tenant, data_type, resource, scope, variant: input.part() }
     }

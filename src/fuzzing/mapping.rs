@@ -188,7 +188,7 @@ pub(super) fn tags(data: &[u8]) {
     }
     let found = take_tags(&mut parts, core, &tenant, "search", &Reads::default());
     assert!(parts.headers.is_empty());
-    let wanted: Option<Vec<_>> = lines.iter().flat_map(|line| members(line)).collect();
+    let wanted: Option<Vec<_>> = lines.iter().flat_map(members).collect();
     let tag = |(entity, id): &(String, Vec<u8>)| {
         let id = if entity == "team" { integer(id)? } else { id.clone() };
         Some(Tag::entity(tenant.head(), "search", entity, &id))
