@@ -232,7 +232,7 @@ async fn redis_may_come_after_the_service() {
     assert_eq!(client.get("/agents/agent-1").await.status, 200);
     assert_eq!(client.get("/healthz").await.json()["store"], "degraded");
     assert_eq!(client.put("/agents/agent-1", json!({"name": "x"})).await.status, 200);
-    let redis = Redis::start_on(port);
+    let redis = Redis::start_on(port, &[]);
     until_hit(client, "/agents/agent-1").await;
     assert_eq!(client.get("/agents/agent-1").await.json()["version"], 2);
     assert_eq!(client.get("/healthz").await.json()["store"], "ok");

@@ -2,6 +2,8 @@
 //! the bytes in it. Two caches on one Redis are two processes here; one that is killed is a real one.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/proxy.rs"]
+mod proxy;
 #[path = "support/redis.rs"]
 mod redis;
 #[path = "support/web.rs"]
@@ -19,14 +21,10 @@ use std::{
 
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
+use proxy::{Mode, Proxy};
 use redis::Redis;
 use tempfile::TempDir;
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream, tcp},
-    sync::{Semaphore, watch},
-    task::JoinHandle,
-};
+use tokio::{sync::Semaphore, task::JoinHandle};
 use tower_cache_aside::{
     Cache, CacheBuilder, Cascade, DataType, Mutation, OnUnreachable, Route, Tier, Ttl,
     store::{Health, RedisBuilder, RedisStore},
@@ -314,77 +312,6 @@ async fn a_fence_that_holds_stands_after_the_write() {
 }
 
 // The network.
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Mode {
-    Pass,
-    Delay(Duration),
-    /// Nothing arrives; all of it does when this is over.
-    Hold,
-    /// Nothing arrives, ever; connections end when this is over.
-    Swallow,
-    /// Connections end at once.
-    Cut,
-}
-
-/// A network of the test's own between a process and Redis.
-struct Proxy {
-    url: String,
-    mode: watch::Sender<Mode>,
-}
-
-impl Proxy {
-    async fn start(port: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("redis://{}", listener.local_addr().unwrap());
-        let (mode, modes) = watch::channel(Mode::Pass);
-        tokio::spawn(async move {
-            while let Ok((near, _)) = listener.accept().await {
-                let modes = modes.clone();
-                tokio::spawn(async move {
-                    let Ok(far) = TcpStream::connect(("127.0.0.1", port)).await else { return };
-                    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
-                    tokio::select! {
-                        _ = pump(near_in, far_out, modes.clone()) => {}
-                        _ = pump(far_in, near_out, modes) => {}
-                    }
-                });
-            }
-        });
-        Self { url, mode }
-    }
-
-    fn set(&self, mode: Mode) {
-        self.mode.send_replace(mode);
-    }
-}
-
-type Modes = watch::Receiver<Mode>;
-
-async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut modes: Modes) {
-    let (mut buffer, mut hole, mut ends) = (vec![0; 1 << 16], false, modes.clone());
-    loop {
-        let bytes = tokio::select! {
-            read = from.read(&mut buffer) => match read {
-                Ok(size) if size > 0 => &buffer[..size],
-                _ => return,
-            },
-            _ = ends.wait_for(|mode| *mode == Mode::Cut || (hole && *mode != Mode::Swallow)) => return,
-        };
-        let mode = *modes.borrow();
-        match mode {
-            Mode::Delay(delay) => tokio::time::sleep(delay).await,
-            Mode::Swallow => {
-                hole = true;
-                continue;
-            }
-            _ => {}
-        }
-        if modes.wait_for(|mode| *mode != Mode::Hold).await.is_err() || to.write_all(bytes).await.is_err() {
-            return;
-        }
-    }
-}
 
 /// Whatever the network does, reads neither fail nor find less than what was written; and it heals.
 async fn survives_the_network(tier: Tier) {

@@ -313,6 +313,12 @@ fn metrics_of(db: &Database, more: &str) -> impl IntoResponse + use<> {
     for (data_type, count) in db.calls() {
         let _ = writeln!(text, "agent_service_origin_reads_total{{data_type=\"{data_type}\"}} {count}");
     }
+    let tasks = tokio::runtime::Handle::current().metrics().num_alive_tasks();
+    let _ = write!(
+        text,
+        "# HELP agent_service_tasks Tasks that are alive, connections among them.\n\
+         # TYPE agent_service_tasks gauge\nagent_service_tasks {tasks}\n",
+    );
     text.push_str(more);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }

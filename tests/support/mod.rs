@@ -5,7 +5,7 @@ use std::{
     fs::File,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Command, ExitStatus, Stdio},
     sync::Once,
     time::{Duration, Instant},
 };
@@ -82,6 +82,15 @@ impl Service {
 
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    pub fn signal(&self, signal: &str) {
+        assert!(Command::new("kill").args([signal, &self.pid().to_string()]).status().unwrap().success());
+    }
+
+    /// How it ended, once it has.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 }
 
@@ -210,7 +219,7 @@ impl Fleet {
     }
 
     pub fn signal(&self, at: usize, signal: &str) {
-        assert!(Command::new("kill").args([signal, &self.services[at].pid().to_string()]).status().unwrap().success());
+        self.services[at].signal(signal);
     }
 
     /// Until it has ended, in good order.

@@ -21,6 +21,15 @@ pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
+/// A free port that no outgoing connection is given while nobody listens there.
+pub fn lasting_port() -> u16 {
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let first = range.split_whitespace().next().unwrap().parse::<u16>().unwrap();
+    std::iter::repeat_with(|| rand::random_range(first / 2..first))
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .unwrap()
+}
+
 impl Redis {
     pub fn start(args: &[&str]) -> Self {
         let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
@@ -35,9 +44,9 @@ impl Redis {
         panic!("redis-server does not start");
     }
 
-    pub fn start_on(port: u16) -> Self {
-        let dir = TempDir::new().unwrap();
-        let mut this = Self { child: spawn(port, &dir, &[]), port, dir, args: vec![] };
+    pub fn start_on(port: u16, args: &[&str]) -> Self {
+        let (dir, args) = (TempDir::new().unwrap(), args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>());
+        let mut this = Self { child: spawn(port, &dir, &args), port, dir, args };
         assert!(this.answers(), "redis-server does not start");
         this
     }

@@ -1,0 +1,81 @@
+//! A network of the test's own between a process and Redis.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::time::Duration;
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream, tcp},
+    sync::watch,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Mode {
+    Pass,
+    Delay(Duration),
+    /// Nothing arrives; all of it does when this is over.
+    Hold,
+    /// Nothing arrives, ever; connections end when this is over.
+    Swallow,
+    /// Connections end at once.
+    Cut,
+}
+
+/// A network of the test's own between a process and Redis.
+pub struct Proxy {
+    pub url: String,
+    mode: watch::Sender<Mode>,
+}
+
+impl Proxy {
+    pub async fn start(port: u16) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("redis://{}", listener.local_addr().unwrap());
+        let (mode, modes) = watch::channel(Mode::Pass);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let modes = modes.clone();
+                tokio::spawn(async move {
+                    let Ok(far) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+                    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+                    tokio::select! {
+                        _ = pump(near_in, far_out, modes.clone()) => {}
+                        _ = pump(far_in, near_out, modes) => {}
+                    }
+                });
+            }
+        });
+        Self { url, mode }
+    }
+
+    pub fn set(&self, mode: Mode) {
+        self.mode.send_replace(mode);
+    }
+}
+
+type Modes = watch::Receiver<Mode>;
+
+async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut modes: Modes) {
+    let (mut buffer, mut hole, mut ends) = (vec![0; 1 << 16], false, modes.clone());
+    loop {
+        let bytes = tokio::select! {
+            read = from.read(&mut buffer) => match read {
+                Ok(size) if size > 0 => &buffer[..size],
+                _ => return,
+            },
+            _ = ends.wait_for(|mode| *mode == Mode::Cut || (hole && *mode != Mode::Swallow)) => return,
+        };
+        let mode = *modes.borrow();
+        match mode {
+            Mode::Delay(delay) => tokio::time::sleep(delay).await,
+            Mode::Swallow => {
+                hole = true;
+                continue;
+            }
+            _ => {}
+        }
+        if modes.wait_for(|mode| *mode != Mode::Hold).await.is_err() || to.write_all(bytes).await.is_err() {
+            return;
+        }
+    }
+}
