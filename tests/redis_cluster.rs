@@ -2,6 +2,8 @@
 //! failed request while slots migrate and servers fail over.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/history.rs"]
+mod history;
 #[path = "support/load.rs"]
 mod load;
 #[path = "support/redis.rs"]

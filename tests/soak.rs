@@ -157,11 +157,15 @@ impl Crew {
         for (member, process) in self.members.iter().zip(&crew) {
             let pid = member.service.pid();
             let metrics = String::from_utf8(process.nobody.get("/metrics").await.body.to_vec()).unwrap();
-            let tasks = metrics.lines().find_map(|line| line.strip_prefix("agent_service_tasks ")).unwrap();
+            let metric = |name: &str| {
+                let line = metrics.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name}"));
+                line.rsplit(' ').next().unwrap().parse::<u64>().unwrap()
+            };
             all.push(Vitals {
                 mib: vitals::resident(pid),
+                held: metric("cache_aside_store_bytes") >> 20,
                 threads: vitals::threads(pid),
-                tasks: tasks.parse().unwrap(),
+                tasks: metric("agent_service_tasks"),
                 files: vitals::files(pid),
             });
         }
@@ -179,16 +183,20 @@ impl Crew {
 #[derive(Debug, Clone, Copy)]
 struct Vitals {
     mib: u64,
+    /// Of those, what the cache says that it holds, which is bounded.
+    held: u64,
     threads: u64,
     tasks: u64,
     files: u64,
 }
 
 impl Vitals {
-    /// Above what it took at first, and what it may: in memory what is configured, and as much for what is under way, for
-    /// the database and for the allocator; otherwise a client's connection here and there.
+    /// By more than what the cache holds, and as much for what that counts roughly and for the allocator; or than what is
+    /// under way takes, and a client's connection here and there.
     fn has_grown(&self, since: &Self) -> bool {
-        self.mib > since.mib + 128
+        let held = self.held.saturating_sub(since.held);
+        self.mib > since.mib + 2 * held + 48
+            || self.held > 64
             || self.threads > since.threads + 32
             || self.tasks > since.tasks + 64
             || self.files > since.files + 64
@@ -412,10 +420,11 @@ fn what_is_stale_and_what_grows_is_found() {
     history.read(1, 2, 2, String::new);
     history.read(7, GONE, GONE, String::new);
     assert_eq!(history.stale(), 2);
-    let start = Vitals { mib: 20, threads: 4, tasks: 20, files: 30 };
-    assert!(!Vitals { mib: 90, threads: 12, tasks: 40, files: 50 }.has_grown(&start));
+    let start = Vitals { mib: 20, held: 4, threads: 4, tasks: 20, files: 30 };
+    assert!(!Vitals { mib: 120, held: 40, threads: 12, tasks: 40, files: 50 }.has_grown(&start));
     for grown in [
-        Vitals { mib: 200, ..start },
+        Vitals { mib: 100, ..start },
+        Vitals { held: 80, ..start },
         Vitals { threads: 50, ..start },
         Vitals { tasks: 100, ..start },
         Vitals { files: 100, ..start },

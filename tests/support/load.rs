@@ -1,8 +1,8 @@
 //! A mixed load on several processes of the agent service, and the checker of its history.
 //!
-//! Every register (the version of an agent, a config, a conversation) only grows. A read is stale if it returns less than
-//! what a write had acknowledged before the read began. Where a mode guarantees freshness only after a bound, a write
-//! counts from that long after its acknowledgement.
+//! Every register is the version of an agent, a config or a conversation. A read is stale if it returns less than what a
+//! write had acknowledged before the read began. Where a mode guarantees freshness only after a bound, a write counts from
+//! that long after its acknowledgement.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
@@ -15,30 +15,13 @@ use std::{
 
 use serde_json::json;
 
-use crate::support::Http;
+use crate::{
+    history::{Life, Register},
+    support::Http,
+};
 
 const AGENTS: usize = 6;
 const TENANT: &str = "demo";
-
-#[derive(Default)]
-struct Register {
-    /// (when acknowledged, version), in the order of acknowledgement.
-    acknowledged: Mutex<Vec<(Instant, u64)>>,
-}
-
-impl Register {
-    fn acknowledge(&self, version: u64) {
-        self.acknowledged.lock().unwrap().push((Instant::now(), version));
-    }
-
-    /// The newest version that every read which begins now must see.
-    fn floor(&self, bound: Duration) -> u64 {
-        let now = Instant::now();
-        let acknowledged = self.acknowledged.lock().unwrap();
-        let counts = acknowledged.iter().rev().filter(|(at, _)| *at + bound <= now).take(200);
-        counts.map(|(_, version)| *version).max().unwrap_or(0)
-    }
-}
 
 #[derive(Debug, Default, Clone)]
 pub struct History {
@@ -85,18 +68,20 @@ impl Load {
         }
         let registers: Arc<Vec<Register>> = Arc::new((0..AGENTS * 3).map(|_| Register::default()).collect());
         let (stop, history) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(History::default())));
+        let (reader, writer) = (Life::new("reader".to_owned(), bound), Life::new("writer".to_owned(), bound));
         let mut tasks = vec![];
         for task in 0..8 {
             let clients: Vec<_> = urls.iter().map(|url| Http::new(url, TENANT)).collect();
             let (stop, history, registers) = (stop.clone(), history.clone(), registers.clone());
+            let (reader, writer) = (reader.clone(), writer.clone());
             tasks.push(tokio::spawn(async move {
                 while !stop.load(Ordering::Relaxed) {
                     let pick = rand::random_range(0..registers.len());
                     let client = &clients[rand::random_range(0..clients.len())];
                     if task < 6 {
-                        read(client, pick, &registers[pick], bound, &history).await
+                        read(client, pick, &registers[pick], &reader, &history).await
                     } else {
-                        write(client, pick, &registers[pick], &history).await
+                        write(client, pick, &registers[pick], &writer, &history).await
                     }
                 }
             }));
@@ -136,8 +121,8 @@ fn path(pick: usize) -> String {
     }
 }
 
-async fn read(client: &Http, pick: usize, register: &Register, bound: Duration, history: &Mutex<History>) {
-    let floor = register.floor(bound);
+async fn read(client: &Http, pick: usize, register: &Register, reader: &Life, history: &Mutex<History>) {
+    let floor = register.floor(reader);
     let start = Instant::now();
     let reply = client.get(&path(pick)).await;
     let took = start.elapsed();
@@ -158,7 +143,7 @@ async fn read(client: &Http, pick: usize, register: &Register, bound: Duration, 
     }
 }
 
-async fn write(client: &Http, pick: usize, register: &Register, history: &Mutex<History>) {
+async fn write(client: &Http, pick: usize, register: &Register, writer: &Life, history: &Mutex<History>) {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let n = COUNT.fetch_add(1, Ordering::Relaxed);
     let body = match pick % 3 {
@@ -178,6 +163,6 @@ async fn write(client: &Http, pick: usize, register: &Register, history: &Mutex<
             return;
         }
     }
-    register.acknowledge(reply.json()["version"].as_u64().unwrap());
+    register.acknowledge(reply.json()["version"].as_u64().unwrap(), writer, true);
     tokio::time::sleep(Duration::from_millis(rand::random_range(0..30))).await;
 }

@@ -325,10 +325,11 @@ impl World {
                 let uncached = &process.uncached[tenant];
                 let Some(truth) = self.ask(process, uncached, Method::GET, &look.path, None).await else { continue };
                 count(&self.history.compared);
-                // What no living process has acknowledged, or could tell the others, need not be seen.
+                // What no living process has acknowledged, or could tell the others, need not be seen; behind a fence it is.
                 let floors = look.shows.iter().map(|(register, _)| register.floor(&process.life));
                 let is_known = look.found(&truth).into_iter().zip(floors).all(|(found, floor)| found <= floor);
-                if is_known && (cached.status, &cached.body) != (truth.status, &truth.body) {
+                let differs = (cached.status, &cached.body) != (truth.status, &truth.body);
+                if differs && (is_known || self.is_fenced) {
                     self.history.fail(format!("{} differs from the database: {cached:?}, {truth:?}", look.path));
                 }
             }
