@@ -138,7 +138,8 @@ impl Crew {
     /// Until everybody says that all is well, and hits are back.
     async fn healed(&self) {
         let start = Instant::now();
-        for process in &self.world().crew.read().unwrap().clone() {
+        let crew = self.world().crew.read().unwrap().clone();
+        for process in &crew {
             while !self.world().is_well(process).await {
                 assert!(start.elapsed() < PATIENCE, "{} does not heal", process.life.name);
                 sleep(Duration::from_millis(50)).await;
