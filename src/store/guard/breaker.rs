@@ -51,8 +51,13 @@ impl Breaker {
         }
     }
 
+    /// Whether calls are refused now. Once one may try, none is: a process that is asked for nothing is not ill for ever.
     pub(super) fn is_open(&self) -> bool {
-        self.open_until.load(Ordering::Acquire) > 0
+        self.is_open_at(self.now())
+    }
+
+    fn is_open_at(&self, now: u64) -> bool {
+        now < self.open_until.load(Ordering::Acquire) || self.trying.load(Ordering::Acquire)
     }
 
     /// Leave to make a call, unless it is open.
@@ -167,6 +172,20 @@ mod tests {
         assert!(!breaker.call(100, true) && !breaker.call(1_099, true));
         assert!(breaker.call(1_100, true), "one tries, and finds that it works");
         assert!(breaker.call(1_100, false) && breaker.call(1_100, true));
+    }
+
+    #[test]
+    fn it_is_open_only_while_it_refuses() {
+        let breaker = Breaker::new();
+        assert!(!breaker.is_open_at(1));
+        (0..MIN_CALLS).for_each(|_| assert!(breaker.call(1, false)));
+        assert!(breaker.is_open_at(1) && breaker.is_open_at(1_000));
+        assert!(!breaker.is_open_at(1_001), "though nobody has tried");
+        let trial = breaker.permit_at(|| 1_001);
+        assert!(breaker.is_open_at(1_001), "all others are refused");
+        drop(trial);
+        assert!(breaker.call(1_001, false) && breaker.is_open_at(3_000) && !breaker.is_open_at(3_001));
+        assert!(breaker.call(3_001, true) && !breaker.is_open_at(3_001));
     }
 
     #[test]
