@@ -25,13 +25,14 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     sync::Semaphore,
+    task::JoinHandle,
 };
 use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, DataType, GrpcMethod, GrpcTarget, Mutation, OnUnreachable, Route, Tier,
+    Admin, Cache, CacheBuilder, Cascade, DataType, GrpcMethod, GrpcTarget, Mutation, OnUnreachable, Route, Tier,
     store::{Health, RedisStore},
 };
-use web::{Web, ok};
+use web::{Reply, Web, ok};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const TTL: Duration = Duration::from_secs(3_600);
@@ -320,6 +321,18 @@ fn slow_lists(cache: &Cache, db: &Db, entered: &Arc<Semaphore>, gate: &Arc<Semap
     })
 }
 
+/// A write that has committed, and never answers.
+async fn commits_and_hangs(cache: &Cache, db: &Db) -> JoinHandle<Reply> {
+    let written = db.clone();
+    let writer = Web::new(cache, move |_| {
+        written.store(1, Ordering::SeqCst);
+        std::future::pending()
+    });
+    let dying = tokio::spawn(async move { writer.put("/docs/1").await });
+    until("the commit", async || db.load(Ordering::SeqCst) == 1).await;
+    dying
+}
+
 /// A read that began before a write which died behind its fence stores its old row nowhere, though only its response says
 /// what it belongs to, and the lease is over when it does.
 #[tokio::test(flavor = "multi_thread")]
@@ -329,15 +342,10 @@ async fn a_fence_outlives_reads_from_before_it() {
     let cache = lists(&redis.url(), Duration::from_millis(300));
     let reader = slow_lists(&cache, &db, &entered, &gate);
     until("ok", async || cache.health() == Health::Ok).await;
-    let (slow, written) = (reader.clone(), db.clone());
+    let slow = reader.clone();
     let read = tokio::spawn(async move { slow.get("/lists/1").await });
     entered.acquire().await.unwrap().forget();
-    let writer = Web::new(&lists(&redis.url(), Duration::from_millis(300)), move |_| {
-        written.store(1, Ordering::SeqCst);
-        std::future::pending()
-    });
-    let dying = tokio::spawn(async move { writer.put("/docs/1").await });
-    until("the commit", async || db.load(Ordering::SeqCst) == 1).await;
+    let dying = commits_and_hangs(&lists(&redis.url(), Duration::from_millis(300)), &db).await;
     until("the end of the lease", async || !is_fenced(&redis)).await;
     gate.add_permits(1000);
     assert_eq!(read.await.unwrap().text(), "0", "it began before");
@@ -435,15 +443,10 @@ async fn a_fill_prolongs_no_fence() {
     let cache = lists(&redis.url(), Duration::from_secs(1));
     let reader = slow_lists(&cache, &db, &entered, &gate);
     until("ok", async || cache.health() == Health::Ok).await;
-    let (slow, written) = (reader.clone(), db.clone());
+    let slow = reader.clone();
     let read = tokio::spawn(async move { slow.get("/docs/1").await });
     entered.acquire().await.unwrap().forget();
-    let writer = Web::new(&cache, move |_| {
-        written.store(1, Ordering::SeqCst);
-        std::future::pending()
-    });
-    let dying = tokio::spawn(async move { writer.put("/docs/1").await });
-    until("the commit", async || db.load(Ordering::SeqCst) == 1).await;
+    let dying = commits_and_hangs(&cache, &db).await;
     gate.add_permits(1000);
     assert_eq!(read.await.unwrap().text(), "0", "it began before");
     until("what it has stored", async || !redis.keys("cas:e:test*").is_empty()).await;
@@ -581,6 +584,12 @@ async fn an_entry_of_the_old_code_lacks_no_tag_of_the_new() {
             ask(&new, &db).await;
             new.invalidate("t").mutated("doc", "1").run().await.unwrap();
             until("a hit of the old", async || ask(&old, &db).await.1).await;
+            // Whoever looks on asks for no tags, and lets nothing in that requests would not take.
+            let search = http::Request::get("/api/search?text=doc").header("authorization", "Bearer x");
+            let found =
+                new.admin(Admin::bearer("x").unwrap()).oneshot(search.body(Full::<Bytes>::default()).unwrap()).await;
+            let found = found.unwrap().into_body().collect().await.unwrap().to_bytes();
+            assert!(String::from_utf8_lossy(&found).contains("\"verdict\":\"hit\""), "{found:?}");
             // Behind everybody's back, so that it shows whose entry answers.
             let row = (db.fetch_add(1, Ordering::SeqCst) + 1).to_string();
             for _ in 0..5 {

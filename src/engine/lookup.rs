@@ -223,15 +223,20 @@ impl Engine {
     /// Whether no tag of an entry has been dropped since its load began.
     pub(crate) async fn is_current(&self, key: &Key, entry: &Entry, policy: &Policy) -> bool {
         let tags: Vec<_> = entry.stamps.iter().map(|stamp| stamp.tag.clone()).collect();
-        let found = self.store.lookup(self.inquiry(key, &tags, tags.len(), policy)).await;
+        let found = self.store.lookup(self.look(key, &tags, policy)).await;
         found.is_ok_and(|found| matches!(validity(entry, &[], &tags, &found.generations), Validity::Valid))
+    }
+
+    /// Of who looks on: what is found is not held in this process for requests, which may need tags that nobody asks for here.
+    fn look<'a>(&self, key: &'a Key, tags: &'a [Tag], policy: &Policy) -> Inquiry<'a> {
+        Inquiry { tier: crate::catalog::Tier::Off, ..self.inquiry(key, tags, tags.len(), policy) }
     }
 
     /// What is stored under a key, valid or not, with the generations that its tags have now.
     pub(crate) async fn look_at(&self, key: &Key, tags: &[Tag], policy: &Policy) -> Result<Option<Found>, StoreError> {
         let mut asked = tags.to_vec();
         for _ in 0..2 {
-            let found = self.store.lookup(self.inquiry(key, &asked, tags.len(), policy)).await?;
+            let found = self.store.lookup(self.look(key, &asked, policy)).await?;
             let Some(entry) = found.entry else { return Ok(None) };
             let unknown: Vec<_> = entry.stamps.iter().map(|s| &s.tag).filter(|t| !asked.contains(t)).cloned().collect();
             if unknown.is_empty() {
