@@ -82,14 +82,8 @@ impl AdminService {
         match name {
             "stats" if is_get => self.stats(member(&members, "process")),
             "recent" if is_get => self.recent(&members),
-            "explain" if is_get => match explain(&self.cache.0, &members, &parts.headers).await {
-                Ok(explained) => answered(&explained),
-                Err((status, why)) => failed(status, &why),
-            },
-            "search" if is_get => match search(&self.cache.0, &members).await {
-                Ok(found) => answered(&found),
-                Err((status, why)) => failed(status, &why),
-            },
+            "explain" if is_get => replied(explain(&self.cache.0, &members, &parts.headers).await),
+            "search" if is_get => replied(search(&self.cache.0, &members).await),
             "events" if is_get => self.events(),
             "invalidate" if parts.method == Method::POST => match whole(body).await {
                 Some(body) => self.invalidate(&body).await,
@@ -244,6 +238,13 @@ async fn whole<B: Body<Data = Bytes>>(body: B) -> Option<Vec<u8>> {
         Some(all)
     };
     timeout(PATIENCE, read).await.ok().flatten()
+}
+
+fn replied(result: Result<Value, (StatusCode, String)>) -> Response<AdminBody> {
+    match result {
+        Ok(value) => answered(&value),
+        Err((status, why)) => failed(status, &why),
+    }
 }
 
 fn answered(value: &Value) -> Response<AdminBody> {

@@ -72,7 +72,7 @@ pub(crate) async fn watched<T: Body, E>(
 ) -> Result<Response<T>, E> {
     let response = response.await;
     if let Some(watch) = watch {
-        watch.end(response.as_ref().map(|response| (response.extensions(), response.body().size_hint())).map_err(drop));
+        watch.end(response.as_ref().ok().map(|response| (response.extensions(), response.body().size_hint())));
     }
     response
 }
@@ -117,7 +117,7 @@ impl Finish {
         if let Some((handled, teller, watch)) = self.told {
             teller.tell(handled, None, &mut parts);
             if let Some(watch) = watch {
-                watch.end(Ok((&parts.extensions, body.size_hint())));
+                watch.end(Some((&parts.extensions, body.size_hint())));
             }
         }
         Response::from_parts(parts, body)

@@ -51,7 +51,7 @@ impl Watch {
         self
     }
 
-    pub(crate) fn end(self, _: Result<(&Extensions, SizeHint), ()>) {}
+    pub(crate) fn end(self, _: Option<(&Extensions, SizeHint)>) {}
 
     pub(crate) fn finish(self, _: (Handling, Option<&'static str>), _: Option<FoundIn>, _: Served) {}
 }

@@ -107,9 +107,9 @@ impl Watch {
     }
 
     /// The request has its response, or the inner service's error.
-    pub(crate) fn end(mut self, response: Result<(&Extensions, SizeHint), ()>) {
+    pub(crate) fn end(mut self, response: Option<(&Extensions, SizeHint)>) {
         let Some(under) = self.0.take() else { return };
-        let outcome = response.ok().and_then(|(extensions, size)| Some((extensions.get()?, size)));
+        let outcome = response.and_then(|(extensions, size)| Some((extensions.get()?, size)));
         let Some((Outcome { outcome, reason, tier, served, .. }, size)) = outcome else {
             return under.unanswered("error");
         };

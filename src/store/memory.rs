@@ -196,8 +196,8 @@ impl Evictions {
         self.0.last[hash as usize % REMEMBERED].store(hash, Ordering::Relaxed);
     }
 
-    /// Nothing is stored under this key.
-    fn missed(&self, key: &[u8]) {
+    /// An entry is looked for under this key.
+    fn sought(&self, key: &[u8]) {
         let hash = self.0.hasher.hash_one(key);
         let place = &self.0.last[hash as usize % REMEMBERED];
         // Once for each time that it went.
@@ -326,11 +326,12 @@ impl MemoryStore {
 
     /// The entry, valid or not.
     pub(super) fn raw(&self, key: &Key) -> Option<Arc<Entry>> {
-        let found = self.entries.get(&key.0).map(|resident| resident.entry.clone());
-        if found.is_none() {
-            self.evictions.missed(&key.0);
-        }
-        found
+        self.entries.get(&key.0).map(|resident| resident.entry.clone())
+    }
+
+    /// An entry is looked for: if it had to go not long ago, that is counted.
+    pub(super) fn sought(&self, key: &Key) {
+        self.evictions.sought(&key.0);
     }
 
     /// Whatever is in place under this key is there no more.
@@ -395,6 +396,7 @@ impl Store for MemoryStore {
     }
 
     fn lookup<'a>(&'a self, Inquiry { key, tags, .. }: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
+        self.sought(key);
         let version = |tag| self.version(&mut self.shard(tag), tag);
         done(Lookup::new(self.raw(key), tags.iter().map(|tag| Some(generation(version(tag)))).collect()))
     }

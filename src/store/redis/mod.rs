@@ -353,7 +353,6 @@ impl RedisStore {
     /// What is current is held, to be answered from without asking while it is said what others drop.
     async fn tracked(&self, held: &Held, inquiry: Inquiry<'_>, cap: Option<Duration>) -> Result<Lookup, StoreError> {
         // Captured before the command: a drop whose push overtakes the reply is then not missed.
-        held.memory.raw(inquiry.key);
         let captured = held.memory.capture(inquiry.tags.iter().chain([&held.era]));
         let is_alive = held.is_alive();
         let found = self.0.remote.lookup(inquiry).await?;
@@ -382,6 +381,7 @@ impl Store for RedisStore {
             Tier::On => None,
             Tier::Capped(cap) => Some(cap),
         };
+        held.memory.sought(inquiry.key);
         if held.want() {
             self.0.link.slots().servers().iter().for_each(|server| server.look_again());
         }

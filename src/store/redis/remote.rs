@@ -50,7 +50,7 @@ const GRID: Duration = Duration::from_secs(60);
 /// How long is kept what the processes of a fleet have said of themselves.
 const SAID: Duration = Duration::from_secs(60);
 
-/// Keys looked through at once when everything is dropped.
+/// Keys looked through at once.
 const SCANNED: usize = 1_000;
 
 /// Who searches sees so many rounds of each server's keys.
@@ -374,15 +374,20 @@ impl Remote {
         }
     }
 
+    /// Some names of one server that are like this, and where to go on.
+    async fn scan(&self, server: &Server, cursor: u64, pattern: &[u8]) -> Result<(u64, Vec<Vec<u8>>), StoreError> {
+        let mut scan = redis::cmd("SCAN");
+        scan.arg(cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(SCANNED);
+        self.command(server, &scan).await
+    }
+
     /// Drops every generation and mark of one server.
     async fn clear_server(&self, server: &Server) -> Result<(), StoreError> {
         for kind in ["g:", "m:"] {
             let pattern = format!("{}{kind}*", self.link.terms.prefix);
             let mut cursor = 0u64;
             loop {
-                let mut scan = redis::cmd("SCAN");
-                scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(SCANNED);
-                let (next, names): (u64, Vec<Vec<u8>>) = self.command(server, &scan).await?;
+                let (next, names) = self.scan(server, cursor, pattern.as_bytes()).await?;
                 if !names.is_empty() {
                     self.clear_names(server, &names).await?;
                 }
@@ -635,9 +640,7 @@ impl Store for Remote {
             for server in self.link.slots().servers() {
                 let mut cursor = 0_u64;
                 for _ in 0..ROUNDS {
-                    let mut scan = redis::cmd("SCAN");
-                    scan.arg(cursor).arg("MATCH").arg(&pattern).arg("COUNT").arg(SCANNED);
-                    let (next, names): (u64, Vec<Vec<u8>>) = self.command(&server, &scan).await?;
+                    let (next, names) = self.scan(&server, cursor, &pattern).await?;
                     let keys = names.iter().filter_map(|name| name.get(self.link.terms.prefix.len() + 2..));
                     found.extend(keys.filter(|key| search.accepts(key)).map(|key| Key(Bytes::copy_from_slice(key))));
                     cursor = next;
