@@ -1,8 +1,6 @@
 //! Whose answer it is: no response is given to a request that another one would have been made for.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-#[path = "support/redis.rs"]
-mod redis;
 #[path = "support/web.rs"]
 mod web;
 
@@ -26,16 +24,12 @@ use hyper_util::{
     server::conn::auto,
     service::TowerToHyperService,
 };
-use rand::{RngExt, SeedableRng, rngs::SmallRng};
-use redis::Redis;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
 use tower::{Layer, ServiceExt, service_fn};
-use tower_cache_aside::{
-    BodyKey, Cache, CacheBuilder, Credentials, DataType, Hosts, Mutation, Query, Route, Tier, Ttl, store::RedisStore,
-};
+use tower_cache_aside::{BodyKey, Cache, CacheBuilder, Credentials, DataType, Hosts, Mutation, Query, Route, Ttl};
 use web::{Body, Reply, Web, full, ok, request, with};
 
 fn pages() -> CacheBuilder {
@@ -691,207 +685,5 @@ async fn axum_makes_bodies_of_what_was_read() {
         let (parts, body) = router.clone().oneshot(request).await.unwrap().into_parts();
         assert_eq!(body.collect().await.unwrap().to_bytes(), "for this");
         assert_eq!(parts.headers["cache-status"].to_str().unwrap().contains("; hit"), is_hit);
-    }
-}
-
-// ---- everything at once ----------------------------------------------------------------------------------------------
-
-/// What makes the service answer in a way that is for nobody else; most ask for nothing of the kind.
-const ODD: &[&str] = &[
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "",
-    "302",
-    "401",
-    "403",
-    "406",
-    "429",
-    "500",
-    "private",
-    "set-cookie",
-    "no-store",
-];
-
-/// A request, as its sender means it.
-#[derive(Clone, Debug)]
-struct Asked {
-    method: Method,
-    mount: &'static str,
-    path: String,
-    headers: Vec<(&'static str, String)>,
-    body: String,
-}
-
-impl Asked {
-    fn any(rng: &mut SmallRng) -> Self {
-        let mut pick = |of: &[&'static str]| of[rng.random_range(0..of.len())];
-        let mount = pick(&["", "", "/admin", "/public"]);
-        let path = match pick(&["page", "page", "file", "own", "search"]) {
-            "page" => format!("/pages/{}", pick(&["1", "2", "a%2Fb", "a;b", "a%3Bb", "%31", "me"])),
-            "file" => format!("/files/{}", pick(&["a/b", "a%2Fb", "a%2fb", "a/../b", "b", "%62"])),
-            "own" => "/own/1".to_owned(),
-            _ => "/search".to_owned(),
-        };
-        let query = pick(&["", "", "?a=1&b=2", "?b=2&a=1", "?a=1&b=2&a=3", "?a=3&b=2&a=1", "?a=%31&b=2", "?a=1&b="]);
-        let method = if path == "/search" { Method::POST } else { Method::GET };
-        let mut headers = vec![("x-tenant-id", pick(&["acme", "umbrella"]).to_owned())];
-        for (name, values) in [
-            ("host", &["a.example", "b.example", "A.example"][..]),
-            ("x-user", &["", "ada", "grace"]),
-            ("authorization", &["", "", "", "", "", "", "Bearer 1", "Bearer 2"]),
-            ("x-forwarded-proto", &["", "", "http", "https"]),
-            ("accept-language", &["", "de", "en"]),
-            ("accept-encoding", &["", "", "gzip"]),
-            ("x-odd", ODD),
-        ] {
-            let value = pick(values);
-            if !value.is_empty() {
-                headers.push((name, value.to_owned()));
-            }
-        }
-        let body = if method == Method::POST { pick(&["{\"q\":1}", "{ \"q\": 1 }", "{\"q\":2}", "x"]) } else { "" };
-        Self { method, mount, path: format!("{path}{query}"), headers, body: body.to_owned() }
-    }
-
-    fn and_the_like(self) -> Vec<Self> {
-        let like = |name: &'static str, value: &str| {
-            let mut headers = self.headers.clone();
-            headers.retain(|(other, _)| *other != name);
-            headers.push((name, value.to_owned()));
-            Self { headers, ..self.clone() }
-        };
-        let odd = ["302", "401", "500", "private"].map(|odd| like("x-odd", odd));
-        let others =
-            [("accept-language", "de"), ("accept-language", "en"), ("accept-encoding", "gzip"), ("x-user", "ada")];
-        let others = others.map(|(name, value)| like(name, value));
-        let all = others.into_iter().chain([self.clone()]);
-        // Many of them wait for what is made for somebody else.
-        all.clone().chain(odd).chain(all).collect()
-    }
-
-    fn request(&self) -> Request<Full<Bytes>> {
-        let headers: Vec<_> = self.headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
-        with(self.method.clone(), &self.path, &headers).map(|_| Full::new(Bytes::from(self.body.clone())))
-    }
-}
-
-/// What a service answers that looks at everything: at what is not for all of its readers, and at what is.
-async fn answer(mount: &'static str, request: Request<Full<Bytes>>) -> io::Result<Response<Body>> {
-    let (parts, body) = request.into_parts();
-    let body = body.collect().await.unwrap().to_bytes();
-    tokio::time::sleep(Duration::from_millis(1)).await;
-    let said = |name: &str| parts.headers.get(name).map_or("", |v| v.to_str().unwrap()).to_owned();
-    let (path, query) = (parts.uri.path(), parts.uri.query().unwrap_or(""));
-    let decoded = |text: &str| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
-    // As frameworks do: a segment is decoded, the rest of a path is another server's; members of a query are found by name.
-    let place = if path.starts_with("/files/") { path.to_owned() } else { decoded(path).replace("a/b", "a%2Fb") };
-    let mut members: Vec<_> = query.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, ""))).collect();
-    members.sort_by_key(|(name, _)| *name);
-    let members: Vec<_> = members.iter().map(|(name, value)| format!("{name}={}", decoded(value))).collect();
-    let own = if path.starts_with("/own/") { said("x-user") } else { String::new() };
-    let host = said("host").to_lowercase();
-    let asks = String::from_utf8(body.to_vec()).unwrap().replace(' ', "");
-    let text = format!(
-        "{} {host} {} {mount}{place} {} {own} {} {asks}",
-        said("x-tenant-id"),
-        said("x-forwarded-proto"),
-        members.join(" "),
-        said("accept-language")
-    );
-    let response = Response::builder().header("vary", "accept-language");
-    let odd = said("x-odd");
-    Ok(match odd.as_str() {
-        "" if said("accept-encoding") == "gzip" => {
-            response.header("content-encoding", "gzip").body(full(format!("zipped {text}")))
-        }
-        "" => response.body(full(text)),
-        "private" | "no-store" => response.header("cache-control", odd).body(full(format!("odd {text}"))),
-        "set-cookie" => response.header("set-cookie", "a=b").body(full(format!("odd {text}"))),
-        status => response.status(status.parse::<u16>().unwrap()).body(full(format!("odd {text}"))),
-    }
-    .unwrap())
-}
-
-/// Sends everything at once to a cached and an uncached twin, many of them waiting for one call.
-async fn no_request_gets_anothers_answer(store: impl Fn(CacheBuilder) -> CacheBuilder, seeds: std::ops::Range<u64>) {
-    let mut hits = 0;
-    for seed in seeds {
-        let rng = &mut SmallRng::seed_from_u64(seed);
-        let builder = Cache::builder("test")
-            .tenant_header("x-tenant-id")
-            .data_type(DataType::new("page", Ttl::Standard))
-            .data_type(DataType::new("query_result", Ttl::Standard))
-            .route(Route::new("/pages/{page_id}", "page"))
-            .route(Route::new("/files/{*path}", "page").entity("path", "page"))
-            .route(Route::new("/own/{page_id}", "page").credentials(Credentials::per_user("x-user")))
-            .route(Route::new("/search", "query_result").method(Method::POST).body(BodyKey::Json));
-        let cache = store(builder).build().unwrap();
-        let again = |body: tower_cache_aside::RequestBody<Full<Bytes>>| {
-            let whole = futures_util::FutureExt::now_or_never(body.collect()).unwrap().unwrap();
-            Full::new(whole.to_bytes())
-        };
-        let at = |mount: &'static str| {
-            let layer = cache.layer().mounted_at(mount).request_bodies(again);
-            Web::of(layer.layer(service_fn(move |request| answer(mount, request))))
-        };
-        let webs = ["", "/admin", "/public"].map(|mount| (mount, at(mount)));
-        // Few different ones, each several times, and such as ask for the same in another way.
-        let some: Vec<_> = (0..8).map(|_| Asked::any(rng)).flat_map(Asked::and_the_like).collect();
-        for _ in 0..12 {
-            let asked: Vec<_> = (0..60).map(|_| some[rng.random_range(0..some.len())].clone()).collect();
-            let replies = join_all(asked.iter().map(async |asked| {
-                let web = &webs.iter().find(|(mount, _)| *mount == asked.mount).unwrap().1;
-                web.send(asked.request()).await
-            }));
-            for (asked, reply) in asked.iter().zip(replies.await) {
-                let twin = answer(asked.mount, asked.request()).await.unwrap();
-                let odd = asked.headers.iter().any(|(name, _)| *name == "x-odd");
-                let status = twin.status();
-                let text = String::from_utf8(twin.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap();
-                // Who asks for something odd may be given what all others get, and nobody else may be given the odd. Who can
-                // decode what is zipped can do without.
-                let plain = |text: &str| text.trim_start_matches("odd ").trim_start_matches("zipped ").to_owned();
-                let is_odd = (reply.status, reply.text().starts_with("odd")) == (status, text.starts_with("odd"));
-                let is_own = is_odd || odd && reply.status == 200 && !reply.text().starts_with("odd");
-                let context = format!("seed {seed}: {asked:#?}\n{}", reply.cache_status());
-                assert!(is_own && plain(reply.text()) == plain(&text), "{context}: {}", reply.text());
-                let decodes = asked.headers.iter().any(|(name, _)| *name == "accept-encoding");
-                assert!(decodes || !reply.text().starts_with("zipped"), "{context}");
-                hits += u64::from(reply.is_hit());
-            }
-        }
-    }
-    assert!(hits > 100, "it is about a cache: {hits}");
-}
-
-#[tokio::test]
-async fn no_request_gets_anothers_answer_from_memory() {
-    no_request_gets_anothers_answer(|builder| builder, 0..12).await;
-}
-
-#[tokio::test]
-async fn no_request_gets_anothers_answer_from_redis() {
-    let redis = Redis::start(&[]);
-    for (tier, seeds) in [(Tier::Off, 100..102), (Tier::Validated, 102..104), (Tier::On, 104..106)] {
-        let store = RedisStore::builder([redis.url()]).prefix(format!("{tier:?}").to_lowercase()).build().unwrap();
-        no_request_gets_anothers_answer(|builder| builder.store(store.clone()).tier(tier), seeds).await;
-        redis.command(&["FLUSHALL"]);
     }
 }
