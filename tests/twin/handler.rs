@@ -3,7 +3,7 @@
 //! A read is odd if its request asks for it (`x-fault`), which the mapping knows nothing of: nobody else may be given that. All
 //! else is a matter of the route.
 
-use std::{io, sync::Arc};
+use std::{io, panic::panic_any, sync::Arc};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -74,7 +74,7 @@ fn answered(mut said: Said, seen: &Seen) -> io::Result<Response<Body>> {
     match fault {
         "" => return Ok(respond(said, seen)),
         "error" => return Err(io::Error::other("connection lost")),
-        "panic" => panic!("{BUG}"),
+        "panic" => panic_any(BUG),
         "broken" => said.framing = Framing { pieces: 2, breaks: true, messages: 1, ..Framing::default() },
         "private" | "no-store" => said = said.header("cache-control", fault),
         "set-cookie" => said = said.header("set-cookie", "a=b"),
@@ -215,7 +215,7 @@ async fn written<W: World>(
     match fault {
         "" => {}
         "error" => return Err(io::Error::other("connection lost")),
-        "panic" => panic!("{BUG}"),
+        "panic" => panic_any(BUG),
         "broken" => said.framing = Framing { pieces: 2, breaks: true, messages: 1, ..Framing::default() },
         // It is no refusal if something was written.
         _ if said.status >= 400 => {}

@@ -81,7 +81,8 @@ pub fn answer_of(number: &str) -> Said {
         _ => Some(rng.random_range(1..5)),
     };
     said.framing = Framing {
-        pieces: rng.random_range(0..5),
+        // A server that knows how long it is does not believe another length.
+        pieces: rng.random_range(if length.unwrap_or(0) > 0 { 1..5 } else { 0..5 }),
         length,
         slow: rng.random_bool(0.4),
         // One who says how long it is has no room for trailers.
@@ -295,7 +296,7 @@ fn any_call(service: &Service, rng: &mut SmallRng) -> Asked {
     let kind = rng.random_range(0..service.kinds.len());
     let number = any_number(rng);
     let asked = match rng.random_bool(0.3) && service.has(Shape::List, kind) {
-        true => Asked::call(format!("/twin.{}/List", name(kind)), *pick(rng, &["", "1"])),
+        true => Asked::call(format!("/twin.{}/List", name(kind)), if rng.random_bool(0.5) { "" } else { "1" }),
         false => Asked::call(format!("/twin.{}/Get", name(kind)), &varied(service.kinds[kind].ids, number, rng)),
     };
     let asked = maybe(addressed(service, asked, rng), 0.1, "x-fault", OF_READS, rng);

@@ -32,7 +32,7 @@ use super::world::{Asked, Body, full};
 pub type Front = BoxCloneSyncService<Request<Body>, Response<Body>, io::Error>;
 
 /// Longer than anything here takes, unless it hangs.
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Protocol {

@@ -126,7 +126,8 @@ impl Service {
             let bytes = self.id(id.0, id.1).into_bytes();
             format!("{}={}", name(id.0), bytes.iter().map(|c| format!("%{c:02X}")).collect::<String>())
         };
-        if !tags.is_empty() && !(self.lacks(Flaw::Line) && page.shape == Shape::Line) {
+        let is_left_out = self.lacks(Flaw::Line) && page.shape == Shape::Line;
+        if !tags.is_empty() && !is_left_out {
             said = said.header("cache-tag", tags.iter().map(tag).collect::<Vec<_>>().join(", "));
         }
         if page.shape == Shape::Line && of.line == Means::Depends && !self.lacks(Flaw::Line) {
