@@ -80,15 +80,18 @@ async fn services_from_memory() {
 
 #[tokio::test]
 async fn services_over_sockets() {
+    let mut counts = Counts::default();
     for (protocol, own) in [(Protocol::One, 1_000..1_020), (Protocol::Two, 2_000..2_020)] {
-        is_about_a_cache(&services(own, &Stage { protocol, ..Stage::in_process() }).await);
+        counts += services(own, &Stage { protocol, ..Stage::in_process() }).await;
     }
+    is_about_a_cache(&counts);
 }
 
 /// Processes share what is stored; each sees the others' writes at once where it asks the store for everything.
 #[tokio::test]
 async fn services_from_redis() {
     let redis = Redis::start(&[]);
+    let mut counts = Counts::default();
     for (tier, processes, own) in
         [(Tier::Off, 2, 3_000..3_016), (Tier::Validated, 2, 3_100..3_116), (Tier::On, 1, 3_200..3_216)]
     {
@@ -99,14 +102,13 @@ async fn services_from_redis() {
             builder.store(RedisStore::builder([redis.url()]).prefix(prefix).build().unwrap()).tier(tier)
         };
         let stage = Stage { processes, store: &store, has_clock: false, ..Stage::in_process() };
-        let mut counts = Counts::default();
         for seed in seeds(own) {
             let mut service = Service::random(seed, None);
             service.answers.in_fleet = seed.is_multiple_of(2);
             counts += case(&service, seed, 60, &stage).await;
         }
-        is_about_a_cache(&counts);
     }
+    is_about_a_cache(&counts);
 }
 
 /// The same bytes as without the cache, for any framing, condition and part; and the same again from the cache.
@@ -128,9 +130,12 @@ async fn answers_come_as_they_are_sent() {
             let ops = requests::of_answer(seed).into_iter().map(Op::Read).collect();
             counts += tried(&service, seed, ops, &stage).await;
         }
-        let Counts { hits, broken, parts, calls, .. } = counts;
+        let Counts { reads, hits, broken, parts, calls, .. } = counts;
         let is_own = number("TWIN_SEED").or(number("TWIN_CASES")).is_none();
-        assert!(!is_own || hits > 100 && broken > 3 && parts > 100 && calls > 10, "it is about all of it: {counts:?}");
+        assert!(
+            !is_own || hits * 10 > reads && broken > 3 && parts * 40 > reads && calls > 10,
+            "it is about all of it: {counts:?}"
+        );
     }
 }
 

@@ -320,15 +320,24 @@ pub async fn run<W: World>(world: &W, ops: &[Op], stage: &Stage<'_>) -> Result<C
 
 // ---- cases -----------------------------------------------------------------------------------------------------------
 
-/// The same in another way, for others to wait with.
-fn like(asked: &Asked, rng: &mut SmallRng) -> Asked {
-    let (name, value) = match rng.random_range(0..6) {
-        0 => ("accept-language", *pick(rng, &["", "de", "en"])),
-        1 => ("accept-encoding", *pick(rng, &["", "gzip"])),
-        2 => ("x-user", *pick(rng, &["", "ada", "grace"])),
-        3 => ("x-fault", *pick(rng, OF_READS)),
+/// The same but for one thing, by which the answer may differ.
+fn like<W: World>(world: &W, asked: &Asked, rng: &mut SmallRng) -> Asked {
+    let (name, values): (_, &[&str]) = match rng.random_range(0..8) {
+        0 => ("accept-language", &["", "de", "en"]),
+        1 => ("accept-encoding", &["", "gzip"]),
+        2 => ("x-user", &["", "ada", "grace"]),
+        3 => ("x-lang", &["", "de", "en"]),
+        4 => ("x-fault", OF_READS),
+        5 if !asked.target.starts_with("http:") => ("host", &["acme.example", "a.example", "b.example"]),
+        6 => {
+            let mount = world.mounts().iter().find(|mount| asked.target.contains(**mount)).copied().unwrap_or("");
+            let other = *pick(rng, world.mounts());
+            let target = asked.target.replacen(mount, other, usize::from(!mount.is_empty()));
+            return Asked { target, ..asked.clone() };
+        }
         _ => return asked.clone(),
     };
+    let value = *pick(rng, values);
     asked.but(name, value)
 }
 
@@ -340,6 +349,7 @@ pub fn ops<W: World>(world: &W, rng: &mut SmallRng, count: usize, stage: &Stage<
     let pool: Vec<_> = (0..4).map(|_| world.any_read(rng)).collect();
     let read = |rng: &mut SmallRng| {
         let asked = if rng.random_bool(0.85) { pick(rng, &pool).clone() } else { world.any_read(rng) };
+        let asked = if rng.random_bool(0.3) { like(world, &asked, rng) } else { asked };
         Asked { via: rng.random_range(0..8), ..asked }
     };
     let write = |rng: &mut SmallRng| Asked { via: rng.random_range(0..8), ..world.any_write(rng) };
@@ -358,7 +368,7 @@ pub fn ops<W: World>(world: &W, rng: &mut SmallRng, count: usize, stage: &Stage<
         91..95 if in_process => Op::Leave(write(rng), rng.random_range(0..8)),
         95..98 => {
             let some: Vec<_> = (0..3).map(|_| read(rng).but("x-pause", "2").but("x-fault", "")).collect();
-            Op::Burst((0..24).map(|_| like(pick(rng, &some), rng)).collect())
+            Op::Burst((0..24).map(|_| like(world, pick(rng, &some), rng)).collect())
         }
         98 if stage.has_clock => Op::Pass(Duration::from_secs(*pick(rng, &[1, 400, 4_000, 10_000]))),
         _ => Op::Read(read(rng)),

@@ -141,7 +141,7 @@ impl Server {
         });
         let task = tokio::spawn(async move {
             loop {
-                let stream = TokioIo::new(listener.accept().await.unwrap().0);
+                let stream = at_once(listener.accept().await.unwrap().0);
                 let service = TowerToHyperService::new(service.clone());
                 tokio::spawn(async move {
                     auto::Builder::new(TokioExecutor::new()).serve_connection(stream, service).await
@@ -182,11 +182,17 @@ impl Server {
         if let Some(two) = known {
             return two;
         }
-        let stream = TokioIo::new(TcpStream::connect(self.address).await.unwrap());
+        let stream = at_once(TcpStream::connect(self.address).await.unwrap());
         let (two, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), stream).await.unwrap();
         tokio::spawn(connection);
         self.two.lock().unwrap().insert(two).clone()
     }
+}
+
+/// What is written is sent, and does not wait for an acknowledgement of what was sent before.
+fn at_once(stream: TcpStream) -> TokioIo<TcpStream> {
+    stream.set_nodelay(true).unwrap();
+    TokioIo::new(stream)
 }
 
 /// The same request with an `:authority`, which takes the place of a `Host` where that can be one.
