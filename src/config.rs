@@ -16,10 +16,14 @@ use crate::{
     units::{bytes, duration},
 };
 
+#[cfg(feature = "memcached")]
+use crate::store::MemcachedBuilder as MemcachedTable;
 #[cfg(feature = "redis")]
 use crate::store::RedisBuilder as RedisTable;
+#[cfg(not(feature = "memcached"))]
+use absent::MemcachedTable;
 #[cfg(not(feature = "redis"))]
-use without_redis::RedisTable;
+use absent::RedisTable;
 
 /// Everything about caching that a service declares. The [`docs::configuration`](crate::docs::configuration) page
 /// has the file format.
@@ -57,6 +61,8 @@ pub struct Config {
     pub audit: Option<f64>,
     /// The shared store. (Feature `redis`.)
     pub redis: Option<RedisTable>,
+    /// The same, of another kind. (Feature `memcached`.)
+    pub memcached: Option<MemcachedTable>,
     /// The data types and their TTLs.
     #[serde(deserialize_with = "data_types")]
     pub types: Vec<DataType>,
@@ -120,6 +126,7 @@ impl Config {
         replace(&mut self.tier, other.tier);
         replace(&mut self.audit, other.audit);
         replace(&mut self.redis, other.redis);
+        replace(&mut self.memcached, other.memcached);
         replace(&mut self.fence, other.fence);
         self.types.extend(other.types);
         self.entities.extend(other.entities);
@@ -136,24 +143,38 @@ impl Config {
     }
 }
 
-/// What `[redis]` is without the feature.
-#[cfg(not(feature = "redis"))]
-mod without_redis {
+/// What the tables of stores are whose features are not turned on.
+#[cfg(not(all(feature = "redis", feature = "memcached")))]
+mod absent {
     use serde::{Deserialize, de::IgnoredAny};
 
     use crate::{error::ConfigError, store::MemoryStore};
 
-    /// The table of a store that is not compiled in.
-    #[allow(unreachable_pub)] // The type of a public field that nobody can fill but by a file.
-    #[derive(Clone, Debug, Deserialize)]
-    pub struct RedisTable(IgnoredAny);
+    macro_rules! absent {
+        ($table:ident, $feature:literal) => {
+            /// The table of a store that is not compiled in.
+            #[cfg(not(feature = $feature))]
+            #[allow(unreachable_pub)] // The type of a public field that nobody can fill but by a file.
+            #[derive(Clone, Debug, Deserialize)]
+            pub struct $table(IgnoredAny);
 
-    impl RedisTable {
-        pub(crate) fn build(self) -> Result<MemoryStore, ConfigError> {
-            let Self(IgnoredAny) = self;
-            Err(ConfigError::new("`[redis]`: turn on the feature `redis` of tower-cache-aside"))
-        }
+            #[cfg(not(feature = $feature))]
+            impl $table {
+                pub(crate) fn build(self) -> Result<MemoryStore, ConfigError> {
+                    let Self(IgnoredAny) = self;
+                    Err(ConfigError::new(concat!(
+                        "`[",
+                        $feature,
+                        "]`: turn on the feature `",
+                        $feature,
+                        "` of tower-cache-aside"
+                    )))
+                }
+            }
+        };
     }
+    absent!(RedisTable, "redis");
+    absent!(MemcachedTable, "memcached");
 }
 
 fn data_types<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DataType>, D::Error> {

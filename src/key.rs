@@ -235,6 +235,14 @@ impl Tag {
         &self.0
     }
 
+    /// The kind of entity that it is about; nothing, if it is of all entries of its type.
+    #[cfg(feature = "memcached")]
+    pub(crate) fn about(&self) -> &[u8] {
+        let begin = self.0.iter().rposition(|&c| c == b':').map_or(0, |at| at + 1);
+        let rest = &self.0[begin..];
+        rest.iter().position(|&c| c == b'=').map_or(&[], |end| &rest[..end])
+    }
+
     /// What people call it: `agent:agent=a1`, without service and tenant.
     #[cfg(feature = "stats")]
     pub(crate) fn label(&self) -> String {

@@ -64,6 +64,7 @@
 //! # Features
 //!
 //! - `redis`: `store::RedisStore`, the shared store of a fleet, with a coherent tier in each process.
+//! - `memcached`: `store::MemcachedStore`, the same over memcached.
 //! - `redis-cluster`, `redis-tls`: clusters, `rediss://`.
 //! - `grpc`: `GrpcLayer`, for unary calls of tonic services.
 //! - `axum`: which route a request is, and under which prefix, as axum's router says.
@@ -93,6 +94,8 @@ pub mod fuzzing;
 mod http;
 mod key;
 mod layer;
+#[cfg(feature = "memcached")]
+mod mux;
 mod observe;
 mod route;
 pub mod store;
@@ -150,6 +153,8 @@ pub mod docs {
     #[doc = include_str!("../docs/operations.md")]
     pub mod operations {}
 
+    #[doc = include_str!("../docs/memcached.md")]
+    pub mod memcached {}
     #[doc = include_str!("../docs/redis.md")]
     pub mod redis {}
 

@@ -13,7 +13,10 @@ use std::{
 /// Each room, from the top down, and those that it may know. The root only shows what is in them.
 const ROOMS: &[(&str, &[&str])] = &[
     // No part of the library: what fuzzers run of all the others.
-    ("fuzzing", &["admin", "cache", "layer", "config", "http", "engine", "store", "route", "catalog", "key", "clock"]),
+    (
+        "fuzzing",
+        &["admin", "cache", "layer", "config", "http", "engine", "store", "route", "catalog", "key", "clock", "mux"],
+    ),
     (
         "lib",
         &[
@@ -27,7 +30,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("layer", &["http", "observe", "route", "engine", "store", "catalog", "key", "clock", "error"]),
     ("config", &["route", "store", "catalog", "error", "units"]),
     ("engine", &["store", "catalog", "key", "clock", "error", "sync"]),
-    ("store", &["catalog", "key", "clock", "error", "units", "sync"]),
+    ("store", &["catalog", "key", "clock", "error", "units", "sync", "mux"]),
     ("route", &["observe", "catalog", "key", "error"]),
     ("observe", &["http", "sync"]),
     ("http", &["catalog", "clock"]),
@@ -37,6 +40,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ("units", &[]),
     ("error", &[]),
     ("sync", &[]),
+    ("mux", &[]),
 ];
 
 type Module = Vec<String>;

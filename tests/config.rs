@@ -215,19 +215,53 @@ fn the_name_of_a_service_is_part_of_its_keys_and_cannot_forge_anothers() {
 }
 
 #[test]
-fn redis_is_not_asked_without_a_pause_and_its_times_end() {
-    let of = |line: &str| {
-        let config = Config::from_toml(&format!("[redis]\nurls = [\"redis://127.0.0.1:1\"]\n{line}")).unwrap();
-        Cache::builder("test").config(config).build().map_err(|e| e.to_string())
-    };
-    let names = ["heartbeat", "budget", "invalidate_budget", "settle", "generation_ttl"];
-    for name in names {
-        let error = of(&format!("{name} = \"500000000y\"")).unwrap_err();
-        assert!(error.contains(name) && error.contains("days"), "{error}");
-        of(&format!("{name} = \"1s\"")).unwrap();
+fn shared_stores_are_not_asked_without_a_pause_and_their_times_end() {
+    for table in ["[redis]\nurls = [\"redis://127.0.0.1:1\"]", "[memcached]\nservers = [\"127.0.0.1:1\"]"] {
+        let of = |line: &str| {
+            let config = Config::from_toml(&format!("{table}\n{line}")).unwrap();
+            Cache::builder("test").config(config).build().map_err(|e| e.to_string())
+        };
+        let names = ["heartbeat", "budget", "invalidate_budget", "settle", "generation_ttl"];
+        for name in names {
+            let error = of(&format!("{name} = \"500000000y\"")).unwrap_err();
+            assert!(error.contains(name) && error.contains("days"), "{error}");
+            of(&format!("{name} = \"1s\"")).unwrap();
+        }
+        assert!(of("heartbeat = \"0s\"").unwrap_err().contains("1ms"));
+        of("settle = \"0s\"").unwrap();
     }
-    assert!(of("heartbeat = \"0s\"").unwrap_err().contains("1ms"));
-    of("settle = \"0s\"").unwrap();
+}
+
+#[test]
+fn addresses_of_memcached_are_checked() {
+    let of = |servers: &str| {
+        let config = Config::from_toml(&format!("[memcached]\nservers = {servers}")).unwrap();
+        Cache::builder("test").config(config).build().map(drop).map_err(|e| e.to_string())
+    };
+    for good in ["['a']", "['a:1', 'b:1', 'a:2']", "['[::1]:11211', '[::2]']", "['10.0.0.1']"] {
+        of(good).unwrap();
+    }
+    for (bad, says) in [
+        ("[]", "no memcached server"),
+        ("['a:1', 'A:1']", "`A:1`: it is in the list twice"),
+        ("['a', 'a:11211']", "twice"),
+        ("['::1']", "in brackets"),
+        ("['a:0']", "the port"),
+        ("['a:70000']", "the port"),
+        ("['a b']", "host:port"),
+        ("['memcached://a']", "host:port"),
+        ("[':1']", "host:port"),
+    ] {
+        let error = of(bad).unwrap_err();
+        assert!(error.contains(says), "{bad}: {error}");
+    }
+    let two = "[redis]\nurls = ['redis://a']\n[memcached]\nservers = ['a']";
+    let error = Cache::builder("test").config(Config::from_toml(two).unwrap()).build().unwrap_err().to_string();
+    assert!(error.contains("two stores"), "{error}");
+    let tracked = "[memcached]\nservers = ['a']\n[types]\ndoc = { ttl = '1h', tier = 'on' }";
+    let tracked = Config::from_toml(tracked).unwrap();
+    let error = Cache::builder("test").single_tenant("t").config(tracked).build().unwrap_err().to_string();
+    assert!(error.contains("`doc`") && error.contains("validated"), "{error}");
 }
 
 /// Neither in what is shown, nor in what is refused.

@@ -6,7 +6,8 @@ use std::time::Duration;
 use axum::{Router, middleware, response::Response};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tower_cache_aside::{
-    Admin, Cache, CacheTags, Coalesce as Reach, Config, DURATION_BUCKETS, SIZE_BUCKETS, Tier, store::RedisStore,
+    Admin, Cache, CacheTags, Coalesce as Reach, Config, DURATION_BUCKETS, SIZE_BUCKETS, Tier,
+    store::{MemcachedStore, RedisStore},
 };
 
 use crate::{
@@ -38,8 +39,12 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
         config.types = config.types.into_iter().map(|t| t.coalesce(Reach::Fleet)).collect();
     }
     let resolves = config.has_relation("conversations");
+    let in_process = if args.l1 == Tier::Off { 0 } else { MEMORY };
+    if !args.memcached.is_empty() {
+        let store = MemcachedStore::builder(&args.memcached).prefix(&args.prefix).in_process(in_process);
+        (config.memcached, config.tier, config.memory) = (Some(store), Some(args.l1), None);
+    }
     if !args.redis.is_empty() {
-        let in_process = if args.l1 == Tier::Off { 0 } else { MEMORY };
         config.redis = Some(RedisStore::builder(&args.redis).prefix(&args.prefix).in_process(in_process));
         config.tier = Some(args.l1);
         config.memory = None;
@@ -63,10 +68,12 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
     }
     builder.build().map_err(|e| {
         let what = one_line(&e.to_string());
-        if what.starts_with("Redis ") && !args.redis.is_empty() {
-            format!("--redis: {what}")
-        } else {
-            format!("{name}: {what}")
+        match what.split(' ').next() {
+            Some("Redis") if !args.redis.is_empty() => format!("--redis: {what}"),
+            Some("memcached") if !args.memcached.is_empty() => format!("--memcached: {what}"),
+            Some("two") => format!("--redis, --memcached: {what}"),
+            Some("`tier`:") => format!("--l1: {}", what.trim_start_matches("`tier`: ")),
+            _ => format!("{name}: {what}"),
         }
     })
 }

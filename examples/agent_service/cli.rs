@@ -13,6 +13,7 @@ Usage: agent_service [FLAGS]
     [--listen 127.0.0.1:8080]      # port 0 picks a free one; the first line on stdout is: listening on http://ADDR
     [--db PATH]                    # SQLite file, shared by several processes (WAL); default: a fresh temporary one
     [--redis URL]                  # several URLs or redis+cluster:// for a cluster; default: in-process store only
+    [--memcached HOST:PORT]        # may be repeated; memcached as the shared store, instead of --redis
     [--l1 validated|on|off]        # in-process tier over the shared store, default validated (strict); on: faster, stale for a push
     [--prefix NAME]                # key prefix in the shared store, default \"cas\"
     [--config FILE]                # TOML: data types, TTLs, routes, cascades; default: the built-in agent catalogue
@@ -42,6 +43,7 @@ pub struct Args {
     pub listen: SocketAddr,
     pub db: Option<PathBuf>,
     pub redis: Vec<String>,
+    pub memcached: Vec<String>,
     pub l1: Tier,
     pub prefix: String,
     pub config: Option<PathBuf>,
@@ -65,6 +67,7 @@ impl Default for Args {
             listen: SocketAddr::from(([127, 0, 0, 1], 8080)),
             db: None,
             redis: Vec::new(),
+            memcached: Vec::new(),
             l1: Tier::Validated,
             prefix: "cas".into(),
             config: None,
@@ -107,6 +110,10 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
             "listen" => parsed.listen = value("IP:PORT, such as 127.0.0.1:8080")?.parsed()?,
             "db" => parsed.db = Some(value("the path of an SQLite file")?.path()?),
             "redis" => value("URLs such as redis://127.0.0.1:6379, separated by commas")?.urls(&mut parsed.redis)?,
+            "memcached" => {
+                let servers = value("HOST:PORT, such as 127.0.0.1:11211")?.text()?;
+                parsed.memcached.extend(servers.split(',').map(|server| server.trim().to_owned()));
+            }
             "l1" => {
                 let tiers = [("validated", Tier::Validated), ("on", Tier::On), ("off", Tier::Off)];
                 parsed.l1 = value("validated, on or off")?.one_of(&tiers)?;

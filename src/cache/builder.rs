@@ -376,11 +376,18 @@ impl CacheBuilder {
     ///
     /// # Errors
     /// The first mistake found, with the route or data type it is about and the mend.
-    pub fn build(self) -> Result<Cache, ConfigError> {
+    pub fn build(mut self) -> Result<Cache, ConfigError> {
+        let options = self.options()?;
+        let store = self.make_store(options.body_limit as u64)?;
         let Config { types, tier, routes, uncached, mutations, cascades, .. } = &self.config;
         let space = Space::new(&self.service, self.config.version.as_deref().unwrap_or_default())?;
-        let options = self.options()?;
-        let catalogue = Catalogue::new(types, tier.unwrap_or_default())?;
+        let default = Some(Tier::default()).filter(|tier| store.refuses(*tier).is_none());
+        let catalogue = Catalogue::new(types, tier.or(default).unwrap_or(Tier::Validated))?;
+        if store.is_shared() {
+            catalogue.check_tiers(|tier| store.refuses(tier))?;
+        } else {
+            catalogue.check_alone(tier.is_some())?;
+        }
         let known = Entities::new(self.config.entities.clone(), entities(routes));
         let cascades = Cascades::new(&catalogue, cascades, &self.resolvers, known, self.patience)?;
         let (tenants, hosts) = (self.tenants()?, self.config.hosts.clone().unwrap_or_default().checked()?);
@@ -408,16 +415,11 @@ impl CacheBuilder {
         };
         let routes = Routes::new(&catalogue, &cascades, table)?;
         let (clock, on_invalidated) = (self.clock.clone(), self.on_invalidated.clone());
-        let says_tier = tier.is_some();
         let memos = memos(self.config.memory.unwrap_or(MEMORY));
         #[cfg(feature = "stats")]
         let auditor = auditor((self.config.audit, self.audit_values), &self.config.types)?;
         #[cfg(not(feature = "stats"))]
         no_auditor(self.config.audit, &self.config.types)?;
-        let store = self.make_store(options.body_limit as u64)?;
-        if !store.is_shared() {
-            catalogue.check_alone(says_tier)?;
-        }
         let engine = Arc::new(Engine::new(store, clock, memos));
         let warnings = Warnings::default();
         let core = Core {
@@ -438,6 +440,8 @@ impl CacheBuilder {
             on_invalidated,
         };
         let cache = Cache(Arc::new(core));
+        // Now that nothing is wrong, a store that connects may begin with it.
+        cache.health();
         #[cfg(feature = "stats")]
         cache.keep();
         Ok(cache)
@@ -501,17 +505,19 @@ impl CacheBuilder {
         }
     }
 
-    fn make_store(self, body_limit: u64) -> Result<Arc<dyn Store>, ConfigError> {
-        let shared = self.config.redis.map(|redis| redis.build()).transpose()?;
-        let shared = shared.map(|store| Arc::new(store) as Arc<dyn Store>);
-        let given = match (self.store, shared) {
-            (Some(_), Some(_)) => {
-                return Err(ConfigError::new("two stores: take out `[redis]` or the call of `store`"));
-            }
-            (store, shared) => store.or(shared),
-        };
+    fn make_store(&mut self, body_limit: u64) -> Result<Arc<dyn Store>, ConfigError> {
+        let redis = self.config.redis.take().map(|redis| redis.build()).transpose()?;
+        let redis = redis.map(|store| Arc::new(store) as Arc<dyn Store>);
+        let memcached = self.config.memcached.take().map(|memcached| memcached.build()).transpose()?;
+        let memcached = memcached.map(|store| Arc::new(store) as Arc<dyn Store>);
+        let mut given = [self.store.take(), redis, memcached].into_iter().flatten();
         let memory = self.config.memory;
-        if let Some(store) = given {
+        if let Some(store) = given.next() {
+            if given.next().is_some() {
+                return Err(ConfigError::new(
+                    "two stores: take out all but one of `[redis]`, `[memcached]` and the call of `store`",
+                ));
+            }
             return match memory {
                 None => Ok(store),
                 Some(_) => Err(ConfigError::new(

@@ -29,6 +29,7 @@ pub(crate) struct Catalogue {
 }
 
 impl Catalogue {
+    /// The types; `tier` is of those that say nothing.
     pub(crate) fn new(types: &[DataType], tier: Tier) -> Result<Self, ConfigError> {
         let mut map = BTreeMap::new();
         let says_tier = types.iter().filter(|t| t.policy.tier.is_some());
@@ -52,6 +53,16 @@ impl Catalogue {
         }
         let default = GLOBAL_DEFAULTS.iter().find(|(name, _)| *name == data_type);
         Policy::from(default.map_or(Ttl::Standard, |(_, ttl)| *ttl)).or_tier(self.tier)
+    }
+
+    /// That the store can hold entries as is said.
+    pub(crate) fn check_tiers(&self, refuses: impl Fn(Tier) -> Option<&'static str>) -> Result<(), ConfigError> {
+        if let Some(why) = refuses(self.tier) {
+            return Err(ConfigError::new(format!("`tier`: {why}")));
+        }
+        let refused = self.types.iter().find_map(|(name, policy)| Some((name, refuses(policy.tier())?)));
+        let error = |(name, why): (&String, &str)| ConfigError::new(format!("data type `{name}`: its `tier`: {why}"));
+        refused.map_or(Ok(()), |refused| Err(error(refused)))
     }
 
     /// That nothing is said which needs a shared store; `says_tier`: for all types.

@@ -35,6 +35,7 @@ pub const TARGETS: &[Target] = &[
     target("dates", http::dates),
     target("directives", http::directives),
     target("entry", store::entry),
+    target("frames", store::frames),
     target("grpc", messages::grpc),
     target("keys", keys::keys),
     target("locations", http::locations),

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, header};
 use redis::{ConnectionAddr, IntoConnectionInfo, Parser, PushInfo, Value};
 
@@ -15,8 +15,9 @@ use crate::{
     catalog::Lifetime,
     clock::{Clock, Millis},
     key::{Key, Tag},
+    mux::Framing,
     store::{
-        Entry, MemoryStore, Payload, Store,
+        Entry, Frame, FrameKind, Frames, MemoryStore, Payload, Store,
         codec::{decode, encode, sealed},
         fuzzed::{Held, Identity, Trouble, claim, name_in, node, parse_generation, slot, time},
     },
@@ -69,6 +70,36 @@ pub(super) fn entry(data: &[u8]) {
     }
     for (time, by) in times(&read).into_iter().zip(times(&shifted)).filter(|_| longest.is_none()) {
         assert_eq!(by, if time == Millis::MAX { time } else { time.saturating_add_signed(shift) });
+    }
+}
+
+/// What memcached answers is the same in whatever pieces it comes, and no value is another than what follows its size.
+pub(super) fn frames(data: &[u8]) {
+    let mut input = Input(data);
+    let piece = usize::from(input.byte()).max(1);
+    let data = input.0;
+    let scan = |piece: usize| {
+        let (mut frames, mut bytes, mut found) = (Frames { largest: 1 << 16 }, BytesMut::new(), vec![]);
+        for part in data.chunks(piece) {
+            bytes.extend_from_slice(part);
+            loop {
+                match frames.next(&mut bytes) {
+                    Ok(Some(reply)) => found.push(reply),
+                    Ok(None) => break,
+                    Err(garbled) => return (found, Some(garbled)),
+                }
+            }
+        }
+        (found, None)
+    };
+    let (whole, garbled) = scan(data.len().max(1));
+    let (in_pieces, also) = scan(piece);
+    assert_eq!((&whole, garbled.is_some()), (&in_pieces, also.is_some()));
+    for reply in &whole {
+        if let Frame { kind: FrameKind::Value(value), .. } = reply {
+            let framed = [b"\n", &value[..], b"\r\n"].concat();
+            assert!(value.len() <= 1 << 16 && data.windows(framed.len()).any(|part| part == framed));
+        }
     }
 }
 

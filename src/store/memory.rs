@@ -335,7 +335,7 @@ impl MemoryStore {
     }
 
     /// Whatever is in place under this key is there no more.
-    #[cfg(feature = "redis")]
+    #[cfg(any(feature = "redis", feature = "memcached"))]
     pub(super) fn forget(&self, key: &Key) {
         self.entries.remove(&key.0);
     }

@@ -4,26 +4,36 @@
 //! absent, writes entries and drops generations; whether an entry is *valid* is decided by the engine. That is
 //! multi-get, add, set and delete, which the in-process store, Redis and memcached all have without scripts.
 
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "redis", feature = "memcached"))]
 pub(crate) mod codec;
 mod entry;
-#[cfg(any(feature = "redis", feature = "testing"))]
+#[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
 mod guard;
+#[cfg(feature = "memcached")]
+mod memcached;
 mod memory;
 #[cfg(feature = "redis")]
 mod redis;
+#[cfg(any(feature = "redis", feature = "memcached"))]
+mod wire;
 
 use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 pub(crate) use entry::Payload;
 pub use entry::{Entry, Stamp, StoredResponse};
-#[cfg(any(feature = "redis", feature = "testing"))]
+#[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
 pub use guard::Guard;
+#[cfg(any(test, fuzzing))]
+pub(crate) use memcached::{Frames, Kind as FrameKind, Reply as Frame};
+#[cfg(feature = "memcached")]
+pub use memcached::{MemcachedBuilder, MemcachedStore};
 pub use memory::MemoryStore;
 #[cfg(any(test, fuzzing))]
 pub(crate) use redis::fuzzed;
 #[cfg(feature = "redis")]
-pub use redis::{RedisBuilder, RedisStats, RedisStore};
+pub use redis::{RedisBuilder, RedisStore};
+#[cfg(any(feature = "redis", feature = "memcached"))]
+pub use wire::WireStats;
 
 pub use crate::clock::Millis;
 use crate::{
@@ -315,6 +325,13 @@ pub trait Store: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    /// Why it cannot hold entries like this in the process; by default it can. Types that say otherwise are refused when the
+    /// cache is built, and those that say nothing are [validated](Tier::Validated) where they cannot be held on their own.
+    fn refuses(&self, tier: Tier) -> Option<&'static str> {
+        let _ = tier;
+        None
+    }
+
     /// Whether other processes see what is stored here; by default they do.
     fn is_shared(&self) -> bool {
         true
@@ -358,6 +375,18 @@ pub trait Store: Send + Sync + 'static {
         let _ = within;
         Box::pin(std::future::ready(Ok(0)))
     }
+}
+
+/// Whether an entry is valid under these generations, with all the tags that it must have.
+#[cfg(any(feature = "redis", feature = "memcached"))]
+fn is_current(entry: &Entry, inquiry: &Inquiry<'_>, generations: &[Option<Generation>]) -> bool {
+    let Inquiry { tags, required, .. } = inquiry;
+    let has = |tag: &Tag| entry.stamps.iter().any(|stamp| stamp.tag == *tag);
+    tags.iter().take(*required).all(has)
+        && entry.stamps.iter().all(|stamp| {
+            let at = tags.iter().position(|tag| *tag == stamp.tag);
+            at.is_some_and(|at| generations.get(at) == Some(&Some(stamp.generation)))
+        })
 }
 
 /// Why a store could not do what it was asked.

@@ -12,7 +12,7 @@ mod real {
 
     pub(crate) use foldhash::fast::RandomState;
     pub(crate) use quick_cache::sync::Cache;
-    #[cfg(any(feature = "redis", feature = "testing"))]
+    #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
     pub(crate) use tokio::{
         runtime::Handle,
         sync::Notify,

@@ -30,7 +30,7 @@ pub(crate) mod shared {
     pub(crate) use foldhash::fast::FixedState as RandomState;
     use quick_cache::{Equivalent, Lifecycle, Options, Weighter, sync};
     pub(crate) use shuttle::sync::{Mutex, MutexGuard, atomic};
-    #[cfg(any(feature = "redis", feature = "testing"))]
+    #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
     pub(crate) use shuttle_tokio::{
         runtime::Handle,
         sync::Notify,
@@ -91,7 +91,7 @@ pub(crate) mod shared {
             self.inner().insert(key, value);
         }
 
-        #[cfg(feature = "redis")]
+        #[cfg(any(feature = "redis", feature = "memcached"))]
         pub(crate) fn remove<Q: Hash + Equivalent<K> + ?Sized>(&self, key: &Q) {
             self.inner().remove(key);
         }

@@ -199,7 +199,7 @@ impl Http {
     }
 }
 
-/// Processes of one service: one database, one Redis.
+/// Processes of one service: one database, one store.
 pub struct Fleet {
     services: Vec<Service>,
     _dir: TempDir,
@@ -207,10 +207,14 @@ pub struct Fleet {
 
 impl Fleet {
     pub fn start(count: usize, redis: &str, args: &[&str]) -> Self {
+        Self::over(count, &["--redis", redis], args)
+    }
+
+    pub fn over(count: usize, store: &[&str], args: &[&str]) -> Self {
         let dir = TempDir::new().unwrap();
         let db = dir.path().join("agents.db");
-        let mut all = vec!["--db", db.to_str().unwrap(), "--redis", redis];
-        all.extend(args);
+        let mut all = vec!["--db", db.to_str().unwrap()];
+        all.extend(store.iter().chain(args));
         Self { services: (0..count).map(|_| Service::start(&all)).collect(), _dir: dir }
     }
 

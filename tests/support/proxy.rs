@@ -1,4 +1,4 @@
-//! A network of the test's own between a process and Redis.
+//! A network of the test's own between a process and its store.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::time::Duration;
@@ -19,18 +19,24 @@ pub enum Mode {
     Swallow,
     /// Connections end at once.
     Cut,
+    /// Connections end in the middle of what is answered.
+    CutShort,
+    /// What is answered has the first bytes replaced by the others, as long as those.
+    Garble(&'static str, &'static str),
 }
 
-/// A network of the test's own between a process and Redis.
+/// A network of the test's own between a process and its store.
 pub struct Proxy {
+    /// Of Redis.
     pub url: String,
+    pub address: String,
     mode: watch::Sender<Mode>,
 }
 
 impl Proxy {
     pub async fn start(port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("redis://{}", listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap().to_string();
         let (mode, modes) = watch::channel(Mode::Pass);
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
@@ -39,13 +45,13 @@ impl Proxy {
                     let Ok(far) = TcpStream::connect(("127.0.0.1", port)).await else { return };
                     let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
                     tokio::select! {
-                        _ = pump(near_in, far_out, modes.clone()) => {}
-                        _ = pump(far_in, near_out, modes) => {}
+                        _ = pump(near_in, far_out, modes.clone(), false) => {}
+                        _ = pump(far_in, near_out, modes, true) => {}
                     }
                 });
             }
         });
-        Self { url, mode }
+        Self { url: format!("redis://{address}"), address, mode }
     }
 
     pub fn set(&self, mode: Mode) {
@@ -55,12 +61,12 @@ impl Proxy {
 
 type Modes = watch::Receiver<Mode>;
 
-async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut modes: Modes) {
+async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut modes: Modes, answers: bool) {
     let (mut buffer, mut hole, mut ends) = (vec![0; 1 << 16], false, modes.clone());
     loop {
         let bytes = tokio::select! {
             read = from.read(&mut buffer) => match read {
-                Ok(size) if size > 0 => &buffer[..size],
+                Ok(size) if size > 0 => &mut buffer[..size],
                 _ => return,
             },
             _ = ends.wait_for(|mode| *mode == Mode::Cut || (hole && *mode != Mode::Swallow)) => return,
@@ -71,6 +77,18 @@ async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut mod
             Mode::Swallow => {
                 hole = true;
                 continue;
+            }
+            Mode::CutShort if answers => {
+                let half = bytes.len() / 2;
+                let _ = to.write_all(&bytes[..half]).await;
+                return;
+            }
+            Mode::Garble(old, new) if answers => {
+                for at in 0..(bytes.len() + 1).saturating_sub(old.len()) {
+                    if bytes[at..].starts_with(old.as_bytes()) {
+                        bytes[at..at + new.len()].copy_from_slice(new.as_bytes());
+                    }
+                }
             }
             _ => {}
         }

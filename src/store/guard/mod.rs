@@ -112,6 +112,12 @@ impl<S: Store> Guard<S> {
         self
     }
 
+    /// What it guards.
+    #[cfg(feature = "memcached")]
+    pub(crate) fn inner(&self) -> &S {
+        &self.shared.store
+    }
+
     /// For those who look on alone: what goes wrong is no trouble of the store's, and nobody waits for it.
     async fn looks_on<'a, T, F>(&'a self, call: impl FnOnce(&'a S) -> F) -> Result<T, StoreError>
     where
@@ -367,6 +373,10 @@ impl<S: Store> Store for Guard<S> {
             (Health::Ok, true) => Health::Degraded("the circuit breaker is open: the store is too slow".into()),
             (health, _) => health,
         }
+    }
+
+    fn refuses(&self, tier: Tier) -> Option<&'static str> {
+        self.shared.store.refuses(tier)
     }
 
     fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {

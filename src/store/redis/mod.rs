@@ -31,7 +31,10 @@ use tokio::runtime::Handle;
 
 use super::{
     Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Search, Store, StoreError,
-    StoreFuture, TagGroup, Usage, guard::Guard,
+    StoreFuture, TagGroup, Usage,
+    guard::Guard,
+    is_current,
+    wire::{Counters, WireStats},
 };
 use crate::{
     catalog::Tier,
@@ -44,8 +47,7 @@ use address::Address;
 use dial::Dial;
 use held::Held;
 use link::Link;
-pub use remote::RedisStats;
-use remote::{Counters, Remote};
+use remote::Remote;
 use server::Terms;
 use watch::watch;
 
@@ -140,7 +142,7 @@ impl RedisStore {
     }
 
     /// What was counted since it was made.
-    pub fn stats(&self) -> RedisStats {
+    pub fn stats(&self) -> WireStats {
         self.0.counters.stats()
     }
 
@@ -258,7 +260,8 @@ impl RedisBuilder {
         self
     }
 
-    /// Checks the addresses and makes the store. It connects in the background, and serves from the origin until it has.
+    /// Checks the addresses and makes the store. It connects when it is first asked, in the background, and serves
+    /// from the origin until it has.
     ///
     /// # Errors
     /// An address that cannot be read, or needs a feature that is not turned on; a time that makes no sense.
@@ -294,9 +297,7 @@ impl RedisBuilder {
         if let Some(budget) = self.invalidate_budget {
             remote = remote.invalidate_budget(budget);
         }
-        let store = RedisStore(Arc::new(Shared { remote, link, counters, held, watched: Arc::default() }));
-        store.start();
-        Ok(store)
+        Ok(RedisStore(Arc::new(Shared { remote, link, counters, held, watched: Arc::default() })))
     }
 
     /// With a heartbeat of nothing no server would ever be up, and times without end cannot be added to others.
@@ -317,17 +318,6 @@ impl RedisBuilder {
         }
         Ok(())
     }
-}
-
-/// Whether an entry is valid under these generations, with all the tags that it must have.
-fn is_current(entry: &Entry, inquiry: &Inquiry<'_>, generations: &[Option<Generation>]) -> bool {
-    let Inquiry { tags, required, .. } = inquiry;
-    let has = |tag: &Tag| entry.stamps.iter().any(|stamp| stamp.tag == *tag);
-    tags.iter().take(*required).all(has)
-        && entry.stamps.iter().all(|stamp| {
-            let at = tags.iter().position(|tag| *tag == stamp.tag);
-            at.is_some_and(|at| generations.get(at) == Some(&Some(stamp.generation)))
-        })
 }
 
 impl RedisStore {

@@ -19,10 +19,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     io::Write,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
@@ -36,8 +33,7 @@ use crate::{
     key::{Key, Tag},
     store::{
         Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError,
-        StoreFuture, TagGroup,
-        codec::{self, Encoded},
+        StoreFuture, TagGroup, codec, wire::Counters,
     },
 };
 
@@ -82,28 +78,6 @@ for i = 1, (#KEYS - 1) / 2 do
     end
 end
 ";
-
-/// Counters of a [`RedisStore`](super::RedisStore) since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct RedisStats {
-    /// Values that were no entries: corrupt, truncated, foreign, or of another version.
-    pub unreadable: u64,
-    /// Entries with more headers or tags than the format has room for, or longer ones: they were not stored.
-    pub too_large: u64,
-    /// Bytes of bodies before they were compressed.
-    pub uncompressed: u64,
-    /// Bytes of the same bodies after.
-    pub compressed: u64,
-}
-
-#[derive(Default)]
-pub(super) struct Counters {
-    unreadable: AtomicU64,
-    too_large: AtomicU64,
-    uncompressed: AtomicU64,
-    compressed: AtomicU64,
-}
 
 /// Redis without a tier in front of it and without a guard.
 pub(super) struct Remote {
@@ -424,24 +398,6 @@ impl Remote {
         }
         self.acknowledged(server, pipeline, 0).await.map(drop)
     }
-
-    fn remember(&self, encoded: &Encoded) {
-        if let Some((from, to)) = encoded.compressed {
-            self.counters.uncompressed.fetch_add(from as u64, Ordering::Relaxed);
-            self.counters.compressed.fetch_add(to as u64, Ordering::Relaxed);
-        }
-    }
-}
-
-impl Counters {
-    pub(super) fn stats(&self) -> RedisStats {
-        RedisStats {
-            unreadable: self.unreadable.load(Ordering::Relaxed),
-            too_large: self.too_large.load(Ordering::Relaxed),
-            uncompressed: self.uncompressed.load(Ordering::Relaxed),
-            compressed: self.compressed.load(Ordering::Relaxed),
-        }
-    }
 }
 
 /// The tenant of these tags, which is that of all of them.
@@ -536,14 +492,10 @@ impl Store for Remote {
             if keep == 0 {
                 return Ok(());
             }
-            let Ok(encoded) = codec::encode(&entry, server.time_at_least() - now as i64) else {
-                self.counters.too_large.fetch_add(1, Ordering::Relaxed);
-                return Err(StoreError::new("too many or too long headers or tags"));
-            };
-            self.remember(&encoded);
+            let bytes = self.counters.encode(&entry, server.time_at_least() - now as i64)?;
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
-            self.push_fill(&mut pipeline, &server, key, &entry, encoded.bytes, keep);
+            self.push_fill(&mut pipeline, &server, key, &entry, bytes, keep);
             let replies = self.pipeline(&server, &pipeline).await?;
             let refused = replies.iter().take(entry.stamps.len() + 1).find_map(|reply| match reply {
                 Value::ServerError(error) => Some(self.link.refused(&server, error)),

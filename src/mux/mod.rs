@@ -1,0 +1,345 @@
+//! Many callers on one connection: what they ask is written in the order in which they ask, and answered in that order.
+//!
+//! One task writes and reads, both at once, so that neither side waits for the other with full buffers. A caller adds bytes
+//! to one buffer under a lock, and waits. A caller who goes leaves its place in the line, and its reply is still taken. A
+//! connection whose oldest caller waits too long is given up, and so is one that says what nobody asked for: whoever waits on
+//! it then does not know whether the server has done what it was asked.
+
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::VecDeque,
+    fmt, io,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::BytesMut;
+use futures_util::task::AtomicWaker;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::oneshot,
+    time::{Instant, Sleep, sleep},
+};
+use tokio_util::io::{poll_read_buf, poll_write_buf};
+
+/// Bytes that wait to be written, at most: a server that reads nothing must not take the process' memory.
+const QUEUED: usize = 64 << 20;
+
+/// Callers on one connection, at most.
+const CALLS: usize = 1 << 16;
+
+/// Replies to one call that do not say to which of its commands, at most.
+const OTHERS: usize = 1_000;
+
+/// Room made for what is read.
+const ROOM: usize = 16 << 10;
+
+/// How replies are told apart, and whose they are.
+pub(crate) trait Framing: Send + Unpin + 'static {
+    type Reply: Send + Unpin + fmt::Debug + 'static;
+
+    /// The reply that the bytes begin with, taken from them; none if it is not all there yet.
+    fn next(&mut self, bytes: &mut BytesMut) -> Result<Option<Self::Reply>, Garbled>;
+
+    /// Where a reply belongs to in the oldest call.
+    fn place(&self, reply: &Self::Reply, call: Asked) -> Place;
+}
+
+/// What was read is no reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Garbled(pub(crate) &'static str);
+
+/// The commands of a call: from which number on, and how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Asked {
+    pub(crate) first: u32,
+    pub(crate) count: u32,
+}
+
+/// Where a reply belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// It answers this command of the call.
+    Command(usize),
+    /// It answers one of the call's commands, and does not say which.
+    Some,
+    /// It ends the call, and says nothing.
+    End,
+    /// Nobody has asked for it.
+    Stray,
+}
+
+/// What a call was answered.
+#[derive(Debug)]
+pub(crate) struct Answer<R> {
+    /// The reply to each command, as far as there is one.
+    pub(crate) replies: Vec<Option<R>>,
+    /// Replies that do not say to what.
+    pub(crate) others: Vec<R>,
+}
+
+/// Why a call was not answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Broken {
+    /// It was not sent.
+    Unsent(Arc<str>),
+    /// It may have been sent, and done.
+    Unanswered(Arc<str>),
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unsent(why) => write!(f, "not sent: {why}"),
+            Self::Unanswered(why) => write!(f, "no answer: {why}"),
+        }
+    }
+}
+
+/// A connection, for as many callers as there are. It is closed with the last of these.
+pub(crate) struct Mux<F: Framing>(Arc<Handle<F>>);
+
+struct Handle<F: Framing> {
+    shared: Arc<Shared<F::Reply>>,
+    patience: Duration,
+}
+
+struct Shared<R> {
+    queue: Mutex<Queue<R>>,
+    /// How many callers wait.
+    waiting: AtomicUsize,
+    /// Of the task that writes and reads.
+    task: AtomicWaker,
+}
+
+/// What is to be written, and who waits for what comes of it.
+struct Queue<R> {
+    bytes: BytesMut,
+    calls: VecDeque<Call<R>>,
+    /// The next command's number.
+    next: u32,
+    end: Option<Arc<str>>,
+}
+
+struct Call<R> {
+    asked: Asked,
+    answer: Answer<R>,
+    /// How long it waits at most before its connection is given up.
+    until: Instant,
+    caller: oneshot::Sender<Answer<R>>,
+}
+
+impl<F: Framing> Clone for Mux<F> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<F: Framing> Drop for Handle<F> {
+    fn drop(&mut self) {
+        self.shared.end(&"nobody needs it".into());
+        self.shared.task.wake();
+    }
+}
+
+impl<R> Shared<R> {
+    fn queue(&self) -> MutexGuard<'_, Queue<R>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on nothing is sent.
+    fn end(&self, why: &Arc<str>) {
+        let mut queue = self.queue();
+        queue.end.get_or_insert_with(|| why.clone());
+        queue.bytes = BytesMut::new();
+        queue.calls.clear();
+    }
+}
+
+impl<F: Framing> Mux<F> {
+    /// The connection, and the task that serves it, which ends with the connection and says why. A caller waits for
+    /// `patience` at most before the connection is given up.
+    pub(crate) fn new<S>(stream: S, framing: F, patience: Duration) -> (Self, impl Future<Output = Arc<str>> + Send)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
+        let queue = Queue { bytes: BytesMut::new(), calls: VecDeque::new(), next: 0, end: None };
+        let (queue, waiting) = (Mutex::new(queue), AtomicUsize::new(0));
+        let shared = Arc::new(Shared { queue, waiting, task: AtomicWaker::new() });
+        let serving = Serving {
+            guard: Ended(shared.clone()),
+            stream,
+            framing,
+            output: BytesMut::new(),
+            input: BytesMut::new(),
+            sent: VecDeque::new(),
+            overdue: Box::pin(sleep(patience)),
+            patience,
+        };
+        (Self(Arc::new(Handle { shared, patience })), serving)
+    }
+
+    /// Makes so many commands, which `write` writes, with numbers from the one that it is given.
+    pub(crate) async fn call(
+        &self,
+        count: u32,
+        write: impl FnOnce(&mut BytesMut, u32),
+    ) -> Result<Answer<F::Reply>, Broken> {
+        let answered = self.enqueue(count, write)?;
+        answered.await.map_err(|_| {
+            let why = self.0.shared.queue().end.clone();
+            Broken::Unanswered(why.unwrap_or_else(|| "the connection is gone".into()))
+        })
+    }
+
+    fn enqueue(
+        &self,
+        count: u32,
+        write: impl FnOnce(&mut BytesMut, u32),
+    ) -> Result<oneshot::Receiver<Answer<F::Reply>>, Broken> {
+        let Handle { shared, patience } = &*self.0;
+        let (caller, answered) = oneshot::channel();
+        let mut queue = shared.queue();
+        if let Some(why) = &queue.end {
+            return Err(Broken::Unsent(why.clone()));
+        }
+        if queue.bytes.len() > QUEUED || shared.waiting.load(Ordering::Relaxed) >= CALLS {
+            return Err(Broken::Unsent("too much waits to be sent already".into()));
+        }
+        let asked = Asked { first: queue.next, count };
+        queue.next = queue.next.wrapping_add(count);
+        write(&mut queue.bytes, asked.first);
+        let answer = Answer { replies: (0..count).map(|_| None).collect(), others: vec![] };
+        queue.calls.push_back(Call { asked, answer, until: Instant::now() + *patience, caller });
+        shared.waiting.fetch_add(1, Ordering::Relaxed);
+        drop(queue);
+        shared.task.wake();
+        Ok(answered)
+    }
+}
+
+/// However its task ends, nobody waits on.
+struct Ended<R>(Arc<Shared<R>>);
+
+impl<R> Drop for Ended<R> {
+    fn drop(&mut self) {
+        self.0.end(&"its runtime has ended".into());
+    }
+}
+
+/// The task of a connection.
+struct Serving<S, F: Framing> {
+    /// Dropped first: who waits is to find the reason.
+    guard: Ended<F::Reply>,
+    stream: S,
+    framing: F,
+    output: BytesMut,
+    input: BytesMut,
+    /// Who waits behind what has been written, the oldest first.
+    sent: VecDeque<Call<F::Reply>>,
+    overdue: Pin<Box<Sleep>>,
+    patience: Duration,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Future for Serving<S, F> {
+    type Output = Arc<str>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Arc<str>> {
+        let this = self.get_mut();
+        this.guard.0.task.register(cx.waker());
+        match this.step(cx) {
+            Ok(()) => Poll::Pending,
+            Err(why) => {
+                this.guard.0.end(&why);
+                Poll::Ready(why)
+            }
+        }
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
+    /// Everything that can be done now: what is read is taken also while the other side takes nothing.
+    fn step(&mut self, cx: &mut Context<'_>) -> Result<(), Arc<str>> {
+        if let Some(why) = &self.guard.0.queue().end {
+            return Err(why.clone());
+        }
+        self.write(cx).map_err(|error| error.to_string())?;
+        self.read(cx)?;
+        while self.overdue.as_mut().poll(cx).is_ready() {
+            let now = Instant::now();
+            let oldest = self.sent.front().map_or(now + self.patience, |call| call.until);
+            if oldest <= now {
+                return Err(format!("no answer within {:?}", self.patience).into());
+            }
+            self.overdue.as_mut().reset(oldest);
+        }
+        Ok(())
+    }
+
+    /// Writes what there is, for as long as it is taken.
+    fn write(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        loop {
+            if self.output.is_empty() {
+                let mut queue = self.guard.0.queue();
+                std::mem::swap(&mut queue.bytes, &mut self.output);
+                self.sent.append(&mut queue.calls);
+            }
+            if self.output.is_empty() {
+                let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+                return if let Poll::Ready(result) = flushed { result } else { Ok(()) };
+            }
+            match poll_write_buf(Pin::new(&mut self.stream), cx, &mut self.output)? {
+                Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(_) => {}
+                Poll::Pending => return Ok(()),
+            }
+        }
+    }
+
+    /// Reads what there is. An answer is handed out as soon as it is whole.
+    fn read(&mut self, cx: &mut Context<'_>) -> Result<(), Arc<str>> {
+        loop {
+            self.input.reserve(ROOM);
+            match poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.input) {
+                Poll::Pending => return Ok(()),
+                Poll::Ready(Ok(0)) => return Err("the server has closed the connection".into()),
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(error)) => return Err(error.to_string().into()),
+            }
+            while let Some(reply) = self.framing.next(&mut self.input).map_err(|Garbled(what)| what)? {
+                self.take(reply)?;
+            }
+        }
+    }
+
+    fn take(&mut self, reply: F::Reply) -> Result<(), Arc<str>> {
+        let oldest = self.sent.front_mut();
+        let place = oldest.as_ref().map_or(Place::Stray, |call| self.framing.place(&reply, call.asked));
+        let Some(call) = oldest.filter(|_| place != Place::Stray) else {
+            return Err("a reply that nobody has asked for".into());
+        };
+        let is_last = place == Place::End;
+        match place {
+            Place::Command(at) => match call.answer.replies.get_mut(at) {
+                Some(none @ None) => *none = Some(reply),
+                _ => return Err("two replies to one command".into()),
+            },
+            Place::Some if call.answer.others.len() >= OTHERS => return Err("replies without an end".into()),
+            Place::Some => call.answer.others.push(reply),
+            Place::End | Place::Stray => {}
+        }
+        if is_last && let Some(Call { answer, caller, .. }) = self.sent.pop_front() {
+            self.guard.0.waiting.fetch_sub(1, Ordering::Relaxed);
+            // Who has gone does not want it any more.
+            let _ = caller.send(answer);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,173 @@
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
+    task::JoinHandle,
+};
+
+use super::*;
+
+const LONG: Duration = Duration::from_secs(5);
+
+/// Lines: `number text`, or `.`, which ends a call.
+struct Lines;
+
+#[derive(Debug, PartialEq)]
+enum Line {
+    Text(Option<u32>, String),
+    End,
+}
+
+impl Framing for Lines {
+    type Reply = Line;
+
+    fn next(&mut self, bytes: &mut BytesMut) -> Result<Option<Line>, Garbled> {
+        let Some(end) = bytes.iter().position(|&c| c == b'\n') else { return Ok(None) };
+        let line = bytes.split_to(end + 1);
+        let line = str::from_utf8(&line[..end]).map_err(|_| Garbled("no text"))?;
+        let (number, text) = line.split_once(' ').unwrap_or((line, ""));
+        Ok(Some(if line == "." { Line::End } else { Line::Text(number.parse().ok(), text.to_owned()) }))
+    }
+
+    fn place(&self, reply: &Line, call: Asked) -> Place {
+        match reply {
+            Line::End => Place::End,
+            Line::Text(None, _) => Place::Some,
+            Line::Text(Some(number), _) => match number.wrapping_sub(call.first) {
+                at if at < call.count => Place::Command(at as usize),
+                _ => Place::Stray,
+            },
+        }
+    }
+}
+
+/// A connection, its other end, and why it ended.
+fn connection(room: usize, patience: Duration) -> (Mux<Lines>, DuplexStream, JoinHandle<Arc<str>>) {
+    let (near, far) = duplex(room);
+    let (mux, serving) = Mux::new(near, Lines, patience);
+    (mux, far, tokio::spawn(serving))
+}
+
+async fn ask(mux: &Mux<Lines>, text: &str) -> Result<String, Broken> {
+    let write = |out: &mut BytesMut, first: u32| out.extend_from_slice(format!("{first} {text}\n.\n").as_bytes());
+    let answer = mux.call(1, write).await?;
+    match answer.replies.into_iter().next() {
+        Some(Some(Line::Text(_, text))) => Ok(text),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Sends back what it reads, in pieces of so many bytes.
+fn echo(mut far: DuplexStream, piece: usize) {
+    tokio::spawn(async move {
+        let mut bytes = vec![0; piece];
+        while let Ok(size @ 1..) = far.read(&mut bytes).await {
+            if far.write_all(&bytes[..size]).await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+#[tokio::test]
+async fn everybody_is_answered_what_they_asked_whoever_goes() {
+    for (room, piece) in [(1 << 16, 1 << 16), (1 << 16, 1), (7, 3)] {
+        let (mux, far, _) = connection(room, LONG);
+        echo(far, piece);
+        let mut tasks = vec![];
+        for i in 0..300_u32 {
+            let mux = mux.clone();
+            let task = tokio::spawn(async move { ask(&mux, &format!("call {i}")).await });
+            if i % 3 == 0 {
+                tokio::task::yield_now().await;
+                task.abort();
+            } else {
+                tasks.push((i, task));
+            }
+        }
+        for (i, task) in tasks {
+            assert_eq!(task.await.unwrap().unwrap(), format!("call {i}"));
+        }
+    }
+}
+
+/// Each side has more to say than the way between them holds.
+#[tokio::test]
+async fn it_reads_while_it_writes() {
+    let (mux, far, _) = connection(64, LONG);
+    echo(far, 64);
+    let text = "x".repeat(5_000);
+    let calls = (0..20).map(|_| ask(&mux, &text));
+    for answer in futures_util::future::join_all(calls).await {
+        assert_eq!(answer.unwrap(), text);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_without_a_bound() {
+    let (mux, far, ended) = connection(1 << 16, LONG);
+    let waits = ask(&mux, "hello").await.unwrap_err();
+    assert_eq!(waits, Broken::Unanswered("no answer within 5s".into()));
+    assert_eq!(ask(&mux, "again").await, Err(Broken::Unsent("no answer within 5s".into())));
+    assert_eq!(&*ended.await.unwrap(), "no answer within 5s");
+    drop(far);
+    // Nor one whose question is not even taken.
+    let (mux, _far, _) = connection(4, LONG);
+    assert!(matches!(ask(&mux, "hello").await, Err(Broken::Unanswered(_))));
+}
+
+#[tokio::test]
+async fn what_nobody_asked_for_ends_it() {
+    for said in ["7 stray\n", ".\n", "0 one\n0 two\n", "-\n-\n", "\u{7f}\n"] {
+        let (mux, mut far, ended) = connection(1 << 16, LONG);
+        let call = if said == ".\n" || said == "7 stray\n" && said.len() == 8 {
+            None
+        } else {
+            let mux = mux.clone();
+            let call = tokio::spawn(async move { ask(&mux, "hello").await });
+            let mut question = [0; 10];
+            far.read_exact(&mut question).await.unwrap();
+            Some(call)
+        };
+        far.write_all(said.as_bytes()).await.unwrap();
+        if said.starts_with(['-', '\u{7f}']) {
+            // Which command it is about nobody knows; so many replies to one call are too many.
+            for _ in 0..OTHERS {
+                let _ = far.write_all(b"-\n").await;
+            }
+        }
+        ended.await.unwrap();
+        if let Some(call) = call {
+            assert!(matches!(call.await.unwrap(), Err(Broken::Unanswered(_))), "{said:?}");
+        }
+        assert!(matches!(ask(&mux, "more").await, Err(Broken::Unsent(_))), "{said:?}");
+    }
+}
+
+#[tokio::test]
+async fn it_ends_with_its_other_end_and_with_its_last_handle() {
+    let (mux, far, ended) = connection(1 << 16, LONG);
+    drop(far);
+    assert_eq!(&*ended.await.unwrap(), "the server has closed the connection");
+    assert!(matches!(ask(&mux, "hello").await, Err(Broken::Unsent(_))));
+    let (mux, _far, ended) = connection(1 << 16, LONG);
+    drop(mux);
+    assert_eq!(&*ended.await.unwrap(), "nobody needs it");
+}
+
+/// A server that takes nothing does not fill the process' memory.
+#[tokio::test]
+async fn what_waits_to_be_sent_is_bounded() {
+    let (mux, _far, _) = connection(4, LONG);
+    let text = "x".repeat(1 << 20);
+    let mut refused = 0;
+    let mut waiting = vec![];
+    for _ in 0..200 {
+        let mut call = Box::pin(ask(&mux, &text));
+        match futures_util::poll!(&mut call) {
+            Poll::Ready(Err(Broken::Unsent(_))) => refused += 1,
+            Poll::Ready(other) => panic!("{other:?}"),
+            Poll::Pending => waiting.push(call),
+        }
+        tokio::task::yield_now().await;
+    }
+    assert!(refused > 100 && waiting.len() >= 64, "{refused} refused, {} wait", waiting.len());
+}

@@ -1,0 +1,459 @@
+//! What the memcached store promises when something dies, lags or lies: a writer, the network, a server, or what it says. Two
+//! caches on one memcached are two processes here; one that is killed is a real one.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+#[path = "support/memcached.rs"]
+mod memcached;
+#[path = "support/proxy.rs"]
+mod proxy;
+#[path = "support/web.rs"]
+mod web;
+
+use std::{
+    io,
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::Full;
+use memcached::Memcached;
+use proxy::{Mode, Proxy};
+use tempfile::TempDir;
+use tokio::{sync::Semaphore, task::JoinHandle};
+use tower_cache_aside::{
+    Cache, CacheBuilder, Cascade, DataType, Mutation, OnUnreachable, Route, Tier, Ttl,
+    store::{Health, MemcachedBuilder, MemcachedStore, Store},
+};
+use web::{Body, Reply, Web, full, ok};
+
+/// Longer than any test takes.
+const FOREVER: Duration = Duration::from_secs(60);
+const PATH: &str = "/docs/1";
+
+/// A store that reads memcached again as soon as it is there: one process alone needs no time to settle.
+fn store(address: &str) -> MemcachedBuilder {
+    MemcachedStore::builder([address]).prefix("faults").in_process(8 << 20).settle(Duration::ZERO)
+}
+
+/// One that no busy machine makes miss.
+fn patient(address: &str) -> MemcachedBuilder {
+    store(address).budget(FOREVER).heartbeat(Duration::from_secs(1))
+}
+
+fn builder(store: MemcachedBuilder, tier: Tier) -> CacheBuilder {
+    over(store.build().unwrap(), tier)
+}
+
+fn over(store: MemcachedStore, tier: Tier) -> CacheBuilder {
+    Cache::builder("test")
+        .single_tenant("t")
+        .data_type(DataType::new("doc", Ttl::Standard).tier(tier))
+        .route(Route::new("/docs/{doc_id}", "doc"))
+        .mutation(Mutation::put("/docs/{doc_id}", "doc"))
+        .store(store)
+}
+
+/// A row that all processes share: what is read is how often it was written.
+type Db = Arc<AtomicU64>;
+type Answer = std::future::Ready<io::Result<Response<Body>>>;
+
+fn row(db: &Db) -> String {
+    db.load(Ordering::SeqCst).to_string()
+}
+
+fn origin(db: &Db) -> impl Fn(Request<Full<bytes::Bytes>>) -> Answer + use<> {
+    let db = db.clone();
+    move |request| {
+        if request.method() == Method::PUT {
+            db.fetch_add(1, Ordering::SeqCst);
+        }
+        std::future::ready(Ok(ok(row(&db))))
+    }
+}
+
+async fn until_hit(web: &Web, text: &str) {
+    let start = Instant::now();
+    loop {
+        let reply = web.get(PATH).await;
+        assert_eq!(reply.text(), text, "{}", reply.cache_status());
+        if reply.is_hit() {
+            return;
+        }
+        assert!(start.elapsed() < FOREVER, "no hit: {}", reply.cache_status());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+async fn until(what: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !what() {
+        assert!(start.elapsed() < FOREVER);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+// ---- a writer that dies ----------------------------------------------------------------------------------------------
+
+fn file_builder(address: &str, lease: Option<Duration>) -> CacheBuilder {
+    lease.into_iter().fold(builder(patient(address), Tier::Off), CacheBuilder::fenced)
+}
+
+/// Not a test: the process that [`killed`] starts. It commits, and never comes to its invalidation.
+#[tokio::test]
+async fn the_writer() {
+    let Ok(address) = std::env::var("FAULTS_ADDRESS") else { return };
+    let lease = std::env::var("FAULTS_LEASE").ok().map(|ms| Duration::from_millis(ms.parse().unwrap()));
+    let file = std::env::var("FAULTS_FILE").unwrap();
+    let web = Web::new(&file_builder(&address, lease).build().unwrap(), move |_| {
+        std::fs::write(&file, "new").unwrap();
+        std::future::pending::<io::Result<Response<Body>>>()
+    });
+    // Should the parent be gone.
+    let _ = tokio::time::timeout(FOREVER, web.put(PATH)).await;
+}
+
+/// Caches the old row, and kills a writer of the new one between its commit and its invalidation.
+async fn killed(lease: Option<Duration>) -> (Memcached, Web, TempDir) {
+    let (server, dir) = (Memcached::start(&[]), TempDir::new().unwrap());
+    let file = dir.path().join("row");
+    std::fs::write(&file, "old").unwrap();
+    let row = file.clone();
+    let reader = Web::new(&file_builder(&server.address(), lease).build().unwrap(), move |_| {
+        std::future::ready(std::fs::read(&row).map(ok))
+    });
+    until_hit(&reader, "old").await;
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "the_writer", "--nocapture"]).stdout(Stdio::null());
+    command.env("FAULTS_ADDRESS", server.address()).env("FAULTS_FILE", &file);
+    command.envs(lease.map(|lease| ("FAULTS_LEASE", lease.as_millis().to_string())));
+    let mut writer = command.spawn().unwrap();
+    until(|| std::fs::read(&file).unwrap() == b"new").await;
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    (server, reader, dir)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_a_fence_a_writer_that_dies_leaves_nothing_stale() {
+    // Without one it does: this is what fences are for.
+    let (_server, reader, _dir) = killed(None).await;
+    assert_eq!(reader.get(PATH).await.text(), "old");
+    let (_server, reader, _dir) = killed(Some(FOREVER)).await;
+    assert_fenced(&reader, "new").await;
+    // Once the lease has run out, it is stored again.
+    let (_server, reader, _dir) = killed(Some(Duration::from_millis(700))).await;
+    until_hit(&reader, "new").await;
+}
+
+// ---- fences ----------------------------------------------------------------------------------------------------------
+
+/// Reads are misses, and not stored.
+async fn assert_fenced(web: &Web, text: &str) {
+    for _ in 0..5 {
+        let reply = web.get(PATH).await;
+        assert_eq!((reply.text(), reply.cache_status()), (text, "fwd=uri-miss"));
+    }
+}
+
+/// A process whose writes stop in the handler before they commit.
+struct Writer {
+    web: Web,
+    entered: Arc<Semaphore>,
+    gate: Arc<Semaphore>,
+    status: StatusCode,
+}
+
+impl Writer {
+    fn new(cache: &Cache, db: &Db, status: StatusCode) -> Self {
+        let (entered, gate) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+        let (e, g, db) = (entered.clone(), gate.clone(), db.clone());
+        let web = Web::new(cache, move |request| {
+            let (entered, gate, db) = (e.clone(), g.clone(), db.clone());
+            async move {
+                let mut response = ok(row(&db));
+                if request.method() == Method::PUT {
+                    entered.add_permits(1);
+                    gate.acquire().await.unwrap().forget();
+                    db.fetch_add(u64::from(status.is_success()), Ordering::SeqCst);
+                    *response.status_mut() = status;
+                }
+                Ok(response)
+            }
+        });
+        Self { web, entered, gate, status }
+    }
+
+    async fn begin(&self) -> JoinHandle<Reply> {
+        let web = self.web.clone();
+        let write = tokio::spawn(async move { web.put(PATH).await });
+        self.entered.acquire().await.unwrap().forget();
+        write
+    }
+
+    async fn end(&self, write: JoinHandle<Reply>) {
+        self.gate.add_permits(1);
+        assert_eq!(write.await.unwrap().status, self.status);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_writer_lifts_no_fence_but_its_own() {
+    let (server, db) = (Memcached::start(&[]), Db::default());
+    let cache = || builder(patient(&server.address()), Tier::Off).fenced(FOREVER).build().unwrap();
+    let (own, other) = (cache(), cache());
+    for (cache, status) in [(&own, 200), (&other, 200), (&own, 404), (&other, 404)] {
+        let first = Writer::new(&own, &db, StatusCode::OK);
+        let second = Writer::new(cache, &db, StatusCode::from_u16(status).unwrap());
+        until_hit(&first.web, &row(&db)).await;
+        let (write, overlapping) = (first.begin().await, second.begin().await);
+        assert_fenced(&first.web, &row(&db)).await;
+        second.end(overlapping).await;
+        assert_fenced(&second.web, &row(&db)).await;
+        other.invalidate("t").mutated("doc", "1").run().await.unwrap();
+        assert_fenced(&first.web, &row(&db)).await;
+        first.end(write).await;
+        assert_eq!(first.web.get(PATH).await.cache_status(), "fwd=uri-miss; stored");
+        until_hit(&second.web, &row(&db)).await;
+    }
+}
+
+/// Many writers at once change one fence, and none of them is lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_writers_may_fence_one_tag() {
+    let (server, db) = (Memcached::start(&[]), Db::default());
+    let caches: Vec<_> =
+        (0..4).map(|_| builder(patient(&server.address()), Tier::Off).fenced(FOREVER).build().unwrap()).collect();
+    let writers: Vec<_> = (0..24).map(|i| Writer::new(&caches[i % 4], &db, StatusCode::OK)).collect();
+    until_hit(&writers[0].web, "0").await;
+    let writes = futures_util::future::join_all(writers.iter().map(Writer::begin)).await;
+    for (writer, write) in writers.iter().zip(writes) {
+        assert_fenced(&writers[0].web, &row(&db)).await;
+        writer.end(write).await;
+    }
+    until_hit(&writers[1].web, "24").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fence_that_holds_stands_after_the_write() {
+    for hold in [FOREVER, Duration::from_millis(300)] {
+        let (server, db) = (Memcached::start(&[]), Db::default());
+        let builder = builder(patient(&server.address()), Tier::Off);
+        let cache = builder.cascade(Cascade::new("doc").fenced(FOREVER).hold(hold)).build().unwrap();
+        let web = Web::new(&cache, origin(&db));
+        until_hit(&web, "0").await;
+        web.put(PATH).await;
+        if hold == FOREVER {
+            assert_fenced(&web, "1").await;
+        } else {
+            until_hit(&web, "1").await;
+        }
+    }
+}
+
+/// A reader that has begun before the write and fills after it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_read_cannot_bring_back_what_was_written_over() {
+    for tier in [Tier::Off, Tier::Validated] {
+        let (server, db) = (Memcached::start(&[]), Db::default());
+        let (entered, gate) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+        let (e, g, rows) = (entered.clone(), gate.clone(), db.clone());
+        let cache = builder(patient(&server.address()), tier).build().unwrap();
+        let slow = Web::new(&cache, move |_| {
+            let (entered, gate, text) = (e.clone(), g.clone(), row(&rows));
+            async move {
+                entered.add_permits(1);
+                gate.acquire().await.unwrap().forget();
+                Ok(ok(text))
+            }
+        });
+        let writer = Web::new(&builder(patient(&server.address()), tier).build().unwrap(), origin(&db));
+        let reading = tokio::spawn(async move { slow.get(PATH).await });
+        entered.acquire().await.unwrap().forget();
+        assert_eq!(writer.put(PATH).await.status, 200);
+        gate.add_permits(1);
+        assert_eq!(reading.await.unwrap().text(), "0");
+        let reply = writer.get(PATH).await;
+        assert_eq!((reply.text(), reply.is_hit()), ("1", false));
+        until_hit(&writer, "1").await;
+    }
+}
+
+// ---- the network -----------------------------------------------------------------------------------------------------
+
+/// What a bad network makes of replies.
+const GARBLED: &[(&str, &str)] = &[
+    ("VA 16 ", "VA 14 "),
+    ("VA 16 ", "VA 18 "),
+    ("VA 16 ", "VA 99 "),
+    ("HD", "VA"),
+    ("HD", "XX"),
+    ("MN", "HD"),
+    ("VA ", "VA-"),
+    ("NF", "EN"),
+];
+
+/// Whatever the network does, reads neither fail nor find less than what was written; and it heals.
+async fn survives_the_network(tier: Tier) {
+    let (server, db) = (Memcached::start(&[]), Db::default());
+    let proxy = Proxy::start(server.port).await;
+    let cache = builder(store(&proxy.address), tier).build().unwrap();
+    let web = Web::new(&cache, origin(&db));
+    // The same list of servers, by another way.
+    let slow = [5, 40, 150].map(|ms| Mode::Delay(Duration::from_millis(ms)));
+    let garbled = GARBLED.iter().map(|(old, new)| Mode::Garble(old, new));
+    for mode in slow.into_iter().chain([Mode::Cut, Mode::CutShort, Mode::Hold, Mode::Swallow]).chain(garbled) {
+        until_hit(&web, &row(&db)).await;
+        proxy.set(mode);
+        for _ in 0..4 {
+            assert_eq!(web.put(PATH).await.status, 200, "{mode:?}");
+            for _ in 0..3 {
+                let reply = web.get(PATH).await;
+                assert_eq!(reply.text(), row(&db), "{mode:?} {tier:?}: {}", reply.cache_status());
+            }
+        }
+        proxy.set(Mode::Pass);
+        until_hit(&web, &row(&db)).await;
+        assert_eq!(cache.health(), Health::Ok, "{mode:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bad_network_is_survived() {
+    tokio::join!(survives_the_network(Tier::Off), survives_the_network(Tier::Validated));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_that_cannot_be_invalidated_are_refused_before_they_run() {
+    let (mut server, db) = (Memcached::start(&[]), Db::default());
+    let cache = builder(store(&server.address()), Tier::Off).on_unreachable(OnUnreachable::Reject).build().unwrap();
+    let web = Web::new(&cache, origin(&db));
+    until_hit(&web, "0").await;
+    server.kill();
+    until(|| !cache.health().takes_invalidations()).await;
+    assert_eq!(web.put(PATH).await.status, 503);
+    assert_eq!((web.get(PATH).await.text(), row(&db).as_str()), ("0", "0"));
+    server.restart();
+    until(|| cache.health() == Health::Ok).await;
+    assert_eq!(web.put(PATH).await.status, 200);
+    until_hit(&web, "1").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_during_an_outage_is_delivered_before_anything_is_read() {
+    let (server, db) = (Memcached::start(&[]), Db::default());
+    let cache =
+        builder(store(&server.address()).invalidate_budget(Duration::from_millis(50)), Tier::Off).build().unwrap();
+    let web = Web::new(&cache, origin(&db));
+    let elsewhere = Web::new(&builder(patient(&server.address()), Tier::Off).build().unwrap(), origin(&db));
+    until_hit(&web, "0").await;
+    until_hit(&elsewhere, "0").await;
+    server.signal("-STOP");
+    assert_eq!(web.put(PATH).await.status, 200);
+    assert_eq!(web.get(PATH).await.text(), "1");
+    server.signal("-CONT");
+    until_hit(&web, "1").await;
+    assert_eq!(elsewhere.get(PATH).await.text(), "1");
+}
+
+/// Callers that go away cost neither a connection nor anybody else's answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_go_away_cost_nothing() {
+    let (server, db) = (Memcached::start(&[]), Db::default());
+    let web = Web::new(&builder(patient(&server.address()), Tier::Off).build().unwrap(), origin(&db));
+    until_hit(&web, "0").await;
+    let before = server.stat("total_connections");
+    for round in 0..2_000 {
+        let call = web.get(PATH);
+        if round % 3 == 0 {
+            let _ = tokio::time::timeout(Duration::from_micros(round % 50), call).await;
+        } else {
+            assert_eq!(call.await.text(), "0");
+        }
+    }
+    // Each of these questions is a connection of its own.
+    assert_eq!(server.stat("total_connections") - before, 1);
+}
+
+// ---- what a server takes ---------------------------------------------------------------------------------------------
+
+/// No id and no host is too long or too odd to be a name: least of all may the server take a body for commands.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_name_is_too_long() {
+    let (server, db) = (Memcached::start(&[]), Db::default());
+    let web = Web::new(&builder(patient(&server.address()), Tier::Off).build().unwrap(), origin(&db));
+    for id in [
+        "x".repeat(100),
+        "x".repeat(128),
+        "%0D%0Aflush_all%0D%0A".repeat(20),
+        "%F0%9F%98%80".repeat(60),
+        "y".repeat(4_000),
+    ] {
+        let path = format!("/docs/{id}?q={}", "z".repeat(300));
+        assert!(!web.get(&path).await.is_hit(), "{id}");
+        assert!(web.get(&path).await.is_hit(), "{id}");
+        assert_eq!(web.put(&format!("/docs/{id}")).await.status, 200);
+        let reply = web.get(&path).await;
+        assert_eq!((reply.text(), reply.is_hit()), (row(&db).as_str(), false), "{id}");
+    }
+    assert!(server.keys().iter().all(|key| key.len() <= 250));
+    assert_eq!(server.stat("cmd_flush"), 0);
+}
+
+/// What is too large for the server is a response that is not stored, is counted, and hurts nobody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_too_large_is_not_stored() {
+    let server = Memcached::start(&["-I", "64k", "-o", "slab_chunk_max=16384"]);
+    let store = patient(&server.address()).build().unwrap();
+    let web = Web::new(&over(store.clone(), Tier::Off).build().unwrap(), |request: Request<Full<bytes::Bytes>>| {
+        let size: usize = request.uri().path().rsplit('/').next().unwrap().parse().unwrap();
+        // Noise, which nothing makes smaller.
+        let noise: Vec<u8> = std::iter::repeat_with(rand::random).take(size).collect();
+        std::future::ready(Ok(Response::new(full(noise))))
+    });
+    for (size, is_stored) in [(1, true), (40_000, true), (70_000, false), (700_000, false), (60_000, true)] {
+        let (path, before) = (format!("/docs/{size}"), store.stats().too_large);
+        assert_eq!(web.get(&path).await.body.len(), size);
+        // While it is on its way there, others are answered by what is.
+        until(|| is_stored || store.stats().too_large > before).await;
+        let reply = web.get(&path).await;
+        assert_eq!((reply.body.len(), reply.is_hit()), (size, is_stored), "{size}: {}", reply.cache_status());
+    }
+    assert!(store.health() == Health::Ok);
+}
+
+/// Of two processes with different lists neither reads what the other has stored, for neither hears what the other drops.
+#[tokio::test(flavor = "multi_thread")]
+async fn another_list_of_servers_is_another_cache() {
+    let (servers, db) = ([(); 2].map(|()| Memcached::start(&[])), Db::default());
+    let [a, b] = servers.each_ref().map(|server| server.address());
+    let over_servers = |list: &[&str]| {
+        let store = MemcachedStore::builder(list.iter().copied()).settle(Duration::ZERO).budget(FOREVER);
+        Web::new(&builder(store, Tier::Off).build().unwrap(), origin(&db))
+    };
+    let (one, both, turned) = (over_servers(&[&a]), over_servers(&[&a, &b]), over_servers(&[&b, &a]));
+    until_hit(&one, "0").await;
+    assert!(!both.get(PATH).await.is_hit());
+    until_hit(&both, "0").await;
+    // The order says nothing.
+    assert!(turned.get(PATH).await.is_hit());
+}
+
+/// What nobody uses for a minute is not believed when somebody comes back to it.
+#[tokio::test(flavor = "multi_thread")]
+async fn purges_drop_everything() {
+    let (server, db) = (Memcached::start(&[]), Db::default());
+    let cache = builder(patient(&server.address()), Tier::Validated).build().unwrap();
+    let web = Web::new(&cache, origin(&db));
+    until_hit(&web, "0").await;
+    cache.clear().await.unwrap();
+    let reply = web.get(PATH).await;
+    assert!(!reply.is_hit(), "{}", reply.cache_status());
+    until_hit(&web, "0").await;
+    let names = server.keys();
+    assert!(names.iter().any(|name| name.ends_with(":r")), "{names:?}");
+}
