@@ -337,7 +337,6 @@ impl Node {
                 out.extend_from_slice(format!("*{}\r\n", args.len()).as_bytes());
                 args.iter().for_each(|key| self.say(now, key, out));
             }
-            "GET" => self.say(now, &args[0], out),
             "SET" => self.set(now, args, out),
             "UNLINK" | "DEL" => {
                 args.iter().for_each(|key| self.put(now, key, None));
@@ -345,7 +344,7 @@ impl Node {
                 count(out, args.len());
             }
             "PEXPIREAT" => {
-                let until = text(&args[1]).parse::<u64>().unwrap() - AHEAD;
+                let until = text(&args[1]).parse::<u64>().unwrap().saturating_sub(AHEAD);
                 let item = self.items.get(&args[0]).filter(|item| item.until > now).cloned();
                 if let Some(item) = item.filter(|item| item.until < until) {
                     self.put(now, &args[0], Some(Item { until, ..item }));
@@ -399,18 +398,14 @@ impl Node {
         }
     }
 
-    /// `SET key value [NX GET] PX ttl`.
+    /// `SET key value [NX] PX ttl`.
     fn set(&mut self, now: u64, args: &[Vec<u8>], out: &mut Vec<u8>) {
         let option = |name: &str| args.iter().position(|arg| arg.eq_ignore_ascii_case(name.as_bytes()));
         let ttl = option("PX").map_or(u64::MAX / 2, |at| text(&args[at + 1]).parse().unwrap());
-        let (is_new, tells) = (option("NX").is_some(), option("GET").is_some());
-        let is_there = self.get(now, &args[0]).is_some();
-        match tells {
-            true => self.say(now, &args[0], out),
-            false if is_new && is_there => out.extend_from_slice(b"_\r\n"),
-            false => out.extend_from_slice(b"+OK\r\n"),
-        }
-        if !(is_new && is_there) {
+        if option("NX").is_some() && self.get(now, &args[0]).is_some() {
+            out.extend_from_slice(b"_\r\n");
+        } else {
+            out.extend_from_slice(b"+OK\r\n");
             self.put(now, &args[0], Some(Item { data: Data::Text(args[1].clone()), until: now + ttl }));
         }
     }

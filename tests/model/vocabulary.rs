@@ -36,7 +36,7 @@ pub(crate) trait Numbered {
     }
 }
 
-/// `SET … NX GET`: the generation that there is, or a new one.
+/// `SET … NX` and `MGET`: the generation that there is, or a new one.
 pub(crate) fn open<S: Numbered>(state: &mut S, at: impl Fn(&mut S) -> &mut Option<Generation>) -> Generation {
     let new = state.unique();
     *at(state).get_or_insert(new)

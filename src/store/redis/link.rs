@@ -9,15 +9,16 @@ use std::{
     time::Duration,
 };
 
-use redis::{RedisError, ServerError};
+use redis::RedisError;
 use tokio::sync::Notify;
 
 use super::{
     address::Address,
     held::Held,
+    refusals::Step,
     server::{Beat, Claim, Server, Terms},
     slots::Slots,
-    trouble::Trouble,
+    trouble::{Trouble, UNKNOWN},
 };
 use crate::store::{Health, StoreError};
 
@@ -34,6 +35,8 @@ pub(super) struct Link {
     /// The masters of a cluster, as a node said that is none itself.
     #[cfg(feature = "redis-cluster")]
     discovered: Mutex<Vec<String>>,
+    /// Whether anything was ever fenced.
+    fences: AtomicBool,
     /// The first attempt to connect has come to an end.
     tried: AtomicBool,
     found: Notify,
@@ -49,6 +52,8 @@ struct Node {
     unreadable: Option<Trouble>,
     degraded: Option<Trouble>,
     untracked: Option<Trouble>,
+    refused: Option<Trouble>,
+    unfenced: Option<Trouble>,
     was_up: bool,
 }
 
@@ -63,6 +68,7 @@ impl Link {
             nodes: Mutex::default(),
             #[cfg(feature = "redis-cluster")]
             discovered: Mutex::default(),
+            fences: AtomicBool::new(false),
             tried: AtomicBool::new(false),
             found: Notify::new(),
         }
@@ -112,6 +118,7 @@ impl Link {
     pub(super) async fn call<T>(
         &self,
         server: &Server,
+        step: Step,
         call: impl Future<Output = Result<T, RedisError>>,
     ) -> Result<T, StoreError> {
         match call.await {
@@ -121,17 +128,27 @@ impl Link {
                 server.lose();
                 Err(StoreError::unreachable(error))
             }
-            Err(error) => {
-                server.look_again();
-                Err(StoreError::new(Trouble::from(error).to_string()))
-            }
+            Err(error) => Err(self.refused(server, step, Trouble::from(error))),
         }
     }
 
     /// What a server's refusal means: at any rate that what was asked did not happen.
-    pub(super) fn refused(&self, server: &Server, error: &ServerError) -> StoreError {
+    pub(super) fn refused(&self, server: &Server, step: Step, trouble: Trouble) -> StoreError {
+        if trouble.is_without("EVAL") {
+            server.miss_scripts();
+        }
+        server.refusals.refused(step, &trouble, self.terms.clock.now());
         server.look_again();
-        StoreError::new(Trouble::from(error).to_string())
+        StoreError::new(trouble.to_string())
+    }
+
+    /// Something is fenced.
+    pub(super) fn fence(&self) {
+        self.fences.store(true, Ordering::Release);
+    }
+
+    pub(super) fn fences(&self) -> bool {
+        self.fences.load(Ordering::Acquire)
     }
 
     /// How the servers are, together.
@@ -150,8 +167,10 @@ impl Link {
         if !slots.servers().iter().all(|server| server.is_proven()) {
             return Health::Down("the last heartbeat is too long ago".into());
         }
-        let missing =
-            |node: &Node| [&node.unreadable, &node.degraded, &node.untracked].into_iter().flatten().next().cloned();
+        let missing = |node: &Node| {
+            let all = [&node.unreadable, &node.degraded, &node.refused, &node.unfenced, &node.untracked];
+            all.into_iter().flatten().next().cloned()
+        };
         match nodes.values().find_map(missing) {
             Some(trouble) => Health::Degraded(trouble.to_string().into()),
             None => Health::Ok,
@@ -176,12 +195,18 @@ impl Link {
         let node = nodes.entry(address.to_owned()).or_default();
         let is_new = !node.server.as_ref().is_some_and(|known| Arc::ptr_eq(known, server)) || node.lost.is_some();
         if is_new {
-            tracing::info!(address, tracks = server.tracks(), "connected to Redis");
+            let (name, without) = (server.name(), server.without());
+            tracing::info!(address, server = name, tracks = server.tracks(), without, "connected to Redis");
             // What is held may be answered from after the next heartbeat, which need not wait.
             server.look_again();
         }
         tell(address, &mut node.unreadable, beat.unreadable, "Redis is not read");
         tell(address, &mut node.degraded, beat.degraded, "Redis refuses to store");
+        let refused = server.refusals.now(self.terms.clock.now());
+        tell(address, &mut node.refused, refused, "Redis refuses what requests ask of it");
+        let unfenced = || Trouble::new(UNKNOWN, "the server knows no EVAL, and nothing can be fenced there");
+        let unfenced = (self.fences() && server.lacks_scripts()).then(unfenced);
+        tell(address, &mut node.unfenced, unfenced, "Redis raises no fences");
         tell(
             address,
             &mut node.untracked,

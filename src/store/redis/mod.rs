@@ -3,12 +3,14 @@
 //! [`docs::redis`](crate::docs::redis) has what is guaranteed in which mode and tier, fault by fault, the rights that are
 //! needed, and what each log line means.
 //!
-//! Needs Redis 7.0 or later, for `SET NX GET` and `PEXPIREAT GT`.
+//! Needs Redis 6.2 or later, or a server like it; what a server lacks is done without where that is sound, and said where it
+//! is not.
 
 mod address;
 mod dial;
 mod held;
 mod link;
+mod refusals;
 mod remote;
 mod server;
 #[cfg(feature = "redis-cluster")]

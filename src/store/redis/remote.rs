@@ -1,5 +1,5 @@
-//! The protocol's steps as Redis commands: `MGET` to look up, `SET NX GET` to open, `SET PX` to fill, `UNLINK` to
-//! invalidate. Scripts only where fences are raised and lifted.
+//! The protocol's steps as Redis commands: `MGET` to look up, `SET NX` and `MGET` to open, `SET PX` to fill, `UNLINK` to
+//! invalidate. Scripts only where fences are raised and lifted (and where Redis is older than `PEXPIREAT … GT`).
 //!
 //! | key | holds |
 //! | --- | --- |
@@ -26,7 +26,7 @@ use std::{
 use bytes::Bytes;
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, RedisWrite, ToRedisArgs, Value};
 
-use super::{link::Link, server::Server};
+use super::{link::Link, refusals::Step, server::Server, trouble::Trouble};
 use crate::{
     catalog::Tier,
     clock::Millis,
@@ -91,14 +91,29 @@ impl Remote {
         Self { link, generation_ttl, counters: Arc::default() }
     }
 
-    async fn pipeline(&self, server: &Server, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
+    async fn pipeline(&self, server: &Server, step: Step, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
         let mut connection = server.connection.clone();
-        self.link.call(server, pipeline.query_async(&mut connection)).await
+        self.link.call(server, step, pipeline.query_async(&mut connection)).await
     }
 
-    async fn command<T: FromRedisValue>(&self, server: &Server, command: &Cmd) -> Result<T, StoreError> {
+    async fn command<T: FromRedisValue>(&self, server: &Server, step: Step, command: &Cmd) -> Result<T, StoreError> {
         let mut connection = server.connection.clone();
-        self.link.call(server, command.query_async(&mut connection)).await
+        self.link.call(server, step, command.query_async(&mut connection)).await
+    }
+
+    /// The first of these replies that is a refusal.
+    fn refusal<'v>(
+        &self,
+        server: &Server,
+        step: Step,
+        replies: impl IntoIterator<Item = &'v Value>,
+    ) -> Result<(), StoreError> {
+        for reply in replies {
+            if let Value::ServerError(error) = reply {
+                return Err(self.link.refused(server, step, error.into()));
+            }
+        }
+        Ok(())
     }
 
     /// The name of a key in Redis.
@@ -106,48 +121,60 @@ impl Remote {
         [self.link.terms.prefix.as_bytes(), kind.as_bytes(), rest].concat()
     }
 
-    /// The current generations of these names, all of one tenant; those that are absent are created, and those that are
-    /// none of ours replaced. Whatever else is asked is answered after them.
+    /// The current generations of these tags, all of one tenant, and its mark, if that is wanted: all of one moment. Those that
+    /// are absent are created, and those that are none of ours replaced. Whatever else is asked is answered after them.
+    ///
+    /// Only the first of them ever sets a key, and what counts is what all are told afterwards, in the same round trip.
     async fn add(
         &self,
         server: &Server,
-        names: &[Vec<u8>],
+        tags: &[Tag],
+        marks: bool,
         also: impl Fn(&mut Pipeline),
     ) -> Result<(Vec<Generation>, Vec<Value>), StoreError> {
-        for _ in 0..3 {
-            let fresh: Vec<_> = names.iter().map(|_| Generation::unique()).collect();
+        let mark = marks.then(|| self.name("m:", tenant(tags)));
+        let names: Vec<_> = tags.iter().map(|tag| self.name("g:", tag.as_bytes())).chain(mark).collect();
+        for attempt in 0..3 {
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
-            for (name, generation) in names.iter().zip(&fresh) {
-                // Creates what is absent, and tells what there was.
-                let set = pipeline.cmd("SET").arg(name).arg(&generation.0.to_be_bytes());
-                set.arg("NX").arg("GET").arg("PX").arg(OPENED.as_millis() as u64);
+            for name in &names {
+                let set = pipeline.cmd("SET").arg(name).arg(&Generation::unique().0.to_be_bytes());
+                set.arg("NX").arg("PX").arg(OPENED.as_millis() as u64);
             }
+            pipeline.cmd("MGET").arg(&names);
             also(&mut pipeline);
-            let mut replies = self.pipeline(server, &pipeline).await?;
-            let rest = replies.split_off(names.len().min(replies.len()));
-            let mut generations = vec![];
-            let mut foreign = redis::cmd("UNLINK");
-            let mut clean = true;
-            for ((reply, fresh), name) in replies.iter().zip(&fresh).zip(names) {
-                match (reply, parse_generation(reply, server.reign)) {
-                    (Value::Nil, _) => generations.push(Generation(fresh.0 ^ server.reign)),
-                    (_, Some(generation)) => generations.push(generation),
-                    (Value::ServerError(error), _) if error.code() != "WRONGTYPE" => {
-                        return Err(self.link.refused(server, error));
-                    }
-                    _ => {
-                        foreign.arg(name);
-                        clean = false;
-                    }
-                }
-            }
-            if clean {
+            let mut replies = self.pipeline(server, Step::Open, &pipeline).await?;
+            let rest = replies.split_off((names.len() + 1).min(replies.len()));
+            self.refusal(server, Step::Open, &replies)?;
+            let Some(Value::Array(found)) = replies.pop() else { break };
+            let added =
+                replies.iter().zip(&found).map(|(set, found)| match (parse_generation(found, server.reign), set) {
+                    (Some(generation), _) => Some(generation),
+                    // It was made, and dropped at once: what is stored under one that nobody has is never valid.
+                    (None, Value::Okay) => Some(Generation::unique()),
+                    (None, _) => None,
+                });
+            if let Some(generations) = added.collect::<Option<Vec<_>>>().filter(|all| all.len() == names.len()) {
+                server.refusals.done(Step::Open);
                 return Ok((generations, rest));
             }
-            self.command::<Value>(server, &foreign).await?;
+            // Dropped since it was found to be there; if it is there again, it is none of ours.
+            if attempt > 0 {
+                let strange = tags.iter().zip(&found).filter(|(_, found)| parse_generation(found, 0).is_none());
+                let strange: Vec<_> = strange.map(|(tag, _)| tag).collect();
+                self.take_away(server, Step::Open, tenant(tags), &strange).await?;
+            }
         }
-        Err(StoreError::new("somebody else writes to our keys"))
+        let foreign = Trouble::new("FOREIGN", "what is under our keys is none of ours");
+        Err(self.link.refused(server, Step::Open, foreign))
+    }
+
+    /// Drops these, and the mark, but for what is fenced: in one step, for a fence may just have been raised.
+    async fn take_away(&self, server: &Server, step: Step, tenant: &[u8], tags: &[&Tag]) -> Result<(), StoreError> {
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        self.push_fence(&mut pipeline, server, tenant, tags.iter().copied(), &Fence::NOBODY, Duration::ZERO);
+        self.acknowledged(server, step, pipeline, 0).await.map(drop)
     }
 
     fn read_entry(&self, server: &Server, value: Value, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
@@ -167,7 +194,8 @@ impl Remote {
             return Ok(vec![]);
         }
         let server = self.link.reading(tenant(tags)).await?;
-        let values: Vec<Value> = self.command(&server, &self.mget(None, tags)).await?;
+        let values: Vec<Value> = self.command(&server, Step::Read, &self.mget(None, tags)).await?;
+        server.refusals.done(Step::Read);
         Ok(values.iter().map(|value| parse_generation(value, server.reign)).collect())
     }
 
@@ -201,7 +229,7 @@ impl Remote {
             match fence {
                 Some(fence) => {
                     let of_tenant = tags.iter().map(|(_, tag)| *tag);
-                    self.push_fence(&mut pipeline, tenant, of_tenant, fence.writer, fence.hold);
+                    self.push_fence(&mut pipeline, &server, tenant, of_tenant, fence, fence.hold);
                     let counters = pipeline.cmd("UNLINK");
                     for (_, tag) in &tags {
                         counters.arg(self.name("c:", tag.as_bytes()));
@@ -214,7 +242,7 @@ impl Remote {
                     }
                 }
             }
-            let replies = self.acknowledged(&server, pipeline, counted.len()).await?;
+            let replies = self.acknowledged(&server, Step::Other, pipeline, counted.len()).await?;
             for (i, reply) in counted.into_iter().zip(&replies) {
                 if let Value::Int(count) = reply {
                     counts[i] += u64::try_from(*count).unwrap_or(0);
@@ -244,12 +272,13 @@ impl Remote {
     async fn acknowledged(
         &self,
         server: &Server,
+        step: Step,
         mut pipeline: Pipeline,
         may_fail: usize,
     ) -> Result<Vec<Value>, StoreError> {
         let wanted = self.link.terms.replicas;
         let replies = match &server.drops {
-            None => self.pipeline(server, &pipeline).await?,
+            None => self.pipeline(server, step, &pipeline).await?,
             Some(drops) => {
                 let patience = self.link.terms.heartbeat.as_millis() as u64;
                 pipeline.cmd("WAIT").arg(wanted).arg(patience);
@@ -258,14 +287,10 @@ impl Remote {
                 if answered.as_ref().is_err_and(RedisError::is_timeout) {
                     server.lose();
                 }
-                self.link.call(server, std::future::ready(answered)).await?
+                self.link.call(server, step, std::future::ready(answered)).await?
             }
         };
-        for reply in replies.iter().skip(may_fail) {
-            if let Value::ServerError(error) = reply {
-                return Err(self.link.refused(server, error));
-            }
-        }
+        self.refusal(server, step, replies.iter().skip(may_fail))?;
         match replies.last() {
             Some(Value::Int(got)) if wanted > 0 && *got < i64::from(wanted) => {
                 Err(StoreError::new(format!("{got} of {wanted} replicas have the invalidation so far")))
@@ -274,15 +299,22 @@ impl Remote {
         }
     }
 
+    /// Drops the mark and these tags, and lets the writer fence them for so long. Where there are no scripts nobody fences.
     fn push_fence<'t>(
         &self,
         pipeline: &mut Pipeline,
+        server: &Server,
         tenant: &[u8],
         tags: impl Iterator<Item = &'t Tag>,
-        writer: u128,
+        fence: &Fence,
         stands: Duration,
     ) {
         let mut names = vec![self.name("m:", tenant)];
+        if server.lacks_scripts() {
+            names.extend(tags.map(|tag| self.name("g:", tag.as_bytes())));
+            pipeline.cmd("UNLINK").arg(names);
+            return;
+        }
         for tag in tags {
             names.push(self.name("g:", tag.as_bytes()));
             names.push(self.name("f:", tag.as_bytes()));
@@ -292,7 +324,7 @@ impl Remote {
         for name in names {
             eval.arg(name);
         }
-        eval.arg(&writer.to_be_bytes()).arg(stands.as_millis() as u64).arg(OPENED.as_millis() as u64);
+        eval.arg(&fence.writer.to_be_bytes()).arg(stands.as_millis() as u64).arg(OPENED.as_millis() as u64);
         for _ in 0..count {
             eval.arg(&Generation::unique().fenced().0.to_be_bytes());
         }
@@ -311,19 +343,16 @@ impl Remote {
         }
         let mut ask = redis::pipe();
         fenced.iter().for_each(|tag| self.push_fences(&mut ask, tag));
-        let fences = self.pipeline(server, &ask).await?;
+        let fences = self.pipeline(server, Step::Other, &ask).await?;
         let now = server.time_at_least() as f64;
         let is_over = |fences: &Value| fences_in(fences).is_some_and(|all| all.iter().all(|(_, until)| *until < now));
         let over: Vec<_> =
             fenced.iter().zip(&fences).filter(|(_, fences)| is_over(fences)).map(|(tag, _)| *tag).collect();
         let Some(first) = over.first() else { return Ok(false) };
-        // In one step with another look, for a fence may just have been raised.
-        let (tenant, mut pipeline) = (first.tenant(), redis::pipe());
-        pipeline.ignore_errors();
-        self.push_fence(&mut pipeline, tenant, over.into_iter(), Fence::NOBODY.writer, Duration::ZERO);
-        self.acknowledged(server, pipeline, 0).await.map(|_| true)
+        self.take_away(server, Step::Other, first.tenant(), &over).await.map(|()| true)
     }
 
+    /// How many replies must not be refusals; what follows them is for the report.
     fn push_fill(
         &self,
         pipeline: &mut Pipeline,
@@ -332,27 +361,27 @@ impl Remote {
         entry: &Entry,
         bytes: Vec<u8>,
         keep: Millis,
-    ) {
+    ) -> usize {
         // Later than the entry's own end by less than the grid, and the same for all that is filled meanwhile: those who
         // track hear of each change of a generation's end.
         let grid = (GRID.as_millis() as Millis).max(keep / 4);
         let end = ((server.time_at_least().max(0) as Millis + keep) / grid + 2) * grid;
-        for stamp in &entry.stamps {
-            pipeline.cmd("PEXPIREAT").arg(self.name("g:", stamp.tag.as_bytes())).arg(end).arg("GT");
-        }
+        let names: Vec<_> = entry.stamps.iter().map(|stamp| self.name("g:", stamp.tag.as_bytes())).collect();
+        let prolonged = server.push_prolong(pipeline, &names, end);
         pipeline.cmd("SET").arg(self.name("e:", key.as_bytes())).arg(bytes).arg("PX").arg(keep);
         for stamp in &entry.stamps {
             let counter = self.name("c:", stamp.tag.as_bytes());
             pipeline.cmd("PFADD").arg(&counter).arg(key.as_bytes());
             pipeline.cmd("PEXPIREAT").arg(counter).arg(end);
         }
+        prolonged + 1
     }
 
     /// Some names of one server that are like this, and where to go on.
     async fn scan(&self, server: &Server, cursor: u64, pattern: &[u8]) -> Result<(u64, Vec<Vec<u8>>), StoreError> {
         let mut scan = redis::cmd("SCAN");
         scan.arg(cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(SCANNED);
-        self.command(server, &scan).await
+        self.command(server, Step::Other, &scan).await
     }
 
     /// Drops every generation and mark of one server.
@@ -379,24 +408,25 @@ impl Remote {
         let mut read = redis::pipe();
         read.ignore_errors();
         for name in names {
-            read.cmd("GET").arg(name);
+            read.cmd("MGET").arg(name);
         }
-        let values = self.pipeline(server, &read).await?;
+        let values = self.pipeline(server, Step::Other, &read).await?;
         let mut pipeline = redis::pipe();
         pipeline.ignore_errors();
         let prefix = self.link.terms.prefix.len() + 2;
         for (name, value) in names.iter().zip(&values) {
-            match parse_generation(value, 0).filter(|generation| generation.is_fenced()) {
+            match the_only(value).and_then(|value| parse_generation(value, 0)).filter(|found| found.is_fenced()) {
                 Some(_) => {
                     let tag = Tag(Bytes::copy_from_slice(name.get(prefix..).unwrap_or_default()));
-                    self.push_fence(&mut pipeline, tag.tenant(), std::iter::once(&tag), 0, Duration::ZERO);
+                    let of_tag = std::iter::once(&tag);
+                    self.push_fence(&mut pipeline, server, tag.tenant(), of_tag, &Fence::NOBODY, Duration::ZERO);
                 }
                 None => {
                     pipeline.cmd("UNLINK").arg(name);
                 }
             }
         }
-        self.acknowledged(server, pipeline, 0).await.map(drop)
+        self.acknowledged(server, Step::Other, pipeline, 0).await.map(drop)
     }
 }
 
@@ -429,6 +459,14 @@ fn fences_in(reply: &Value) -> Option<Vec<(Vec<u8>, f64)>> {
     FromRedisValue::from_redis_value_ref(reply).ok()
 }
 
+/// What `MGET` of one key says. (`GET` would be another right to grant.)
+fn the_only(reply: &Value) -> Option<&Value> {
+    match reply {
+        Value::Array(values) => values.first(),
+        _ => None,
+    }
+}
+
 /// A generation as it is stored: 16 bytes. Anything else was not written by us, and is no generation.
 pub(crate) fn parse_generation(value: &Value, reign: u128) -> Option<Generation> {
     match value {
@@ -442,7 +480,8 @@ impl Store for Remote {
         Box::pin(async move {
             let server = self.link.reading(inquiry.key.tenant()).await?;
             let get = self.mget(Some(inquiry.key), inquiry.tags);
-            let values: Vec<Value> = self.command(&server, &get).await?;
+            let values: Vec<Value> = self.command(&server, Step::Read, &get).await?;
+            server.refusals.done(Step::Read);
             let mut values = values.into_iter();
             let entry = values.next().and_then(|value| self.read_entry(&server, value, &inquiry));
             Ok(Lookup::new(entry, values.map(|value| parse_generation(&value, server.reign)).collect()))
@@ -452,14 +491,12 @@ impl Store for Remote {
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
         Box::pin(async move {
             let server = self.link.reading(tenant(tags)).await?;
-            let mut names: Vec<_> = tags.iter().map(|tag| self.name("g:", tag.as_bytes())).collect();
-            names.push(self.name("m:", tenant(tags)));
-            let (mut generations, _) = self.add(&server, &names, |_| {}).await?;
+            let (mut generations, _) = self.add(&server, tags, true, |_| {}).await?;
             let fenced = tags.iter().zip(&generations).filter(|(_, generation)| generation.is_fenced());
             let fenced: Vec<_> = fenced.map(|(tag, _)| tag).collect();
             // Who may not ask leaves them as they are.
             if self.take_down(&server, &fenced).await.unwrap_or(false) {
-                (generations, _) = self.add(&server, &names, |_| {}).await?;
+                (generations, _) = self.add(&server, tags, true, |_| {}).await?;
             }
             let mark = generations.pop().map_or(0, |g| g.0);
             Ok(Opened::new(generations, Mark(mark)))
@@ -469,15 +506,14 @@ impl Store for Remote {
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {
         Box::pin(async move {
             let server = self.link.reading(tenant(tags)).await?;
-            let names: Vec<_> = tags.iter().map(|tag| self.name("g:", tag.as_bytes())).collect();
             let marked = self.name("m:", tenant(tags));
             // The generations first: if the mark still stands after them, nothing was dropped before.
             let ask = |pipeline: &mut Pipeline| {
-                pipeline.cmd("GET").arg(&marked);
+                pipeline.cmd("MGET").arg(&marked);
                 tags.iter().for_each(|tag| self.push_fences(pipeline, tag));
             };
-            let (generations, rest) = self.add(&server, &names, ask).await?;
-            let now = rest.first().and_then(|mark| parse_generation(mark, server.reign));
+            let (generations, rest) = self.add(&server, tags, false, ask).await?;
+            let now = rest.first().and_then(the_only).and_then(|mark| parse_generation(mark, server.reign));
             // A fence may have stood when the load began, and its writer be gone. (Who may not ask knows of no fences.)
             let was_fenced = rest.iter().skip(1).any(|reply| fences_in(reply).is_some_and(|all| !all.is_empty()));
             let is_fenced = was_fenced || generations.iter().any(|generation| generation.is_fenced());
@@ -495,17 +531,18 @@ impl Store for Remote {
             let bytes = self.counters.encode(&entry, server.time_at_least() - now as i64)?;
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
-            self.push_fill(&mut pipeline, &server, key, &entry, bytes, keep);
-            let replies = self.pipeline(&server, &pipeline).await?;
-            let refused = replies.iter().take(entry.stamps.len() + 1).find_map(|reply| match reply {
-                Value::ServerError(error) => Some(self.link.refused(&server, error)),
-                _ => None,
-            });
-            refused.map_or(Ok(()), Err)
+            let needed = self.push_fill(&mut pipeline, &server, key, &entry, bytes, keep);
+            let replies = self.pipeline(&server, Step::Fill, &pipeline).await?;
+            self.refusal(&server, Step::Fill, replies.iter().take(needed))?;
+            server.refusals.done(Step::Fill);
+            Ok(())
         })
     }
 
     fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>> {
+        if fence.is_some() {
+            self.link.fence();
+        }
         Box::pin(self.drop_tags(groups, fence))
     }
 
@@ -523,6 +560,7 @@ impl Store for Remote {
     }
 
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
+        self.link.fence();
         Box::pin(async move {
             let mut tenants: BTreeMap<&[u8], Vec<&Tag>> = BTreeMap::new();
             for tag in groups.iter().flat_map(|g| &g.tags) {
@@ -530,10 +568,13 @@ impl Store for Remote {
             }
             for (tenant, tags) in tenants {
                 let server = self.link.writing(tenant).await?;
+                if server.lacks_scripts() {
+                    return Err(StoreError::new("the server knows no EVAL: nothing can be fenced there"));
+                }
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
-                self.push_fence(&mut pipeline, tenant, tags.into_iter(), fence.writer, fence.lease);
-                self.acknowledged(&server, pipeline, 0).await?;
+                self.push_fence(&mut pipeline, &server, tenant, tags.into_iter(), fence, fence.lease);
+                self.acknowledged(&server, Step::Other, pipeline, 0).await?;
             }
             Ok(())
         })
@@ -544,7 +585,8 @@ impl Store for Remote {
             let server = self.link.reading(key.tenant()).await?;
             let mut set = redis::cmd("SET");
             set.arg(self.name("l:", key.as_bytes())).arg(1).arg("NX").arg("PX").arg(lease.as_millis() as u64);
-            let reply: Value = self.command(&server, &set).await?;
+            let reply: Value = self.command(&server, Step::Claim, &set).await?;
+            server.refusals.done(Step::Claim);
             Ok(!matches!(reply, Value::Nil))
         })
     }
@@ -554,7 +596,7 @@ impl Store for Remote {
             let server = self.link.writing(key.tenant()).await?;
             let mut unlink = redis::cmd("UNLINK");
             unlink.arg(self.name("l:", key.as_bytes()));
-            self.command::<Value>(&server, &unlink).await.map(drop)
+            self.command::<Value>(&server, Step::Other, &unlink).await.map(drop)
         })
     }
 
@@ -569,7 +611,7 @@ impl Store for Remote {
                 let server = self.link.reading(tenant).await?;
                 let mut pipeline = redis::pipe();
                 let counted = self.push_counts(&mut pipeline, groups.len(), &tags);
-                for (i, reply) in counted.into_iter().zip(self.pipeline(&server, &pipeline).await?) {
+                for (i, reply) in counted.into_iter().zip(self.pipeline(&server, Step::Other, &pipeline).await?) {
                     if let Value::Int(count) = reply {
                         counts[i] += u64::try_from(count).unwrap_or(0);
                     }
@@ -620,7 +662,8 @@ impl Store for Remote {
                 pipeline.hvals(&key);
             }
             let mut connection = server.connection.clone();
-            let all: Vec<Vec<Vec<u8>>> = self.link.call(&server, pipeline.query_async(&mut connection)).await?;
+            let all: Vec<Vec<Vec<u8>>> =
+                self.link.call(&server, Step::Other, pipeline.query_async(&mut connection)).await?;
             Ok(all.into_iter().next().unwrap_or_default())
         })
     }

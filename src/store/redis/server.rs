@@ -7,7 +7,9 @@
 //! of them knows.
 //!
 //! A heartbeat asks for the reign, the role and the time, and writes: a server that reads and does not write is as good as
-//! none, since it cannot be told of invalidations.
+//! none, since it cannot be told of invalidations. It also tries what is asked to store an entry. What a server lacks
+//! altogether is found out when it is connected to, and done without where that is sound: scripts instead of `PEXPIREAT … GT`,
+//! no pushes without RESP3, no fences without scripts.
 
 use std::{
     sync::{
@@ -17,7 +19,10 @@ use std::{
     time::Duration,
 };
 
-use redis::{Client, ConnectionInfo, FromRedisValue, Pipeline, ServerError, Value, aio::MultiplexedConnection};
+use redis::{
+    AsyncConnectionConfig, Client, ConnectionInfo, FromRedisValue, Pipeline, ProtocolVersion, ServerError, Value,
+    aio::MultiplexedConnection,
+};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
@@ -25,7 +30,8 @@ use super::{
     address::{config, config_with},
     dial::Dial,
     held::Held,
-    trouble::{CHANGED, HIDDEN, REPLICA, Trouble},
+    refusals::Refusals,
+    trouble::{CHANGED, HELLO, HIDDEN, REPLICA, Trouble},
 };
 use crate::{
     clock::{Clock, Millis},
@@ -43,6 +49,17 @@ const PROBES: usize = 64;
 
 /// The kinds of keys there are, each of which a heartbeat must be allowed to write.
 const KINDS: [&str; 6] = ["e:", "g:", "m:", "c:", "f:", "l:"];
+
+/// `PEXPIREAT … GT` of all `KEYS`, for servers from before Redis 7.0. In one step, for a fence may just be raised, whose end
+/// must come no sooner.
+const PROLONG: &str = r"
+local time = redis.call('TIME')
+local now, till = time[1] * 1000 + math.floor(time[2] / 1000), tonumber(ARGV[1])
+for _, key in ipairs(KEYS) do
+    local left = redis.call('PTTL', key)
+    if left >= 0 and now + left + 1000 < till then redis.call('PEXPIREAT', key, ARGV[1]) end
+end
+";
 
 pub(super) struct Server {
     pub(super) connection: MultiplexedConnection,
@@ -62,6 +79,16 @@ pub(super) struct Server {
     /// What the keys of a heartbeat have in braces, so that they are in a slot of this server's.
     probe: Mutex<Probe>,
     tracks: AtomicBool,
+    /// What it is, as far as it says.
+    name: String,
+    /// Whether it can speak without having been asked: RESP3.
+    speaks: bool,
+    /// Whether `PEXPIREAT` knows `GT`.
+    knows_gt: bool,
+    /// It knows no scripts: nobody can fence anything there.
+    lacks_scripts: AtomicBool,
+    /// What it refuses of what requests ask.
+    pub(super) refusals: Refusals,
     /// Somebody has found it wrong.
     wrong: Notify,
     /// One of its connections is gone: both are made anew.
@@ -122,6 +149,45 @@ pub(crate) struct Identity {
     is_master: Option<bool>,
     pub(crate) reign: Option<u128>,
     is_cluster: bool,
+    name: String,
+}
+
+/// A connection, and how another like it is made.
+struct Dialled {
+    connection: MultiplexedConnection,
+    client: Client,
+    config: AsyncConnectionConfig,
+    speaks: bool,
+}
+
+/// Connects, in RESP3 if the server knows it.
+async fn dial(info: ConnectionInfo, terms: &Terms, held: Option<&Arc<Held>>) -> Result<Dialled, Trouble> {
+    // Every call over it has a time budget already, and one timer is enough.
+    let plain = config().set_response_timeout(None);
+    let config = match held {
+        Some(held) => {
+            let (ears, heard) = (Arc::downgrade(held), format!("{}g:", terms.prefix).into_bytes());
+            let hear = move |push: redis::PushInfo| {
+                if let Some(held) = ears.upgrade() {
+                    held.hear(&push, &heard);
+                }
+                Ok::<_, std::convert::Infallible>(())
+            };
+            config_with(hear).set_response_timeout(None)
+        }
+        None => plain.clone(),
+    };
+    let client = Client::open(info.clone())?;
+    match terms.dial.connect(&client, &config).await.map_err(Trouble::from) {
+        Ok(connection) => Ok(Dialled { connection, client, config, speaks: true }),
+        Err(trouble) if &*trouble.code == HELLO => {
+            let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP2);
+            let client = Client::open(info.set_redis_settings(settings))?;
+            let connection = terms.dial.connect(&client, &plain).await?;
+            Ok(Dialled { connection, client, config: plain, speaks: false })
+        }
+        Err(trouble) => Err(trouble),
+    }
 }
 
 impl Server {
@@ -136,24 +202,11 @@ impl Server {
             redis::ConnectionAddr::Tcp(host, _) | redis::ConnectionAddr::TcpTls { host, .. } => host.clone(),
             _ => String::new(),
         };
-        let client = Client::open(info)?;
-        // Every call over it has a time budget already, and one timer is enough.
-        let config = match held {
-            Some(held) => {
-                let (ears, heard) = (Arc::downgrade(held), format!("{}g:", terms.prefix).into_bytes());
-                config_with(move |push: redis::PushInfo| {
-                    if let Some(held) = ears.upgrade() {
-                        held.hear(&push, &heard);
-                    }
-                    Ok::<_, std::convert::Infallible>(())
-                })
-            }
-            None => config(),
-        };
-        let config = config.set_response_timeout(None);
-        let mut connection = terms.dial.connect(&client, &config).await?;
+        let Dialled { mut connection, client, config, speaks } = dial(info, terms, held).await?;
         let mut ask = redis::pipe();
         ask.ignore_errors().cmd("INFO").arg("server").cmd("INFO").arg("replication");
+        // Of a key that is nowhere.
+        ask.cmd("PEXPIREAT").arg(format!("{}g:{{~}}", terms.prefix)).arg(1).arg("GT");
         if is_cluster {
             ask.cmd("CLUSTER").arg("SLOTS").cmd("CLUSTER").arg("MYID");
         }
@@ -167,10 +220,13 @@ impl Server {
             // Nothing is heard over it between two writes: what is not answered in time is gone.
             _ => {
                 let config = config.set_response_timeout(Some((terms.heartbeat * 3).min(DROPPED)));
-                Some(terms.dial.connect(&client, &config).await?)
+                let mut drops = terms.dial.connect(&client, &config).await?;
+                // Without it no invalidation would ever be acknowledged.
+                redis::cmd("WAIT").arg(0).arg(0).query_async::<Value>(&mut drops).await?;
+                Some(drops)
             }
         };
-        let claim = claim(replies.get(2), replies.get(3), &host);
+        let claim = claim(replies.get(3), replies.get(4), &host);
         let this = Self {
             connection,
             drops,
@@ -182,6 +238,11 @@ impl Server {
             settled: AtomicU64::new(0),
             probe: Mutex::new(Probe { nth: 0, name: probe_in(&claim, 0) }),
             tracks: AtomicBool::new(false),
+            name: identity.name,
+            speaks,
+            knows_gt: !is_syntax(replies.get(2)),
+            lacks_scripts: AtomicBool::new(false),
+            refusals: Refusals::default(),
             wrong: Notify::new(),
             lost: AtomicBool::new(false),
             host,
@@ -254,7 +315,7 @@ impl Server {
         }
         let sent = self.clock.now();
         let mut connection = self.connection.clone();
-        let ask = questions(terms, &self.probe().name, self.is_cluster);
+        let ask = self.questions(terms, &self.probe().name);
         let replies: Vec<Value> = ask.query_async(&mut connection).await?;
         let answered = self.clock.now();
         let identity = Identity::of(&replies)?;
@@ -272,18 +333,18 @@ impl Server {
             return Err(refused);
         }
         let time = time(replies.get(2));
-        let mut beat = Beat { unreadable: at(5).or(at(2)), degraded: at(4), claim: Claim::default() };
+        let mut beat = Beat { unreadable: at(5).or(at(2)), degraded: at(4).or(at(6)), claim: Claim::default() };
         if identity.reign.is_none() && !terms.assume_one_server {
             let hidden =
                 "the server does not say which it is: nothing is read from it, since it may forget invalidations";
             beat.unreadable.get_or_insert_with(|| Trouble::new(HIDDEN, hidden));
         }
         if self.is_cluster {
-            if let Some(refused) = at(6) {
+            if let Some(refused) = at(7) {
                 return Err(refused);
             }
-            beat.claim = claim(replies.get(6), replies.get(7), &self.host);
-            if (3..6).filter_map(|i| refusal(replies.get(i))).any(|trouble| moves(&trouble)) {
+            beat.claim = claim(replies.get(7), replies.get(8), &self.host);
+            if (3..7).filter_map(|i| refusal(replies.get(i))).any(|trouble| moves(&trouble)) {
                 let mut probe = self.probe();
                 probe.nth = (probe.nth + 1) % PROBES;
                 probe.name = probe_in(&beat.claim, probe.nth);
@@ -302,8 +363,77 @@ impl Server {
         self.probe.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What a heartbeat asks. `probe` is what the keys it writes have in braces.
+    fn questions(&self, terms: &Terms, probe: &str) -> Pipeline {
+        let name = |kind: &str| format!("{}{kind}{{{probe}}}", terms.prefix);
+        let mut ask = redis::pipe();
+        ask.ignore_errors().cmd("INFO").arg("server").cmd("INFO").arg("replication").cmd("TIME");
+        let unlink = ask.cmd("UNLINK");
+        for kind in KINDS {
+            unlink.arg(name(kind));
+        }
+        // It may be full, and take invalidations all the same.
+        ask.cmd("SET").arg(name("e:")).arg(1).arg("NX").arg("PX").arg(PROBE.as_millis() as u64);
+        ask.cmd("MGET").arg(name("e:")).arg(name("g:"));
+        self.push_prolong(&mut ask, &[name("g:").into_bytes()], 1);
+        if self.is_cluster {
+            ask.cmd("CLUSTER").arg("SLOTS").cmd("CLUSTER").arg("MYID");
+        }
+        ask
+    }
+
+    /// Keeps what is there of these until then at least. How many replies that has.
+    pub(super) fn push_prolong(&self, pipeline: &mut Pipeline, names: &[Vec<u8>], until: Millis) -> usize {
+        if self.knows_gt {
+            for name in names {
+                pipeline.cmd("PEXPIREAT").arg(name).arg(until).arg("GT");
+            }
+            return names.len();
+        }
+        pipeline.cmd("EVAL").arg(PROLONG).arg(names.len()).arg(names).arg(until);
+        1
+    }
+
+    pub(super) fn lacks_scripts(&self) -> bool {
+        self.lacks_scripts.load(Ordering::Acquire)
+    }
+
+    /// Somebody has found that out.
+    pub(super) fn miss_scripts(&self) {
+        self.lacks_scripts.store(true, Ordering::Release);
+    }
+
+    /// Finds out whether it knows scripts. (Whether one may use them shows when one does, and connections are for heartbeats to
+    /// judge.)
+    pub(super) async fn try_scripts(&self) {
+        let mut connection = self.connection.clone();
+        let tried = redis::cmd("EVAL").arg("return 1").arg(0).query_async::<Value>(&mut connection).await;
+        if tried.is_err_and(|error| Trouble::from(error).is_without("EVAL")) {
+            self.miss_scripts();
+        }
+    }
+
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What it lacks, and what is done instead.
+    pub(super) fn without(&self) -> String {
+        let lacks = [
+            (self.knows_gt, "PEXPIREAT GT (a script prolongs generations)"),
+            (self.speaks, "RESP3 (tier `on` is like `validated`)"),
+            (self.reign != 0, "INFO (it cannot be told from another)"),
+            (!self.lacks_scripts(), "EVAL (nothing is fenced)"),
+        ];
+        let lacks: Vec<_> = lacks.into_iter().filter(|(knows, _)| !knows).map(|(_, what)| what).collect();
+        if lacks.is_empty() { "nothing that is needed".to_owned() } else { lacks.join(", ") }
+    }
+
     /// Begins to hear of dropped generations.
     pub(super) async fn track(&self, terms: &Terms) -> Result<(), Trouble> {
+        if !self.speaks {
+            return Err(Trouble::new(HELLO, "the server does not speak RESP3"));
+        }
         let mut tracking = redis::cmd("CLIENT");
         tracking.arg("TRACKING").arg("ON").arg("BCAST").arg("PREFIX").arg(format!("{}g:", terms.prefix));
         let mut connection = self.connection.clone();
@@ -313,30 +443,20 @@ impl Server {
     }
 }
 
-/// What a heartbeat asks. `probe` is what the keys it writes have in braces.
-fn questions(terms: &Terms, probe: &str, is_cluster: bool) -> Pipeline {
-    let name = |kind: &str| format!("{}{kind}{{{probe}}}", terms.prefix);
-    let mut ask = redis::pipe();
-    ask.ignore_errors().cmd("INFO").arg("server").cmd("INFO").arg("replication").cmd("TIME");
-    let unlink = ask.cmd("UNLINK");
-    for kind in KINDS {
-        unlink.arg(name(kind));
-    }
-    // It may be full, and take invalidations all the same.
-    ask.cmd("SET").arg(name("e:")).arg(1).arg("PX").arg(PROBE.as_millis() as u64);
-    ask.cmd("MGET").arg(name("e:")).arg(name("g:"));
-    if is_cluster {
-        ask.cmd("CLUSTER").arg("SLOTS").cmd("CLUSTER").arg("MYID");
-    }
-    ask
-}
-
 fn refusal(reply: Option<&Value>) -> Option<Trouble> {
     match reply {
         Some(Value::ServerError(error)) => Some(error.into()),
         Some(_) => None,
         None => Some(Trouble::silent("a heartbeat was answered in part")),
     }
+}
+
+/// Whether the server does not know what a known command was given.
+fn is_syntax(reply: Option<&Value>) -> bool {
+    let says = |error: &ServerError| error.to_string().to_ascii_lowercase();
+    matches!(reply, Some(Value::ServerError(error)) if ["wrong number", "syntax", "unsupported option"]
+        .iter()
+        .any(|words| says(error).contains(words)))
 }
 
 impl Identity {
@@ -359,7 +479,10 @@ impl Identity {
             let bytes: [u8; 16] = std::array::from_fn(|i| digest[i]);
             Generation(u128::from_be_bytes(bytes)).unfenced().0
         });
+        // Valkey gives the version of Redis that it began as, too.
+        let version = |of: &str| field(&server, &format!("{of}_version")).map(|version| format!("{of} {version}"));
         Ok(Self {
+            name: version("valkey").or_else(|| version("redis")).unwrap_or_else(|| "unknown".to_owned()),
             is_master: field(&replication, "role").map(|role| role == "master"),
             reign,
             is_cluster: field(&server, "redis_mode").is_some_and(|mode| mode == "cluster"),
@@ -367,9 +490,9 @@ impl Identity {
     }
 }
 
-/// Whether the server does not let us ask, or does not know the command.
+/// Whether the server does not let us ask, or does not know the command: managed services have many words for it.
 fn is_forbidden(error: &ServerError) -> bool {
-    error.code() == "NOPERM" || error.to_string().to_ascii_lowercase().contains("unknown command")
+    ["NOPERM", "ERR"].contains(&error.code())
 }
 
 /// `TIME` in milliseconds; a server that knows no time that makes sense says none.

@@ -19,6 +19,10 @@ pub(super) const CHANGED: &str = "CHANGED";
 /// It does not say which server it is.
 pub(super) const HIDDEN: &str = "HIDDEN";
 pub(super) const REPLICA: &str = "READONLY";
+/// It does not know the command, or hides it (`rename-command`, managed services).
+pub(super) const UNKNOWN: &str = "UNKNOWN";
+/// It does not speak RESP3.
+pub(super) const HELLO: &str = "HELLO";
 
 impl Trouble {
     pub(super) fn new(code: &str, text: impl Into<Arc<str>>) -> Self {
@@ -34,6 +38,17 @@ impl Trouble {
         ![SILENT, CHANGED, REPLICA, "MOVED", "CLUSTER", "LOADING", "MASTERDOWN"].contains(&&*self.code)
     }
 
+    /// Whether it is over in a moment, as when slots of a cluster move.
+    pub(super) fn passes(&self) -> bool {
+        ["ASK", "TRYAGAIN", "CLUSTERDOWN"].contains(&&*self.code)
+    }
+
+    /// Whether the server has no such command, in capitals.
+    pub(super) fn is_without(&self, command: &str) -> bool {
+        let text = self.text.to_ascii_uppercase();
+        self.code.as_ref() == UNKNOWN && text.split(['\'', '`', '"']).nth(1).is_some_and(|name| name == command)
+    }
+
     fn mend(&self) -> &'static str {
         match &*self.code {
             "READONLY" => "it is a replica: give the address of the master, or `redis+sentinel://`",
@@ -46,7 +61,11 @@ impl Trouble {
             "CLUSTERDOWN" | "TRYAGAIN" => "the cluster is changing: wait",
             "LOADING" | "MASTERDOWN" => "it is starting: wait",
             HIDDEN => "let it answer INFO, or say that it is one server which never forgets (assume_one_server)",
-            "HELLO" => "it does not speak RESP3: Redis 7.0 or later is needed",
+            HELLO => {
+                "without RESP3 it cannot tell what others drop: let it answer HELLO, or choose another tier than `on`"
+            }
+            UNKNOWN => "the server has no such command, or hides it: docs/redis.md has those that are needed",
+            "FOREIGN" => "let nobody else write keys with this prefix",
             _ => "",
         }
     }
@@ -64,8 +83,7 @@ impl fmt::Display for Trouble {
 impl From<&ServerError> for Trouble {
     fn from(error: &ServerError) -> Self {
         let text = error.to_string();
-        let is_hello = text.to_ascii_uppercase().contains("HELLO");
-        Self::new(if is_hello { "HELLO" } else { error.code() }, text)
+        Self::new(code(&text).unwrap_or(error.code()), text)
     }
 }
 
@@ -73,12 +91,22 @@ impl From<RedisError> for Trouble {
     fn from(error: RedisError) -> Self {
         let text = error.to_string();
         let code = match error.code() {
-            _ if error.kind() == redis::ErrorKind::RESP3NotSupported => "HELLO",
-            _ if text.to_ascii_uppercase().contains("HELLO") => "HELLO",
+            Some("NOAUTH") => "NOAUTH",
+            _ if error.kind() == redis::ErrorKind::RESP3NotSupported => HELLO,
             _ if error.kind() == redis::ErrorKind::AuthenticationFailed => "WRONGPASS",
-            Some(code) => code,
-            None => SILENT,
+            Some(known) => code(&text).unwrap_or(known),
+            None => code(&text).unwrap_or(SILENT),
         };
         Self::new(code, text)
+    }
+}
+
+/// What the words of an answer say beyond its code. (`NOAUTH` speaks of `HELLO` as well.)
+fn code(text: &str) -> Option<&'static str> {
+    let text = text.to_ascii_lowercase();
+    match () {
+        () if text.contains("hello") && !text.contains("noauth") => Some(HELLO),
+        () if text.contains("unknown command") => Some(UNKNOWN),
+        () => None,
     }
 }

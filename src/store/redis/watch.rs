@@ -135,6 +135,9 @@ async fn tend(link: &Weak<Link>, name: &str, server: &Arc<Server>, claim: Claim)
     link.upgrade()?.learn(claim.masters);
     #[cfg(not(feature = "redis-cluster"))]
     drop(claim);
+    if link.upgrade()?.fences() {
+        let _ = timeout(CONNECT, server.try_scripts()).await;
+    }
     let mut untracked: Option<(Trouble, Instant)> = None;
     let mut refuses = false;
     loop {
@@ -146,6 +149,9 @@ async fn tend(link: &Weak<Link>, name: &str, server: &Arc<Server>, claim: Claim)
                 if std::mem::take(&mut refuses) {
                     server.settle(strong.settle);
                 }
+                if beat.unreadable.is_some() || beat.degraded.is_some() {
+                    server.refusals.forget();
+                }
                 track(&strong, server, &mut untracked).await;
                 strong.up(name, server, beat, untracked.as_ref().map(|(trouble, _)| trouble.clone()));
             }
@@ -155,6 +161,7 @@ async fn tend(link: &Weak<Link>, name: &str, server: &Arc<Server>, claim: Claim)
                     return Some(trouble);
                 }
                 refuses = true;
+                server.refusals.forget();
                 strong.lost(name, trouble);
             }
         }
