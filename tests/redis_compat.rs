@@ -289,6 +289,17 @@ async fn what_is_none_of_ours_is_replaced() {
     .await;
 }
 
+/// One node of a cluster is not a server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_single_address_of_a_cluster_is_said_to_be_one() {
+    on_every_server(&["--cluster-enabled", "yes"], async |redis| {
+        let cache = cache(&redis, Tier::Off);
+        assert!(!process(&cache, &Db::default()).get("/docs/1").await.is_hit());
+        until_health(&cache, "redis+cluster://").await;
+    })
+    .await;
+}
+
 // What a server does without.
 
 /// Neither is needed by anything.

@@ -367,6 +367,8 @@ impl Node {
                 };
                 count(out, args.iter().map(members).sum());
             }
+            // Whether there are scripts at all.
+            "EVAL" if args[1] == b"0" => count(out, 1),
             "EVAL" => {
                 self.fence(world, now, args);
                 out.extend_from_slice(b"_\r\n");

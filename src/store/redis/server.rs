@@ -479,13 +479,14 @@ impl Identity {
             let bytes: [u8; 16] = std::array::from_fn(|i| digest[i]);
             Generation(u128::from_be_bytes(bytes)).unfenced().0
         });
+        let mode = field(&server, "redis_mode").or_else(|| field(&server, "server_mode"));
         // Valkey gives the version of Redis that it began as, too.
         let version = |of: &str| field(&server, &format!("{of}_version")).map(|version| format!("{of} {version}"));
         Ok(Self {
             name: version("valkey").or_else(|| version("redis")).unwrap_or_else(|| "unknown".to_owned()),
             is_master: field(&replication, "role").map(|role| role == "master"),
             reign,
-            is_cluster: field(&server, "redis_mode").is_some_and(|mode| mode == "cluster"),
+            is_cluster: mode.is_some_and(|mode| mode == "cluster"),
         })
     }
 }
