@@ -8,18 +8,19 @@ mod redis;
 mod web;
 
 use std::{
+    io,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use http::Method;
+use http::{Method, StatusCode};
 use redis::{Redis, SERVERS};
 use tokio::{sync::Semaphore, time::timeout};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, Coalesce, DataType, Mutation, Route, Tier,
+    Cache, CacheBuilder, Cascade, Coalesce, DataType, Mutation, OnUnreachable, Route, Tier,
     store::{Health, RedisBuilder, RedisStore},
 };
 use web::{Web, ok};
@@ -302,6 +303,42 @@ async fn a_single_address_of_a_cluster_is_said_to_be_one() {
 
 // What a server does without.
 
+/// What is logged in the meantime.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn what_a_server_lacks_is_logged_once() {
+    for (server, args, lacks) in [
+        (SERVERS[0], &[][..], "PEXPIREAT GT (a script"),
+        (SERVERS[1], &["--rename-command", "HELLO", ""], "RESP3 (tier"),
+        (SERVERS[1], &["--rename-command", "INFO", ""], "INFO (it cannot"),
+        (SERVERS[4], &[], "nothing that is needed"),
+    ] {
+        let log = Log::default();
+        let into = log.clone();
+        let lines = tracing_subscriber::fmt().with_ansi(false).with_writer(move || into.clone()).finish();
+        let _guard = tracing::subscriber::set_default(lines);
+        let redis = Redis::start_server(server, args);
+        let cache = over(store(&redis).assume_one_server(true), Tier::Validated).build().unwrap();
+        until("ok", async || cache.health() == Health::Ok).await;
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+        let said: Vec<_> = log.lines().filter(|line| line.contains("connected to Redis")).collect();
+        assert!(said.len() == 1 && said[0].contains(lacks), "{log}");
+    }
+}
+
 /// Neither is needed by anything.
 #[tokio::test(flavor = "multi_thread")]
 async fn without_config_and_role_all_works() {
@@ -380,6 +417,10 @@ async fn without_scripts_nothing_is_fenced() {
         until_health(&fenced, "EVAL").await;
         assert!(fenced.health().takes_invalidations());
         assert_eq!(plain.health(), Health::Ok);
+        let strict = over(store(&redis), Tier::Off).fenced(PATIENCE).on_unreachable(OnUnreachable::Reject);
+        let strict = strict.build().unwrap();
+        until("ok", async || strict.health() == Health::Ok).await;
+        assert_eq!(process(&strict, &db).put("/docs/1").await.status, StatusCode::SERVICE_UNAVAILABLE);
         // It is known of the next connection as well.
         redis.command(&["CLIENT", "KILL", "TYPE", "normal"]);
         until_health(&fenced, "down").await;
@@ -411,6 +452,7 @@ async fn what_is_needed_and_missing_is_said() {
                 assert!(!is_stored && reply.text() == "0", "{command}: {}", reply.cache_status());
             }
             assert_ne!(cache.health(), Health::Ok, "{command}");
+            until_health(&cache, if command == "UNLINK" { "down" } else { "degraded" }).await;
         })
         .await;
     }
