@@ -619,7 +619,8 @@ async fn the_rights_that_are_documented_are_enough() {
         let user = [&["ACL", "SETUSER", "agents", "on", ">secret", "resetkeys", "-@all"][..], &rights].concat();
         assert!(redis.command(&user).starts_with("+OK"), "{user:?}");
         let url = redis.url().replace("://", "://agents:secret@");
-        let mut builder = builder(&url, Tier::On);
+        let lists = Route::new("/lists/{list_id}", "list").declares_tags();
+        let mut builder = builder(&url, Tier::On).data_type(DataType::new("list", TTL)).route(lists);
         if fenced {
             builder = builder.fenced(PATIENCE);
         }
@@ -629,6 +630,12 @@ async fn the_rights_that_are_documented_are_enough() {
         let written = web.put("/docs/1").await;
         assert_eq!((written.text(), written.report.as_ref().unwrap().total()), ("1", 1));
         until_hit(&web, "1").await;
+        let lists = Web::new(&cache, |_| {
+            let mut response = ok("list");
+            response.headers_mut().insert("cache-tag", "doc=1".parse().unwrap());
+            std::future::ready(Ok(response))
+        });
+        until("what only its response says is of a row", async || lists.get("/lists/1").await.is_hit()).await;
         until("ok", async || cache.health() == Health::Ok).await;
         let log = redis.command(&["ACL", "LOG"]);
         assert!(log.starts_with("*0"), "{log}");

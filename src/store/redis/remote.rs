@@ -147,14 +147,7 @@ impl Remote {
             let rest = replies.split_off((names.len() + 1).min(replies.len()));
             self.refusal(server, Step::Open, &replies)?;
             let Some(Value::Array(found)) = replies.pop() else { break };
-            let added =
-                replies.iter().zip(&found).map(|(set, found)| match (parse_generation(found, server.reign), set) {
-                    (Some(generation), _) => Some(generation),
-                    // It was made, and dropped at once: what is stored under one that nobody has is never valid.
-                    (None, Value::Okay) => Some(Generation::unique()),
-                    (None, _) => None,
-                });
-            if let Some(generations) = added.collect::<Option<Vec<_>>>().filter(|all| all.len() == names.len()) {
+            if let Some(generations) = told(&replies, &found, server.reign) {
                 server.refusals.done(Step::Open);
                 return Ok((generations, rest));
             }
@@ -459,6 +452,17 @@ fn fences_in(reply: &Value) -> Option<Vec<(Vec<u8>, f64)>> {
     FromRedisValue::from_redis_value_ref(reply).ok()
 }
 
+/// The generations that there are, as was told after they were set, where there was none.
+fn told(set: &[Value], found: &[Value], reign: u128) -> Option<Vec<Generation>> {
+    let told = set.iter().zip(found).map(|(set, found)| match (parse_generation(found, reign), set) {
+        (Some(generation), _) => Some(generation),
+        // It was made, and dropped at once: what is stored under one that nobody has is never valid.
+        (None, Value::Okay) => Some(Generation::unique()),
+        (None, _) => None,
+    });
+    told.collect::<Option<Vec<_>>>().filter(|told| told.len() == set.len())
+}
+
 /// What `MGET` of one key says. (`GET` would be another right to grant.)
 fn the_only(reply: &Value) -> Option<&Value> {
     match reply {
@@ -676,5 +680,27 @@ impl Store for Remote {
 impl fmt::Debug for Remote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Remote").field("health", &self.link.health()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_generation_is_what_is_told_after_it_was_set() {
+        let stored = |generation: u128| Value::BulkString(generation.to_be_bytes().to_vec());
+        let reign = 7 << 90;
+        let told = |set: Value, found: Value| told(&[Value::Nil, set], &[stored(1), found], reign);
+        assert_eq!(told(Value::Okay, stored(2)), Some(vec![Generation(1 ^ reign), Generation(2 ^ reign)]));
+        let dropped = told(Value::Okay, Value::Nil).unwrap();
+        assert!(
+            dropped[0] == Generation(1 ^ reign)
+                && !dropped[1].is_fenced()
+                && dropped != told(Value::Okay, Value::Nil).unwrap()
+        );
+        assert_eq!(told(Value::Nil, Value::Nil), None, "dropped in between, or a list");
+        assert_eq!(told(Value::Nil, Value::BulkString(b"foreign".to_vec())), None);
+        assert_eq!(super::told(&[Value::Okay, Value::Okay], &[stored(1)], reign), None, "too few");
     }
 }

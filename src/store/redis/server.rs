@@ -31,7 +31,7 @@ use super::{
     dial::Dial,
     held::Held,
     refusals::Refusals,
-    trouble::{CHANGED, HELLO, HIDDEN, REPLICA, Trouble},
+    trouble::{CHANGED, HELLO, HIDDEN, REPLICA, Trouble, UNKNOWN},
 };
 use crate::{
     clock::{Clock, Millis},
@@ -190,6 +190,22 @@ async fn dial(info: ConnectionInfo, terms: &Terms, held: Option<&Arc<Held>>) -> 
     }
 }
 
+/// Nothing is heard over this one between two writes: what is not answered in time is gone.
+async fn dial_for_drops(
+    client: &Client,
+    config: AsyncConnectionConfig,
+    terms: &Terms,
+) -> Result<MultiplexedConnection, Trouble> {
+    let config = config.set_response_timeout(Some((terms.heartbeat * 3).min(DROPPED)));
+    let mut drops = terms.dial.connect(client, &config).await?;
+    // Without it no invalidation would ever be acknowledged. (A replica refuses as well, and knows who the masters are.)
+    let tried = redis::cmd("WAIT").arg(0).arg(0).query_async::<Value>(&mut drops).await;
+    match tried.err().map(Trouble::from).filter(|trouble| [UNKNOWN, "NOPERM"].contains(&&*trouble.code)) {
+        Some(trouble) => Err(trouble),
+        None => Ok(drops),
+    }
+}
+
 impl Server {
     /// Connects, and finds out which server it is. It is not proven to be of use before the first heartbeat.
     pub(super) async fn connect(
@@ -217,14 +233,7 @@ impl Server {
         }
         let drops = match terms.replicas {
             0 => None,
-            // Nothing is heard over it between two writes: what is not answered in time is gone.
-            _ => {
-                let config = config.set_response_timeout(Some((terms.heartbeat * 3).min(DROPPED)));
-                let mut drops = terms.dial.connect(&client, &config).await?;
-                // Without it no invalidation would ever be acknowledged.
-                redis::cmd("WAIT").arg(0).arg(0).query_async::<Value>(&mut drops).await?;
-                Some(drops)
-            }
+            _ => Some(dial_for_drops(&client, config, terms).await?),
         };
         let claim = claim(replies.get(3), replies.get(4), &host);
         let this = Self {
