@@ -604,7 +604,7 @@ async fn the_rights_that_are_documented_are_enough() {
     let rights = page.split_once("**The rights that are needed**").unwrap().1.split("\n\n").next().unwrap();
     let rights: Vec<_> = rights.split('`').skip(1).step_by(2).flat_map(str::split_whitespace).collect();
     let needed = |fenced: bool, is_old: bool| {
-        let of_fences = ["+eval", "+del", "+type", "+zadd", "+zrem", "+zremrangebyscore", "+zrevrange", "+pexpire"];
+        let of_fences = ["+eval", "+del", "+type", "+zadd", "+zrem", "+zremrangebyscore", "+pexpire"];
         let of_old = ["+eval", "+pttl"];
         let all = rights.iter().filter(move |right| match (of_fences.contains(right), of_old.contains(right)) {
             (of_fences, of_old) if of_fences || of_old => (fenced && of_fences) || (is_old && of_old),
@@ -621,6 +621,7 @@ async fn the_rights_that_are_documented_are_enough() {
         let url = redis.url().replace("://", "://agents:secret@");
         let lists = Route::new("/lists/{list_id}", "list").declares_tags();
         let mut builder = builder(&url, Tier::On).data_type(DataType::new("list", TTL)).route(lists);
+        builder = builder.cascade(Cascade::new("doc").drops(["list"]));
         if fenced {
             builder = builder.fenced(PATIENCE);
         }
