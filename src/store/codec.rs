@@ -8,11 +8,13 @@
 //! body    all the rest; LZ4 with its size in front, if the flags say so
 //! ```
 //!
-//! Times are told by a clock that all processes share, which the store knows: see `shift`. A list of header names that responses vary by is stored as headers without values. Numbers are little-endian. A value (of the cache-aside function) has no status, headers or trailers. Reading copies
-//! nothing but header names: the body and the header values are slices of what the store returned. Whatever cannot be
-//! read (foreign, truncated, corrupt, another version) is [`Unreadable`], which the store counts and treats as a miss.
+//! Times are told by a clock that all processes share, which the store knows: see [`Clocks`]. A list of header names that
+//! responses vary by is stored as headers without values. Numbers are little-endian. A value (of the cache-aside function)
+//! has no status, headers or trailers. Reading copies nothing but header names: the body and the header values are slices of
+//! what the store returned. Whatever cannot be read (foreign, truncated, corrupt, another version) is [`Unreadable`], which
+//! the store counts and treats as a miss.
 
-use std::time::Duration;
+use std::{error::Error as StdError, fmt, time::Duration};
 
 use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -38,13 +40,74 @@ const COMPRESS_FROM: usize = 1024;
 #[cfg(feature = "lz4")]
 const MAX_BODY: (usize, usize) = (256 << 20, 255);
 
-/// Bytes that are no entry of ours.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Unreadable;
+/// These bytes are no entry: foreign, cut, corrupt, or of another version of the format. To a store it is as if there were
+/// nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Unreadable;
 
-/// What does not fit into the format: too many headers or tags, or too long ones.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct TooLarge;
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no entry, or one of another version of the format")
+    }
+}
+
+impl StdError for Unreadable {}
+
+/// An entry does not fit into the format: it has too many headers or tags (over 65,535), or too long ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TooLarge;
+
+impl fmt::Display for TooLarge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("too many or too long headers or tags")
+    }
+}
+
+impl StdError for TooLarge {}
+
+/// What two clocks say at the same moment: that of this process, which its entries' times are told by, and one that all
+/// processes share, by which they are told in the store.
+///
+/// The shared one is best the server's own. Who can only bound it (an answer took a while to come) takes what it says **at
+/// least** to write an entry and **at most** to read one: then no entry is ever fresh for longer than it was meant to be. Where
+/// the store has no clock, take the system's; entries then live longer or shorter by as much as the machines' clocks differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clocks {
+    /// This process' clock: the `now` of [`Inquiry`](super::Inquiry) and of [`Store::fill`](super::Store::fill).
+    pub here: Millis,
+    /// The shared one.
+    pub shared: Millis,
+}
+
+/// By how much `to` is ahead.
+fn ahead(from: Millis, to: Millis) -> i64 {
+    let ahead = i128::from(to) - i128::from(from);
+    i64::try_from(ahead).unwrap_or(if ahead < 0 { i64::MIN } else { i64::MAX })
+}
+
+impl Entry {
+    /// The entry as bytes, for a store outside this process. Its body is compressed where that is worth it (feature `lz4`).
+    ///
+    /// The format has a version and a checksum, so bytes of other versions, and such as were cut or altered, are
+    /// [unreadable](Unreadable) and not another entry.
+    ///
+    /// # Errors
+    /// It has too many or too long headers or tags.
+    pub fn encode(&self, clocks: Clocks) -> Result<Vec<u8>, TooLarge> {
+        encode(self, ahead(clocks.here, clocks.shared)).map(|encoded| encoded.bytes)
+    }
+
+    /// The entry that was written as these bytes, which its body and header values go on to share. It is fresh for `longest` at
+    /// most, which is that of the [`Inquiry`](super::Inquiry).
+    ///
+    /// # Errors
+    /// These bytes are no entry, which is no error of the store's: it has none.
+    pub fn decode(bytes: Bytes, clocks: Clocks, longest: Option<Duration>) -> Result<Self, Unreadable> {
+        decode(bytes, ahead(clocks.shared, clocks.here), longest)
+    }
+}
 
 /// A time by another clock, which is so much ahead.
 fn shifted(time: Millis, shift: i64) -> Millis {
@@ -55,6 +118,7 @@ fn shifted(time: Millis, shift: i64) -> Millis {
 pub(crate) struct Encoded {
     pub(crate) bytes: Vec<u8>,
     /// The sizes of the body before and after, if it was compressed.
+    #[cfg_attr(not(feature = "redis"), allow(dead_code, reason = "only stores that count it ask"))]
     pub(crate) compressed: Option<(usize, usize)>,
 }
 
@@ -409,5 +473,93 @@ mod tests {
         let permanent = Entry { expires: Millis::MAX, ..written };
         let read = decode(encode(&permanent, 5).unwrap().bytes.into(), -7, None).unwrap();
         assert_eq!(read.expires, Millis::MAX);
+    }
+
+    /// What processes of released versions may have left in a store: a file for each kind of entry, named after the format's
+    /// version. A changed format has another version, files of its own, and leaves these as they are; to write those that are
+    /// missing: `WRITE_FIXTURES=1 cargo test --all-features --lib fixtures`.
+    mod fixtures {
+        use std::{env, fs, path::PathBuf};
+
+        use super::*;
+
+        const CLOCKS: Clocks = Clocks { here: 1_000_000, shared: 1_700_000_000_000 };
+
+        fn dir() -> PathBuf {
+            [env!("CARGO_MANIFEST_DIR"), "tests", "fixtures", "entries"].iter().collect()
+        }
+
+        /// One of each kind.
+        fn entries() -> Vec<(&'static str, Entry)> {
+            let headers = [("content-type", "text/plain"), ("x-twice", "1"), ("x-twice", "2")];
+            let timed = |entry: Entry| Entry {
+                created: 1_000,
+                expires: 3_601_000,
+                refresh_until: 3_661_000,
+                on_error_until: 3_721_000,
+                keep_until: 3_721_000,
+                ..entry
+            };
+            let plain = |response| timed(entry(b"hello".to_vec(), &headers, response));
+            let names = ["accept-language", "x-user"].map(HeaderName::from_static).into();
+            vec![
+                ("response", plain(true)),
+                ("value", plain(false)),
+                ("vary", Entry { payload: Payload::Vary(names), ..plain(false) }),
+                ("lz4", timed(entry(vec![b'a'; 4_000], &headers, true))),
+                ("permanent", Entry { expires: Millis::MAX, keep_until: Millis::MAX, ..plain(true) }),
+            ]
+        }
+
+        fn read(file: &str) -> Bytes {
+            fs::read(dir().join(file)).unwrap_or_else(|error| panic!("{file}: {error}")).into()
+        }
+
+        #[test]
+        fn what_this_version_wrote_is_read_as_it_was() {
+            for (name, entry) in entries() {
+                let file = format!("v{VERSION}-{name}.bin");
+                let is_packed = name == "lz4";
+                if env::var_os("WRITE_FIXTURES").is_some() && !dir().join(&file).exists() {
+                    fs::write(dir().join(&file), entry.encode(CLOCKS).unwrap()).unwrap();
+                }
+                let bytes = read(&file);
+                let found = Entry::decode(bytes.clone(), CLOCKS, None);
+                if is_packed && cfg!(not(feature = "lz4")) {
+                    assert!(found.is_err(), "{file}");
+                    continue;
+                }
+                assert!(same(&entry, &found.unwrap()), "{file}");
+                // How lz4 packs is its own affair.
+                assert!(is_packed || bytes == entry.encode(CLOCKS).unwrap(), "{file}: another format, another version");
+            }
+        }
+
+        /// Of whatever version: an entry, or nothing. No other end of it is read as one, either.
+        #[test]
+        fn what_any_version_wrote_is_read_or_a_clean_miss() {
+            let files: Vec<_> = fs::read_dir(dir()).unwrap().map(|file| file.unwrap().file_name()).collect();
+            assert!(files.len() >= entries().len());
+            for file in files.iter().map(|file| file.to_str().unwrap()) {
+                let bytes = read(file);
+                let version: u8 = file[1..file.find('-').unwrap()].parse().unwrap();
+                assert_eq!(bytes[0], version, "{file}");
+                let _ = Entry::decode(bytes.clone(), CLOCKS, Some(Duration::from_secs(60)));
+                for end in 0..bytes.len() {
+                    assert_eq!(Entry::decode(bytes.slice(..end), CLOCKS, None).err(), Some(Unreadable), "{file}");
+                }
+            }
+        }
+    }
+
+    /// The farthest apart that clocks can be.
+    #[test]
+    fn no_clocks_are_too_far_apart() {
+        let entry = entry(vec![], &[], true);
+        for (here, shared) in [(0, Millis::MAX), (Millis::MAX, 0), (Millis::MAX, Millis::MAX), (0, 0)] {
+            let clocks = Clocks { here, shared };
+            let read = Entry::decode(entry.encode(clocks).unwrap().into(), clocks, None).unwrap();
+            assert_eq!(read.expires, Millis::MAX);
+        }
     }
 }

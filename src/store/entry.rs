@@ -159,6 +159,24 @@ impl Entry {
         &self.stamps
     }
 
+    /// The response, if it is one: an entry may also be a value of [`Cache::entry`](crate::Cache::entry), or say by which
+    /// request headers the responses vary.
+    ///
+    /// What a hit fills in (`age`, `cache-status`) may be there already, and empty.
+    pub fn response(&self) -> Option<&StoredResponse> {
+        match &self.payload {
+            Payload::Response(response) => Some(response),
+            Payload::Value(_) | Payload::Vary(_) => None,
+        }
+    }
+
+    /// An entry to test a store with: this response, loaded now under these generations, and fresh for so long. (Feature
+    /// `testing`.)
+    #[cfg(feature = "testing")]
+    pub fn of_response(response: StoredResponse, stamps: Vec<Stamp>, now: Millis, fresh: Duration) -> Self {
+        Self::new(Payload::Response(response), stamps.into(), now, Lifetime::fresh_for(Some(fresh)))
+    }
+
     /// When the store may forget it; `Millis::MAX` means never.
     pub fn keep_until(&self) -> Millis {
         self.keep_until

@@ -4,7 +4,6 @@
 //! absent, writes entries and drops generations; whether an entry is *valid* is decided by the engine. That is
 //! multi-get, add, set and delete, which the in-process store, Redis and memcached all have without scripts.
 
-#[cfg(any(feature = "redis", feature = "memcached"))]
 pub(crate) mod codec;
 mod entry;
 #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
@@ -19,6 +18,7 @@ mod wire;
 
 use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
+pub use codec::{Clocks, TooLarge, Unreadable};
 pub(crate) use entry::Payload;
 pub use entry::{Entry, Stamp, StoredResponse};
 #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
@@ -276,7 +276,11 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// - [`open`](Store::open) returns generations that are current when it returns;
 /// - when [`invalidate`](Store::invalidate) has returned `Ok`, no later call of any method, in any process, sees a
 ///   dropped generation;
-/// - an entry's times, read in another process, are told by that process' clock, and never later than they were meant.
+/// - an entry's times, read in another process, are told by that process' clock, and never later than they were meant: see
+///   [`Clocks`].
+///
+/// Key and tags of a call are all of one [tenant](Key::tenant), but for the groups of [`invalidate`](Store::invalidate),
+/// [`fence`](Store::fence) and [`count`](Store::count).
 ///
 /// Entries may vanish at any time.
 pub trait Store: Send + Sync + 'static {
@@ -305,7 +309,8 @@ pub trait Store: Send + Sync + 'static {
     /// Drops the generations of all tags of all groups at once. Returns how many live entries each group had: for the
     /// report only, an estimate will do.
     ///
-    /// With a fence it also lifts that writer's fences from the tags, or holds them for [`Fence::hold`].
+    /// With a fence it also lifts that writer's fences from the tags, or holds them for [`Fence::hold`], and leaves those of
+    /// others standing. Without one they may fall with the generations: where fences are used, the engine always gives one.
     fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>>;
 
     /// Drops the generations of all tags, and until the writer invalidates them or its lease runs out, gives them
