@@ -15,6 +15,7 @@ mod memory;
 mod redis;
 #[cfg(any(feature = "redis", feature = "memcached"))]
 mod wire;
+mod shared;
 
 use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
@@ -282,7 +283,8 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// Key and tags of a call are all of one [tenant](Key::tenant), but for the groups of [`invalidate`](Store::invalidate),
 /// [`fence`](Store::fence) and [`count`](Store::count).
 ///
-/// Entries may vanish at any time.
+/// Entries may vanish at any time. One store may serve several caches of a
+/// process, as an [`Arc`] that each has a clone of.
 pub trait Store: Send + Sync + 'static {
     /// Answers without waiting: the entry, if the store can tell *now and on its own* that every generation it was
     /// filled under is current. `None` means "ask [`lookup`](Store::lookup)", and is the default.

@@ -361,6 +361,10 @@ impl<S: Store> Store for Guard<S> {
         })
     }
 
+    fn is_shared(&self) -> bool {
+        self.shared.store.is_shared()
+    }
+
     fn health(&self) -> Health {
         let health = self.shared.store.health();
         if let Health::Down(_) = health {
