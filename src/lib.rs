@@ -53,7 +53,7 @@
 //!   [`docs::mapping`] says how to map a real API. What cannot work is refused when the cache is built.
 //! - [`Changes`], [`changed`], [`depends_on`]: what handlers and repositories say, where no table can know.
 //! - [`Cache::entry`], [`Cache::write`], [`Cache::invalidate`]: the same for code that is not behind HTTP.
-//! - [`store`]: where entries live, and the trait to implement for another place.
+//! - [`store`]: where entries live, and the trait to implement for another place (`docs::stores`).
 //!
 //! # Cancel safety
 //!
@@ -71,8 +71,9 @@
 //! - `stats`: `Cache::stats`, alerts and the audit.
 //! - `metrics`: the same through the `metrics` facade.
 //! - `admin`: an API and a page to look at the cache, to explain and to purge.
-//! - `testing`: `testing`, for tests of your own mapping: a twin without a cache, a clock and a store that can be told.
-//! - `lz4`: compress large bodies for the shared store.
+//! - `testing`: `testing`, for tests of your own mapping: a twin without a cache, a clock and a store that can be told;
+//!   `store::conformance`, for stores of your own.
+//! - `lz4`: compress large bodies of entries that leave the process.
 //! - `toml`: read the [`Config`] from a file.
 
 #![doc(test(attr(deny(warnings), allow(unused))))]
@@ -160,6 +161,13 @@ pub mod docs {
 
     #[doc = include_str!("../docs/security.md")]
     pub mod security {}
+
+    #[doc = include_str!("../docs/stores.md")]
+    #[doc = "```"]
+    #[doc = include_str!("../examples/own_store.rs")]
+    #[doc = "```"]
+    #[cfg(feature = "testing")]
+    pub mod stores {}
 
     #[cfg(feature = "testing")]
     #[doc = include_str!("../docs/testing.md")]

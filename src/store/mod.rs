@@ -3,8 +3,12 @@
 //! A store is dumb on purpose. It reads an entry together with the generations of tags, creates generations that are
 //! absent, writes entries and drops generations; whether an entry is *valid* is decided by the engine. That is
 //! multi-get, add, set and delete, which the in-process store, Redis and memcached all have without scripts.
+//!
+//! `docs::stores` (feature `testing`) says how to write one of one's own.
 
 pub(crate) mod codec;
+#[cfg(feature = "testing")]
+pub mod conformance;
 mod entry;
 #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
 mod guard;
@@ -283,7 +287,7 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, StoreError>>
 /// Key and tags of a call are all of one [tenant](Key::tenant), but for the groups of [`invalidate`](Store::invalidate),
 /// [`fence`](Store::fence) and [`count`](Store::count).
 ///
-/// Entries may vanish at any time. One store may serve several caches of a
+/// Entries may vanish at any time. `conformance` (feature `testing`) checks all of it. One store may serve several caches of a
 /// process, as an [`Arc`] that each has a clone of.
 pub trait Store: Send + Sync + 'static {
     /// Answers without waiting: the entry, if the store can tell *now and on its own* that every generation it was
