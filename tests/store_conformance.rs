@@ -1,6 +1,8 @@
 //! Every store does what the engine relies on; and whoever breaks a rule of it is found, by its name.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/memcached.rs"]
+mod memcached;
 #[path = "../examples/own_store.rs"]
 #[allow(dead_code)]
 mod own_store;
@@ -15,13 +17,14 @@ use std::{
 };
 
 use futures_util::future::join_all;
+use memcached::Memcached;
 use own_store::OwnStore;
 use redis::Redis;
 use tower_cache_aside::{
     Cache, DataType, Key, Source, Tag, Tier, Ttl,
     store::{
-        Clocks, Entry, Exchange, Fence, Generation, Guard, Inquiry, Lookup, Mark, MemoryStore, Millis, Opened,
-        RedisStore, Search, Store, StoreError, StoreFuture, StoredResponse, TagGroup, conformance,
+        Clocks, Entry, Exchange, Fence, Generation, Guard, Inquiry, Lookup, Mark, MemcachedStore, MemoryStore, Millis,
+        Opened, RedisStore, Search, Store, StoreError, StoreFuture, StoredResponse, TagGroup, conformance,
     },
     testing::Faulty,
 };
@@ -348,6 +351,19 @@ async fn redis_does() {
 async fn redis_does_without_a_tier_in_process() {
     let redis = Redis::start(&[]);
     conformance::check(async || redis_store(redis.url(), 0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memcached_does() {
+    let servers = [(); 3].map(|()| Memcached::start(&[]));
+    for (count, in_process) in [(1, 64 << 20), (3, 0)] {
+        let addresses: Vec<_> = servers[..count].iter().map(Memcached::address).collect();
+        conformance::check(async || {
+            let store = MemcachedStore::builder(addresses.clone()).in_process(in_process).settle(Duration::ZERO);
+            store.budget(Duration::from_secs(5)).invalidate_budget(Duration::from_secs(5)).build().unwrap()
+        })
+        .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

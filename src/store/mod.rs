@@ -17,9 +17,9 @@ mod memcached;
 mod memory;
 #[cfg(feature = "redis")]
 mod redis;
+mod shared;
 #[cfg(any(feature = "redis", feature = "memcached"))]
 mod wire;
-mod shared;
 
 use std::{error::Error as StdError, fmt, future::Future, pin::Pin, sync::Arc, time::Duration};
 
@@ -319,8 +319,8 @@ pub trait Store: Send + Sync + 'static {
     /// others standing. Without one they may fall with the generations: where fences are used, the engine always gives one.
     fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>>;
 
-    /// Drops the generations of all tags, and until the writer invalidates them or its lease runs out, gives them
-    /// only [fenced](Generation::is_fenced) generations, under which nothing is stored.
+    /// Drops the generations of all tags, and until the writer invalidates them or its lease runs out,
+    /// [opens](Store::open) them with [fenced](Generation::is_fenced) generations only, under which nothing is stored.
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()>;
 
     /// Whether the caller is to load this key for the whole fleet: at most one process is, until it

@@ -49,6 +49,10 @@ impl<S: Store + ?Sized> Store for Arc<S> {
         (**self).release(key)
     }
 
+    fn refuses(&self, tier: Tier) -> Option<&'static str> {
+        (**self).refuses(tier)
+    }
+
     fn is_shared(&self) -> bool {
         (**self).is_shared()
     }

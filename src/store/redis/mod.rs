@@ -148,6 +148,12 @@ impl RedisStore {
         self.0.counters.stats()
     }
 
+    /// It connects with the first call.
+    fn remote(&self) -> &Guard<Remote> {
+        self.start();
+        &self.0.remote
+    }
+
     /// Starts the task that watches the servers, once there is a runtime for it; and again, when that one is gone.
     fn start(&self) {
         let Shared { watched, link, .. } = &*self.0;
@@ -365,10 +371,10 @@ impl Store for RedisStore {
     }
 
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
-        self.start();
-        let Some(held) = &self.0.held else { return self.0.remote.lookup(inquiry) };
+        let remote = self.remote();
+        let Some(held) = &self.0.held else { return remote.lookup(inquiry) };
         let cap = match inquiry.tier {
-            Tier::Off => return self.0.remote.lookup(inquiry),
+            Tier::Off => return remote.lookup(inquiry),
             Tier::Validated => return Box::pin(self.validated(held, inquiry)),
             Tier::On => None,
             Tier::Capped(cap) => Some(cap),
@@ -384,16 +390,16 @@ impl Store for RedisStore {
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
-        self.0.remote.open(tags)
+        self.remote().open(tags)
     }
 
     fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {
-        self.0.remote.extend(mark, tags)
+        self.remote().extend(mark, tags)
     }
 
     fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()> {
         Box::pin(async move {
-            self.0.remote.fill(key, entry, tier, now).await?;
+            self.remote().fill(key, entry, tier, now).await?;
             // What is held is what was there before.
             if let Some(held) = &self.0.held {
                 held.memory.forget(key);
@@ -403,38 +409,35 @@ impl Store for RedisStore {
     }
 
     fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>> {
-        self.start();
         // After the command, whatever came of it: before it, a look-up could bring back what is about to be dropped.
         let after = DropLocally { held: self.0.held.as_deref(), groups };
         Box::pin(async move {
-            let result = self.0.remote.invalidate(groups, fence).await;
+            let result = self.remote().invalidate(groups, fence).await;
             drop(after);
             result
         })
     }
 
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
-        self.start();
         let after = DropLocally { held: self.0.held.as_deref(), groups };
         Box::pin(async move {
-            let result = self.0.remote.fence(groups, fence).await;
+            let result = self.remote().fence(groups, fence).await;
             drop(after);
             result
         })
     }
 
     fn claim<'a>(&'a self, key: &'a Key, lease: Duration) -> StoreFuture<'a, bool> {
-        self.0.remote.claim(key, lease)
+        self.remote().claim(key, lease)
     }
 
     fn release<'a>(&'a self, key: &'a Key) -> StoreFuture<'a, ()> {
-        self.0.remote.release(key)
+        self.remote().release(key)
     }
 
     fn clear(&self) -> StoreFuture<'_, ()> {
-        self.start();
         Box::pin(async move {
-            let result = self.0.remote.clear().await;
+            let result = self.remote().clear().await;
             if let Some(held) = &self.0.held {
                 held.memory.clear().await?;
             }
@@ -443,34 +446,29 @@ impl Store for RedisStore {
     }
 
     fn health(&self) -> Health {
-        self.start();
-        self.0.remote.health()
+        self.remote().health()
     }
 
     fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
-        self.start();
-        self.0.remote.count(groups)
+        self.remote().count(groups)
     }
 
     fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
-        self.start();
-        self.0.remote.search(search)
+        self.remote().search(search)
     }
 
     fn exchange<'a>(&'a self, exchange: Exchange<'a>) -> StoreFuture<'a, Vec<Vec<u8>>> {
-        self.start();
-        self.0.remote.exchange(exchange)
+        self.remote().exchange(exchange)
     }
 
     fn usage(&self) -> Usage {
         let held = self.0.held.as_ref().map(|held| held.memory.usage()).unwrap_or_default();
-        let Usage { journal_tags, errors, .. } = self.0.remote.usage();
+        let Usage { journal_tags, errors, .. } = self.remote().usage();
         Usage { journal_tags, errors, ..held }
     }
 
     fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {
-        self.start();
-        self.0.remote.drain(within)
+        self.remote().drain(within)
     }
 }
 
