@@ -19,7 +19,7 @@ use std::{
 use futures_util::future::join_all;
 use memcached::Memcached;
 use own_store::OwnStore;
-use redis::Redis;
+use redis::{Redis, RedisCluster};
 use tower_cache_aside::{
     Cache, DataType, Key, Source, Tag, Tier, Ttl,
     store::{
@@ -351,6 +351,12 @@ async fn redis_does() {
 async fn redis_does_without_a_tier_in_process() {
     let redis = Redis::start(&[]);
     conformance::check(async || redis_store(redis.url(), 0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_of_redis_does() {
+    let cluster = RedisCluster::start();
+    conformance::check(async || redis_store(cluster.url(), 64 << 20)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -425,7 +425,7 @@ impl Remote {
 
 /// The tenant of these tags, which is that of all of them.
 fn tenant(tags: &[Tag]) -> &[u8] {
-    tags.first().map_or(b"{}", Tag::tenant)
+    tags.first().map_or(b"{~}", Tag::tenant)
 }
 
 /// A key in parts.
