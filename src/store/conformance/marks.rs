@@ -85,14 +85,14 @@ pub(super) async fn a_mark_proves_nothing_of_what_was_fenced(scene: &Scene) -> S
 }
 
 pub(super) async fn a_mark_proves_nothing_of_a_lease_that_ran_out(scene: &Scene) -> Seen {
-    let (known, late, key) = ([scene.tag("known")], [scene.tag("late")], scene.key("none"));
+    let (known, late, probe) = ([scene.tag("known")], [scene.tag("late")], [scene.tag("probe")]);
     let before = scene.here.open(&known).await?;
     scene.there.fence(&late, &Fence::new(LEASE, Duration::ZERO)).await?;
     let under = scene.here.open(&known).await?;
-    // Nobody but those who look asks for it meanwhile.
+    // Nobody asks for it meanwhile: another tag, fenced later, tells when it is over.
+    scene.there.fence(&probe, &Fence::new(LEASE, Duration::ZERO)).await?;
     comes("the end of a lease", async || {
-        let seen = scene.elsewhere.lookup(&key, &late, Tier::Off).await?.generations;
-        Ok(!seen[0].is_some_and(|generation| generation.is_fenced()))
+        Ok(!scene.elsewhere.open(&probe).await?.generations.iter().any(|generation| generation.is_fenced()))
     })
     .await?;
     for marked in [&before, &under] {
