@@ -12,6 +12,7 @@ use serde::{
 
 use crate::{
     catalog::{Canonical, Cascade, DataType, Policy, Tier, Ttl},
+    events::EventPolicy,
     route::{Credentials, Hosts, Mutation, OnUnmapped, Route},
     units::{bytes, duration},
 };
@@ -78,6 +79,8 @@ pub struct Config {
     pub uncached: Vec<String>,
     /// The routes that mutate.
     pub mutations: Vec<Mutation>,
+    /// What events from outside make stale.
+    pub events: Vec<EventPolicy>,
     /// What mutations drop.
     pub cascades: Vec<Cascade>,
 }
@@ -134,6 +137,7 @@ impl Config {
         self.routes.extend(other.routes);
         self.uncached.extend(other.uncached);
         self.mutations.extend(other.mutations);
+        self.events.extend(other.events);
         self.cascades.extend(other.cascades);
     }
 

@@ -89,6 +89,7 @@ mod clock;
 mod config;
 mod engine;
 mod error;
+mod events;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzzing;
@@ -108,14 +109,15 @@ mod units;
 #[cfg(feature = "admin")]
 pub use admin::{Admin, AdminBody, AdminService};
 pub use cache::{
-    Cache, CacheBuilder, Codec, CodecError, DescribedRead, DescribedWrite, Description, Drained, Dropped, EntryBuilder,
-    Fetch, Generate, Invalidation, Json, MessagePack, Report, Source,
+    Applied, Cache, CacheBuilder, Codec, CodecError, DescribedRead, DescribedWrite, Description, Drained, Dropped,
+    EntryBuilder, Fetch, Generate, Invalidation, Json, MessagePack, Report, Source,
 };
 pub use catalog::{Canonical, Cascade, Coalesce, DataType, Freshness, Tier, Ttl};
 pub use clock::TimeSource;
 pub use config::{Config, OnUnreachable};
 pub use engine::Invalidated;
 pub use error::ConfigError;
+pub use events::{Event, EventPolicy};
 pub use key::{Key, Tag};
 pub use layer::{
     Bodies, CacheAside, CacheAsideLayer, CacheBody, CacheTags, Changes, Invalidate, InvalidateBody, InvalidateLayer,
@@ -141,6 +143,8 @@ pub mod docs {
     #[doc = include_str!("../docs/configuration.md")]
     pub mod configuration {}
 
+    #[doc = include_str!("../docs/events.md")]
+    pub mod events {}
     #[doc = include_str!("../docs/http.md")]
     pub mod http {}
 

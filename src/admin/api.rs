@@ -25,9 +25,10 @@ use super::{
     search::search,
 };
 use crate::{
-    cache::stats::snapshot,
+    cache::{Applied, stats::snapshot},
     catalog::Drops,
     engine::Invalidated,
+    events,
     key::Tag,
     observe::{Event, KINDS, Snapshot, Stats},
 };
@@ -87,6 +88,10 @@ impl AdminService {
             "events" if is_get => self.events(),
             "invalidate" if parts.method == Method::POST => match whole(body).await {
                 Some(body) => self.invalidate(&body).await,
+                None => failed(StatusCode::BAD_REQUEST, "the body is too large, or does not come"),
+            },
+            "events" if parts.method == Method::POST => match whole(body).await {
+                Some(body) => self.apply(&body).await,
                 None => failed(StatusCode::BAD_REQUEST, "the body is too large, or does not come"),
             },
             "stats" | "recent" | "explain" | "search" | "events" | "invalidate" => {
@@ -165,6 +170,28 @@ impl AdminService {
         let stream = HeaderValue::from_static("text/event-stream; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, stream);
         response
+    }
+
+    /// Events from outside: one, or several.
+    async fn apply(&self, body: &[u8]) -> Response<AdminBody> {
+        let is_list = body.trim_ascii_start().first() == Some(&b'[');
+        let events =
+            if is_list { serde_json::from_slice(body) } else { serde_json::from_slice(body).map(|one| vec![one]) };
+        let events: Vec<events::Event> = match events {
+            Ok(events) => events,
+            Err(error) => return failed(StatusCode::BAD_REQUEST, &error.to_string()),
+        };
+        if self.gate.admin.read_only {
+            return failed(StatusCode::FORBIDDEN, "this is for looking only");
+        }
+        let Applied { dropped, ignored, refused } = self.cache.apply(&events).await;
+        if let Some((_, mistake)) = refused.first().filter(|_| refused.len() == events.len()) {
+            return failed(StatusCode::BAD_REQUEST, &mistake.to_string());
+        }
+        let mut report = report(false, Some(&dropped), None);
+        report["ignored"] = json!(ignored);
+        report["refused"] = refused.iter().map(|(at, why)| json!({"event": at, "because": why.to_string()})).collect();
+        answered(&report)
     }
 
     async fn invalidate(&self, body: &[u8]) -> Response<AdminBody> {

@@ -14,6 +14,7 @@ use crate::{
     config::{Config, OnUnreachable},
     engine::{Engine, Invalidated},
     error::ConfigError,
+    events::EventPolicy,
     key::{Space, Tag},
     layer::{Core, OnInvalidated, Options, Warnings},
     observe::{Observer, Tellers},
@@ -211,6 +212,12 @@ impl CacheBuilder {
         self
     }
 
+    /// Declares what events from outside make stale, for [`Cache::apply`](crate::Cache::apply).
+    pub fn event(mut self, policy: EventPolicy) -> Self {
+        self.config.events.push(policy);
+        self
+    }
+
     /// Declares what a mutation of a data type drops.
     pub fn cascade(mut self, cascade: Cascade) -> Self {
         self.config.cascades.push(cascade);
@@ -381,13 +388,7 @@ impl CacheBuilder {
         let store = self.make_store(options.body_limit as u64)?;
         let Config { types, tier, routes, uncached, mutations, cascades, .. } = &self.config;
         let space = Space::new(&self.service, self.config.version.as_deref().unwrap_or_default())?;
-        let default = Some(Tier::default()).filter(|tier| store.refuses(*tier).is_none());
-        let catalogue = Catalogue::new(types, tier.or(default).unwrap_or(Tier::Validated))?;
-        if store.is_shared() {
-            catalogue.check_tiers(|tier| store.refuses(tier))?;
-        } else {
-            catalogue.check_alone(tier.is_some())?;
-        }
+        let catalogue = catalogue(types, *tier, &*store)?;
         let known = Entities::new(self.config.entities.clone(), entities(routes));
         let cascades = Cascades::new(&catalogue, cascades, &self.resolvers, known, self.patience)?;
         let (tenants, hosts) = (self.tenants()?, self.config.hosts.clone().unwrap_or_default().checked()?);
@@ -425,6 +426,7 @@ impl CacheBuilder {
         let core = Core {
             catalogue,
             cascades,
+            events: self.config.events.clone(),
             routes,
             tenants,
             identity,
@@ -439,6 +441,7 @@ impl CacheBuilder {
             auditor,
             on_invalidated,
         };
+        core.check_events()?;
         let cache = Cache(Arc::new(core));
         // Now that nothing is wrong, a store that connects may begin with it.
         cache.health();
@@ -601,6 +604,18 @@ const TAKEN: [&str; 29] = [
     "www-authenticate",
     "grpc-status",
 ];
+
+/// The types, held in process as is said, if the store can do that.
+fn catalogue(types: &[DataType], tier: Option<Tier>, store: &dyn Store) -> Result<Catalogue, ConfigError> {
+    let default = Some(Tier::default()).filter(|tier| store.refuses(*tier).is_none());
+    let catalogue = Catalogue::new(types, tier.or(default).unwrap_or(Tier::Validated))?;
+    if store.is_shared() {
+        catalogue.check_tiers(|tier| store.refuses(tier))?;
+    } else {
+        catalogue.check_alone(tier.is_some())?;
+    }
+    Ok(catalogue)
+}
 
 /// A header that is for this cache alone.
 fn own_header(what: &str, name: &str) -> Result<HeaderName, ConfigError> {

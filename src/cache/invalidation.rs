@@ -6,7 +6,7 @@ use crate::{
     catalog::{Change, Drops},
     engine::Invalidated,
     error::ConfigError,
-    layer::{Blame, Core},
+    layer::{Blame, By, Core},
 };
 
 /// An invalidation by hand; made by [`Cache::invalidate`](crate::Cache::invalidate).
@@ -87,7 +87,7 @@ impl Invalidation {
     /// that is empty or not the single one. Then nothing was dropped.
     pub async fn run(self) -> Result<Invalidated, ConfigError> {
         let drops = self.drops().await?;
-        let blame = Blame { by_hand: true, what: self.what, tenant: Some(self.tenant.as_bytes()) };
+        let blame = Blame { by: By::Hand, what: self.what, tenant: Some(self.tenant.as_bytes()) };
         Ok(self.core.drop_all(drops, None, &blame).await)
     }
 }

@@ -1,5 +1,6 @@
 //! The [`Cache`]: one handle on configuration, engine and store, which layers, handlers and jobs share.
 
+mod applied;
 mod builder;
 mod describe;
 mod entry;
@@ -10,6 +11,7 @@ mod value;
 
 use std::{fmt, sync::Arc, time::Duration};
 
+pub use applied::Applied;
 pub use builder::CacheBuilder;
 pub use describe::{DescribedRead, DescribedWrite, Description, Dropped};
 pub use entry::{EntryBuilder, Fetch, Generate};
@@ -21,7 +23,7 @@ pub use value::{Codec, CodecError, Json, MessagePack, Report, Source};
 use crate::{
     engine::Invalidated,
     error::ConfigError,
-    layer::{Blame, CacheAsideLayer, Changes, Core, Due, InvalidateLayer, Writing, joined},
+    layer::{Blame, By, CacheAsideLayer, Changes, Core, Due, InvalidateLayer, Writing, joined},
     store::{Health, StoreError},
 };
 
@@ -145,7 +147,7 @@ impl Cache {
     /// # Errors
     /// The store could not be told about it: this process serves none of it, others may until the TTL.
     pub async fn clear(&self) -> Result<(), StoreError> {
-        self.0.clear(&Blame { by_hand: true, what: "Cache::clear", tenant: None }).await
+        self.0.clear(&Blame { by: By::Hand, what: "Cache::clear", tenant: None }).await
     }
 
     /// Whether the store does what it is there for, and why not. While it is down, requests go to the origin.

@@ -17,6 +17,7 @@ use crate::{
     catalog::{Cascades, Catalogue, Change, Drops, FenceTimes, Policy},
     engine::{Engine, Invalidated},
     error::ConfigError,
+    events::EventPolicy,
     key::{Space, Tag, Tenant},
     observe::{FoundIn, Observer, Tellers},
     route::{Hosts, Identity, Known, OnUnmapped, Routes, TenantSource},
@@ -26,11 +27,20 @@ use crate::{
 /// Of more tenants than this in one request, children are not looked for: everything of theirs falls.
 const MOST_TENANTS: usize = 16;
 
+/// By what an invalidation is caused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum By {
+    Request,
+    /// Code, and no request.
+    Hand,
+    /// An event from outside.
+    Event,
+}
+
 /// Who invalidates.
 #[cfg_attr(not(feature = "stats"), allow(dead_code))]
 pub(crate) struct Blame<'a> {
-    /// Code, and no request.
-    pub(crate) by_hand: bool,
+    pub(crate) by: By,
     /// `PUT /agents/a1`, or what is done by hand.
     pub(crate) what: &'a str,
     /// If there is one.
@@ -40,7 +50,11 @@ pub(crate) struct Blame<'a> {
 #[cfg(feature = "stats")]
 impl Blame<'_> {
     fn cause(&self) -> Cause {
-        if self.by_hand { Cause::Hand } else { Cause::Route }
+        match self.by {
+            By::Request => Cause::Route,
+            By::Hand => Cause::Hand,
+            By::Event => Cause::Event,
+        }
     }
 }
 
@@ -68,6 +82,7 @@ fn tell(hook: &OnInvalidated, report: &Invalidated, tags: &[Tag]) {
 pub(crate) struct Core {
     pub(crate) catalogue: Catalogue,
     pub(crate) cascades: Cascades,
+    pub(crate) events: Vec<EventPolicy>,
     pub(crate) routes: Routes,
     pub(crate) tenants: TenantSource,
     pub(crate) identity: Identity,
@@ -216,6 +231,11 @@ impl Core {
             of_type.chain([None]).try_for_each(|r| self.routes.expected.check(data_type, r.as_ref(), &change.all))?;
         }
         change.include.iter().try_for_each(|relation| self.cascades.check_relation(what, types.clone(), relation))
+    }
+
+    /// That each policy of events drops what there is.
+    pub(crate) fn check_events(&self) -> Result<(), ConfigError> {
+        self.events.iter().try_for_each(|policy| self.check_change(&policy.what(), &policy.sample()?))
     }
 
     /// The same of what a handler says, whose relations may be those of what the route declares.

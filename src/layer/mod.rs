@@ -23,7 +23,7 @@ mod writing;
 
 #[cfg(feature = "stats")]
 pub(crate) use self::audit::Auditor;
-pub(crate) use self::core::{Blame, Core, OnInvalidated, Options};
+pub(crate) use self::core::{Blame, By, Core, OnInvalidated, Options};
 pub use body::CacheBody;
 pub use cache_aside::{CacheAside, CacheAsideLayer};
 pub(crate) use changes::Reads;

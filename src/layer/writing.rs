@@ -12,7 +12,7 @@ use tokio::{runtime::Handle, task::JoinHandle, time::Instant};
 
 use super::{
     changes::{Changes, Heard},
-    core::{Blame, Core},
+    core::{Blame, By, Core},
 };
 use crate::{
     catalog::{Change, Drops},
@@ -40,7 +40,7 @@ pub(crate) struct Writing {
     /// Method and path, for warnings.
     what: Arc<str>,
     /// Code, and no request.
-    by_hand: bool,
+    by: By,
     /// What is known to be stale after it.
     declared: Vec<Change>,
     /// What was, before it.
@@ -60,7 +60,7 @@ impl Writing {
             changes,
             heard: Heard::default(),
             what: what.into(),
-            by_hand: false,
+            by: By::Request,
             declared: vec![],
             drops: Drops::default(),
             fence: None,
@@ -71,7 +71,7 @@ impl Writing {
 
     /// It is code that writes, and no request.
     pub(crate) fn by_hand(self) -> Self {
-        Self { by_hand: true, ..self }
+        Self { by: By::Hand, ..self }
     }
 
     /// Before the handler runs: adds what is known to be stale after it, for it may remove the rows that name the children;
@@ -175,7 +175,7 @@ impl Writing {
         let fence = self.held().await;
         // Of several, it is nobody's in particular.
         let tenant = self.tenants.first().filter(|_| self.tenants.len() == 1).map(|tenant| &*tenant.name);
-        let blame = Blame { by_hand: self.by_hand, what: &self.what, tenant };
+        let blame = Blame { by: self.by, what: &self.what, tenant };
         let report = self.core.drop_all(self.drops, fence.as_ref(), &blame).await;
         tracing::debug!(%report, "invalidated");
         report
@@ -203,7 +203,7 @@ impl Writing {
                  choose `on_unmapped`"
             );
         }
-        let blame = Blame { by_hand: false, what: &self.what, tenant: None };
+        let blame = Blame { by: By::Request, what: &self.what, tenant: None };
         if options.on_unmapped == OnUnmapped::Drop && self.core.clear(&blame).await.is_err() {
             tracing::error!("everything was to be dropped, and the store could not be told");
         }

@@ -33,15 +33,18 @@ pub(crate) enum Cause {
     Route,
     /// [`Cache::invalidate`](crate::Cache::invalidate), the admin's API, a job.
     Hand,
+    /// [`Cache::apply`](crate::Cache::apply).
+    Event,
 }
 
-pub(super) const CAUSES: [Cause; 2] = [Cause::Route, Cause::Hand];
+pub(super) const CAUSES: [Cause; 3] = [Cause::Route, Cause::Hand, Cause::Event];
 
 impl Cause {
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Route => "route",
             Self::Hand => "hand",
+            Self::Event => "event",
         }
     }
 }
@@ -191,7 +194,7 @@ pub(crate) struct Observer {
     tenants: Tenants,
     pub(crate) recent: Recent,
     series: Mutex<[BTreeMap<String, Steps>; 2]>,
-    invalidations: [Histogram<14>; 2],
+    invalidations: [Histogram<14>; CAUSES.len()],
     invalidated: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
     audits: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
     unmapped: AtomicU64,
