@@ -426,6 +426,23 @@ async fn what_is_too_large_is_not_stored() {
     assert!(store.health() == Health::Ok);
 }
 
+/// Beyond 30 days memcached takes a time for one since the epoch, and beyond 2038 for one that is over.
+#[tokio::test(flavor = "multi_thread")]
+async fn times_are_as_long_as_can_be() {
+    for days in [31, 36_500] {
+        let (server, db) = (Memcached::start(&[]), Db::default());
+        let long = Duration::from_secs(days * 86_400);
+        let store = patient(&server.address()).generation_ttl(long);
+        let cache = builder(store, Tier::Off).fenced(long).build().unwrap();
+        let (web, writer) = (Web::new(&cache, origin(&db)), Writer::new(&cache, &db, StatusCode::OK));
+        until_hit(&web, "0").await;
+        let write = writer.begin().await;
+        assert_fenced(&web, "0").await;
+        writer.end(write).await;
+        until_hit(&web, "1").await;
+    }
+}
+
 /// Of two processes with different lists neither reads what the other has stored, for neither hears what the other drops.
 #[tokio::test(flavor = "multi_thread")]
 async fn another_list_of_servers_is_another_cache() {

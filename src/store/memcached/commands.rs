@@ -14,6 +14,9 @@ const LONGEST: usize = 250;
 /// Beyond this the server takes a time for one since the epoch.
 const RELATIVE: u64 = 30 * 86_400;
 
+/// What is to end later than this has ended at once: the server cuts times to 32 bits, and says nothing.
+const LAST: u64 = i32::MAX as u64;
+
 /// The name of an item: printable, without spaces, and not too long, whatever it is made of. (What is too long the server
 /// refuses, and takes the value after it for commands.)
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,10 +46,12 @@ const HEX: &[u8; 16] = b"0123456789abcdef";
 pub(super) struct Until(u64);
 
 impl Until {
-    /// After this time, or somewhat later; `now` is the server's, in seconds.
+    /// After this time, or somewhat later (but never later than the server can tell); `now` is the server's, in seconds, the
+    /// first of which has begun already.
     pub(super) fn after(time: Duration, now: u64) -> Self {
-        let seconds = time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0)).max(1);
-        Self(if seconds > RELATIVE { now.saturating_add(seconds) } else { seconds })
+        let seconds = time.as_secs().saturating_add(u64::from(time.subsec_nanos() > 0)).saturating_add(1);
+        let end = now.saturating_add(seconds).min(LAST);
+        Self(if end > now.saturating_add(RELATIVE) { end } else { seconds.min(RELATIVE) })
     }
 }
 
@@ -149,4 +154,24 @@ pub(super) fn write(out: &mut BytesMut, commands: &[Command], first: u32) {
         let _ = command.write(out, first.wrapping_add(number));
     }
     out.put_slice(b"mn\r\n");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_ends_early_nor_at_a_time_that_the_server_cannot_tell() {
+        const NOW: u64 = 1_800_000_000;
+        let end = |time, now| Until::after(time, now).0;
+        for (millis, seconds) in [(0, 1), (1, 2), (700, 2), (1_000, 2), (1_001, 3)] {
+            assert_eq!(end(Duration::from_millis(millis), NOW), seconds, "{millis}");
+        }
+        assert_eq!(end(Duration::from_secs(RELATIVE - 1), NOW), RELATIVE);
+        assert_eq!(end(Duration::from_secs(RELATIVE), NOW), NOW + RELATIVE + 1);
+        for long in [Duration::from_secs(400_000_000), Duration::MAX] {
+            assert_eq!(end(long, NOW), LAST);
+            assert_eq!(end(long, LAST - 5), RELATIVE);
+        }
+    }
 }

@@ -42,8 +42,8 @@ const RECONNECT: (Duration, Duration) = (Duration::from_millis(50), Duration::fr
 /// How long one caller may wait before the connection is given up.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The space of all generations lives for so long without anybody who uses it.
-pub(super) const ROOT: Duration = Duration::from_secs(60);
+/// The space of all generations lives for so long, or a second more, without anybody who uses it.
+pub(super) const ROOT: Duration = Duration::from_secs(59);
 
 /// What an item takes besides its value, at most: its name, its head, and the rest of its last chunk.
 const HEAD: usize = 1_024;
