@@ -226,16 +226,19 @@ async fn a_writer_lifts_no_fence_but_its_own() {
 #[tokio::test(flavor = "multi_thread")]
 async fn many_writers_may_fence_one_tag() {
     let (server, db) = (Memcached::start(&[]), Db::default());
+    let fenced = || builder(patient(&server.address()).invalidate_budget(FOREVER), Tier::Off).fenced(FOREVER);
     let caches: Vec<_> =
-        (0..4).map(|_| builder(patient(&server.address()), Tier::Off).fenced(FOREVER).build().unwrap()).collect();
-    let writers: Vec<_> = (0..24).map(|i| Writer::new(&caches[i % 4], &db, StatusCode::OK)).collect();
+        (0..4).map(|_| fenced().on_unreachable(OnUnreachable::Reject).build().unwrap()).collect();
+    let writers: Vec<_> = (0..100).map(|i| Writer::new(&caches[i % 4], &db, StatusCode::OK)).collect();
     until_hit(&writers[0].web, "0").await;
-    let writes = futures_util::future::join_all(writers.iter().map(Writer::begin)).await;
+    // Who cannot raise its fence does not begin.
+    let writes = futures_util::future::join_all(writers.iter().map(Writer::begin));
+    let writes = tokio::time::timeout(FOREVER, writes).await.expect("all have raised their fences");
     for (writer, write) in writers.iter().zip(writes) {
         assert_fenced(&writers[0].web, &row(&db)).await;
         writer.end(write).await;
     }
-    until_hit(&writers[1].web, "24").await;
+    until_hit(&writers[1].web, "100").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -30,6 +30,7 @@ use std::{
 };
 
 use bytes::{Buf, BufMut, Bytes};
+use tokio::time::sleep;
 
 use super::{
     commands::{Command, Name},
@@ -52,8 +53,11 @@ use crate::{
 /// How long a generation lives that nothing is stored under: longer than a load may take.
 const OPENED: Duration = Duration::from_secs(120);
 
-/// Attempts to change what others change as well.
-const ATTEMPTS: usize = 32;
+/// Attempts to change what others change as well: at each of them, one of all who try succeeds.
+const ATTEMPTS: u64 = 1_000;
+
+/// The longest pause between two of them.
+const PAUSE: u64 = 16;
 
 /// Writers that fence one tag, at most; of more it is remembered only until when the last of them does.
 const WRITERS: usize = 1_000;
@@ -139,7 +143,7 @@ fn written(writers: &[Writer]) -> Vec<u8> {
 impl Change {
     /// The writers of a tag after this, at a time of the server's.
     fn apply(self, writers: Vec<Writer>, writer: u128, now: u64) -> Vec<Writer> {
-        let is_kept = |(other, until): &Writer| *other != writer && *until + OPENED.as_secs() > now;
+        let is_kept = |(other, until): &Writer| *other != writer && until.saturating_add(OPENED.as_secs()) > now;
         let mut after: Vec<_> = writers.into_iter().filter(is_kept).collect();
         if let Self::Stand(time) = self {
             // The server's seconds begin with anybody's, and a fence is not to end early.
@@ -222,7 +226,7 @@ impl Remote {
         change: Change,
     ) -> Result<(), StoreError> {
         let mut left: Vec<_> = tags.iter().map(|tag| self.name("f:", tag.as_bytes())).collect();
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ATTEMPTS {
             let ask: Vec<_> = left.iter().cloned().map(Command::get_cas).collect();
             let found = connection.call(&ask).await?;
             let now = (connection.time_at_most() / 1_000).unsigned_abs();
@@ -257,6 +261,8 @@ impl Remote {
             if left.is_empty() {
                 return Ok(());
             }
+            // Not all of them in step.
+            sleep(Duration::from_millis(rand::random::<u64>() % (attempt + 2).min(PAUSE))).await;
         }
         Err(StoreError::new("too many writers change the fences of one tag"))
     }
