@@ -407,17 +407,20 @@ async fn no_name_is_too_long() {
     assert_eq!(server.stat("cmd_flush"), 0);
 }
 
+/// Answers with as many bytes as the path says.
+fn sized(request: Request<Full<bytes::Bytes>>) -> Answer {
+    let size: usize = request.uri().path().rsplit('/').next().unwrap().parse().unwrap();
+    // Noise, which nothing makes smaller.
+    let noise: Vec<u8> = std::iter::repeat_with(rand::random).take(size).collect();
+    std::future::ready(Ok(Response::new(full(noise))))
+}
+
 /// What is too large for the server is a response that is not stored, is counted, and hurts nobody else.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_too_large_is_not_stored() {
     let server = Memcached::start(&["-I", "64k", "-o", "slab_chunk_max=16384"]);
     let store = patient(&server.address()).build().unwrap();
-    let web = Web::new(&over(store.clone(), Tier::Off).build().unwrap(), |request: Request<Full<bytes::Bytes>>| {
-        let size: usize = request.uri().path().rsplit('/').next().unwrap().parse().unwrap();
-        // Noise, which nothing makes smaller.
-        let noise: Vec<u8> = std::iter::repeat_with(rand::random).take(size).collect();
-        std::future::ready(Ok(Response::new(full(noise))))
-    });
+    let web = Web::new(&over(store.clone(), Tier::Off).build().unwrap(), sized);
     for (size, is_stored) in [(1, true), (40_000, true), (70_000, false), (700_000, false), (60_000, true)] {
         let (path, before) = (format!("/docs/{size}"), store.stats().too_large);
         assert_eq!(web.get(&path).await.body.len(), size);
@@ -463,7 +466,39 @@ async fn another_list_of_servers_is_another_cache() {
     assert!(turned.get(PATH).await.is_hit());
 }
 
-/// What nobody uses for a minute is not believed when somebody comes back to it.
+/// A server that says how large an item may be, and does not take one: it is not stored and counted all the same, and no
+/// trouble of the store's.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_the_server_finds_too_large_is_not_stored_either() {
+    let server = Memcached::start(&["-I", "64k", "-o", "slab_chunk_max=16384"]);
+    let proxy = Proxy::start(server.port).await;
+    proxy.set(Mode::Garble("item_size_max 65536", "item_size_max 95536"));
+    let store = patient(&proxy.address).build().unwrap();
+    let web = Web::new(&over(store.clone(), Tier::Off).build().unwrap(), sized);
+    assert_eq!(web.get("/docs/80000").await.body.len(), 80_000);
+    until(|| store.stats().too_large == 1).await;
+    assert_eq!(store.health(), Health::Ok);
+    assert_eq!(web.get("/docs/80000").await.cache_status(), "fwd=uri-miss; stored");
+}
+
+/// A server that takes small items and no larger ones is said to be so once, and not at each request anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_server_stays_degraded() {
+    let server = Memcached::start(&["-M", "-m", "2"]);
+    let store = patient(&server.address()).build().unwrap();
+    let web = Web::new(&over(store.clone(), Tier::Off).build().unwrap(), sized);
+    web.get("/docs/1").await;
+    until(|| store.health() == Health::Ok).await;
+    let ballast = "x".repeat(20_000);
+    while !server.command(&format!("set ballast{} 0 0 20000\r\n{ballast}", rand::random::<u64>())).contains("SERVER_ERROR") {}
+    web.get("/docs/20000").await;
+    until(|| matches!(store.health(), Health::Degraded(_))).await;
+    for size in [2, 3, 4] {
+        assert_eq!(web.get(&format!("/docs/{size}")).await.body.len(), size);
+        assert!(matches!(store.health(), Health::Degraded(_)));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn purges_drop_everything() {
     let (server, db) = (Memcached::start(&[]), Db::default());

@@ -433,7 +433,12 @@ impl Store for Remote {
                 Some(Kind::Done) => None,
                 _ => Some(refusal(&answer).unwrap_or("it was not stored")),
             };
-            self.server.refuses(why);
+            // It may know better than what it says of itself.
+            if why.is_some_and(|why| why.contains("too large")) {
+                self.counters.too_large.fetch_add(1, Ordering::Relaxed);
+            } else {
+                self.server.refuses(why);
+            }
             why.map_or(Ok(()), |why| Err(StoreError::new(why)))
         })
     }

@@ -45,6 +45,9 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// The space of all generations lives for so long, or a second more, without anybody who uses it.
 pub(super) const ROOT: Duration = Duration::from_secs(59);
 
+/// How long it is said of a server that it refuses to store, after it last did.
+const REFUSES: Millis = 10_000;
+
 /// What an item takes besides its value, at most: its name, its head, and the rest of its last chunk.
 const HEAD: usize = 1_024;
 
@@ -77,8 +80,8 @@ pub(super) struct Server {
 struct State {
     was_up: bool,
     lost: Option<Arc<str>>,
-    /// The last refusal to store, until something is stored again.
-    refusal: Option<Arc<str>>,
+    /// The last refusal to store, and when that was by the machine's uptime, until things are stored again.
+    refusal: Option<(Arc<str>, Millis)>,
 }
 
 /// A connection that has been answered on.
@@ -247,17 +250,24 @@ impl Server {
         Ok(connection)
     }
 
-    /// It does not want to store, or does again.
+    /// It did not want to store, or did. It may take small items and no larger ones, so it stores again only when it has refused
+    /// nothing for a while.
     pub(super) fn refuses(&self, why: Option<&str>) {
         let mut state = lock(&self.state);
-        if state.refusal.as_deref() == why {
-            return;
-        }
+        let is_known = state.refusal.is_some();
         match why {
-            Some(why) => tracing::warn!(address = self.address, why, "memcached refuses to store"),
-            None => tracing::info!(address = self.address, "memcached stores again"),
+            Some(why) => {
+                state.refusal = Some((why.into(), clock::uptime()));
+                if !is_known {
+                    tracing::warn!(address = self.address, why, "memcached refuses to store");
+                }
+            }
+            None if state.refusal.as_ref().is_some_and(|(_, last)| clock::uptime() > last + REFUSES) => {
+                state.refusal = None;
+                tracing::info!(address = self.address, "memcached stores again");
+            }
+            None => {}
         }
-        state.refusal = why.map(Arc::from);
     }
 
     pub(super) fn health(&self) -> Health {
@@ -269,7 +279,7 @@ impl Server {
             return Health::Down(format!("memcached at {}: {why}", self.address).into());
         }
         match &state.refusal {
-            Some(why) => Health::Degraded(format!("memcached at {} refuses to store: {why}", self.address).into()),
+            Some((why, _)) => Health::Degraded(format!("memcached at {} refuses to store: {why}", self.address).into()),
             None => Health::Ok,
         }
     }
