@@ -111,7 +111,8 @@ impl MemcachedStore {
         let servers = &self.0.servers;
         let at = match servers.len() {
             1 => 0,
-            count => hash(tenant) as usize % count,
+            // The same also where a `usize` has 32 bits.
+            count => (hash(tenant) % count as u64) as usize,
         };
         let server = &servers[at];
         server.inner().server.start();
