@@ -232,11 +232,16 @@ impl Server {
                 found.await;
             }
         }
-        let connection = self.connection.read().unwrap_or_else(PoisonError::into_inner).clone();
-        connection.filter(|connection| connection.is_proven()).ok_or_else(|| {
+        self.proven().ok_or_else(|| {
             let why = lock(&self.state).lost.clone();
             StoreError::away(why.map_or("no connection to memcached".to_owned(), |why| why.to_string()))
         })
+    }
+
+    /// The connection, if its last heartbeat is good.
+    fn proven(&self) -> Option<Arc<Connection>> {
+        let connection = self.connection.read().unwrap_or_else(PoisonError::into_inner).clone();
+        connection.filter(|connection| connection.is_proven())
     }
 
     /// The connection to read by.
@@ -277,6 +282,9 @@ impl Server {
         let state = lock(&self.state);
         if let Some(why) = &state.lost {
             return Health::Down(format!("memcached at {}: {why}", self.address).into());
+        }
+        if self.proven().is_none() {
+            return Health::Down(format!("memcached at {} has missed its heartbeats", self.address).into());
         }
         match &state.refusal {
             Some((why, _)) => Health::Degraded(format!("memcached at {} refuses to store: {why}", self.address).into()),
