@@ -18,6 +18,9 @@ const COPIED: usize = 8 << 10;
 pub(super) const OLD: &str =
     "it does not know the meta commands: memcached 1.6.9 or later is needed, without a proxy in between";
 
+/// It says this to whom it does not take.
+const FULL: &str = "it has as many connections as it takes (its -c)";
+
 /// One reply.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Reply {
@@ -84,6 +87,7 @@ impl Framing for Frames {
             "NS" | "EX" => Kind::Refused,
             "MN" => Kind::End,
             "CLIENT_ERROR" | "SERVER_ERROR" => Kind::Error(line.to_owned()),
+            "ERROR" if rest.contains("connections") => return Err(Garbled(FULL)),
             "ERROR" => return Err(Garbled(OLD)),
             "STAT" | "END" | "VERSION" => Kind::Line(line.to_owned()),
             _ => return Err(Garbled("a line that is no reply")),
@@ -118,4 +122,16 @@ fn numbers(flags: &str) -> Result<(Option<u32>, Option<u64>), Garbled> {
         }
     }
     Ok((opaque, cas))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_says_that_takes_no_more_connections_is_not_taken_for_its_age() {
+        let said = |line: &str| Frames { largest: 0 }.next(&mut line.into());
+        assert_eq!(said("ERROR Too many open connections\r\n"), Err(Garbled(FULL)));
+        assert_eq!(said("ERROR\r\n"), Err(Garbled(OLD)));
+    }
 }
