@@ -224,11 +224,14 @@ fn shared_stores_are_not_asked_without_a_pause_and_their_times_end() {
         let names = ["heartbeat", "budget", "invalidate_budget", "settle", "generation_ttl"];
         for name in names {
             let error = of(&format!("{name} = \"500000000y\"")).unwrap_err();
-            assert!(error.contains(name) && error.contains("days"), "{error}");
+            assert!(error.contains(name) && error.contains("choose one from"), "{error}");
             of(&format!("{name} = \"1s\"")).unwrap();
         }
         assert!(of("heartbeat = \"0s\"").unwrap_err().contains("1ms"));
         of("settle = \"0s\"").unwrap();
+        // memcached's heartbeat keeps what does not live for a minute without.
+        let rare = of("heartbeat = \"1m\"");
+        assert_eq!(rare.err().is_some_and(|error| error.contains("15s")), table.contains("memcached"));
     }
 }
 

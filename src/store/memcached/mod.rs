@@ -187,7 +187,8 @@ impl MemcachedBuilder {
         self
     }
 
-    /// How often each server is asked for its time, which must be answered within two of these; by default 250 ms.
+    /// How often each server is asked for its time, which must be answered within two of these; by default 250 ms, and 15 s at
+    /// most.
     pub fn heartbeat(mut self, heartbeat: Duration) -> Self {
         self.heartbeat = Some(heartbeat);
         self
@@ -259,7 +260,8 @@ impl MemcachedBuilder {
 
     fn check_times(&self) -> Result<(), ConfigError> {
         for (name, time, least, most) in [
-            ("heartbeat", self.heartbeat, MILLISECOND, DAY),
+            // Each one keeps the space of the generations, which does not live long without.
+            ("heartbeat", self.heartbeat, MILLISECOND, Duration::from_secs(15)),
             ("budget", self.budget, Duration::ZERO, DAY),
             ("invalidate_budget", self.invalidate_budget, Duration::ZERO, DAY),
             ("settle", self.settle, Duration::ZERO, DAY),
@@ -267,8 +269,8 @@ impl MemcachedBuilder {
         ] {
             if let Some(time) = time.filter(|time| !(least..=most).contains(time)) {
                 return Err(ConfigError::new(format!(
-                    "memcached {name} of {time:?}: choose one from {least:?} to {} days",
-                    most.as_secs() / DAY.as_secs()
+                    "memcached {name} of {time:?}: choose one from {least:?} to {}",
+                    if most < DAY { format!("{most:?}") } else { format!("{} days", most.as_secs() / DAY.as_secs()) }
                 )));
             }
         }
