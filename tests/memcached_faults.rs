@@ -227,8 +227,7 @@ async fn a_writer_lifts_no_fence_but_its_own() {
 async fn many_writers_may_fence_one_tag() {
     let (server, db) = (Memcached::start(&[]), Db::default());
     let fenced = || builder(patient(&server.address()).invalidate_budget(FOREVER), Tier::Off).fenced(FOREVER);
-    let caches: Vec<_> =
-        (0..4).map(|_| fenced().on_unreachable(OnUnreachable::Reject).build().unwrap()).collect();
+    let caches: Vec<_> = (0..4).map(|_| fenced().on_unreachable(OnUnreachable::Reject).build().unwrap()).collect();
     let writers: Vec<_> = (0..100).map(|i| Writer::new(&caches[i % 4], &db, StatusCode::OK)).collect();
     until_hit(&writers[0].web, "0").await;
     // Who cannot raise its fence does not begin.
@@ -466,6 +465,35 @@ async fn another_list_of_servers_is_another_cache() {
     assert!(turned.get(PATH).await.is_hit());
 }
 
+/// What is held in the process holds nothing else: not what was read from the network together with it.
+#[cfg(target_os = "linux")]
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_held_takes_no_more_than_itself() {
+    const ROUNDS: usize = 150;
+    let resident = || -> usize {
+        let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+        pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4_096
+    };
+    let server = Memcached::start(&[]);
+    let filled = Web::new(&builder(patient(&server.address()), Tier::Off).build().unwrap(), sized);
+    for size in 10_000..10_000 + ROUNDS {
+        while !filled.get(&format!("/docs/{size}")).await.is_hit() {}
+    }
+    let both = builder(patient(&server.address()), Tier::Validated)
+        .data_type(DataType::new("large", Ttl::Standard).tier(Tier::Off))
+        .route(Route::new("/large/{large_id}", "large"));
+    let web = Web::new(&both.build().unwrap(), sized);
+    web.get("/large/800000").await;
+    while !web.get("/large/800000").await.is_hit() {}
+    let before = resident();
+    for size in 10_000..10_000 + ROUNDS {
+        assert!(web.get("/large/800000").await.is_hit());
+        assert!(web.get(&format!("/docs/{size}")).await.is_hit());
+    }
+    let taken = resident().saturating_sub(before);
+    assert!(taken < 40 << 20, "{taken} bytes");
+}
+
 /// A server that says how large an item may be, and does not take one: it is not stored and counted all the same, and no
 /// trouble of the store's.
 #[tokio::test(flavor = "multi_thread")]
@@ -490,7 +518,10 @@ async fn a_full_server_stays_degraded() {
     web.get("/docs/1").await;
     until(|| store.health() == Health::Ok).await;
     let ballast = "x".repeat(20_000);
-    while !server.command(&format!("set ballast{} 0 0 20000\r\n{ballast}", rand::random::<u64>())).contains("SERVER_ERROR") {}
+    while !server
+        .command(&format!("set ballast{} 0 0 20000\r\n{ballast}", rand::random::<u64>()))
+        .contains("SERVER_ERROR")
+    {}
     web.get("/docs/20000").await;
     until(|| matches!(store.health(), Health::Degraded(_))).await;
     for size in [2, 3, 4] {

@@ -172,7 +172,10 @@ impl Remote {
 
     fn read_entry(&self, connection: &Connection, bytes: &Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
         let shift = inquiry.now as i64 - connection.time_at_most();
-        match codec::decode(bytes.clone(), shift, inquiry.longest) {
+        // What may be held in this process must not hold all that was read with it.
+        let is_held = inquiry.tier != Tier::Off;
+        let bytes = if is_held { Bytes::copy_from_slice(bytes) } else { bytes.clone() };
+        match codec::decode(bytes, shift, inquiry.longest) {
             Ok(entry) => Some(Arc::new(entry)),
             Err(codec::Unreadable) => {
                 self.counters.unreadable.fetch_add(1, Ordering::Relaxed);
