@@ -164,6 +164,17 @@ fn policies_are_checked_when_the_cache_is_built() {
     }
 }
 
+/// On the page for the review of a mapping.
+#[test]
+fn policies_are_described() {
+    let cache = builder().event(policy()).event(EventPolicy::on("notes").all("note")).build().unwrap();
+    let description = cache.describe();
+    let dropped_by: Vec<_> = description.reads.iter().map(|read| (&*read.name, read.dropped_by.join(", "))).collect();
+    let (agents, all) = ("event `agents`".to_owned(), "event `agents`, event `notes`".to_owned());
+    let expected = [("GET /agents/{agent_id}", agents.clone()), ("GET /agents", agents), ("GET /notes/{note_id}", all)];
+    assert_eq!(dropped_by, expected);
+}
+
 #[test]
 fn what_is_said_in_json_is_the_same() {
     let event: Event = serde_json::from_value(json!({

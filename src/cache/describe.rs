@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::{
     catalog::{By, Reached},
+    events::EventPolicy,
     layer::Core,
     route::{MutationRoute, ReadRoute},
 };
@@ -17,7 +18,7 @@ use crate::{
 pub struct Description {
     /// The service's name.
     pub service: String,
-    /// Every declared write, in the order of its declaration.
+    /// Every declared write, in the order of its declaration, and then every policy of events.
     pub writes: Vec<DescribedWrite>,
     /// Every cacheable route, in the order of its declaration.
     pub reads: Vec<DescribedRead>,
@@ -27,7 +28,7 @@ pub struct Description {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct DescribedWrite {
-    /// `PUT /agents/{agent_id}`, `gRPC /agents.v1.Agents/Update`.
+    /// `PUT /agents/{agent_id}`, `gRPC /agents.v1.Agents/Update`, ``event `agents` ``.
     pub name: String,
     /// What it drops.
     pub drops: Vec<Dropped>,
@@ -70,7 +71,7 @@ impl Description {
             let reached = if method.is_described() { reached } else { vec![] };
             DescribedWrite { name: format!("gRPC {}", method.path), drops: dropped(reached, &whole) }
         }));
-        let writes: Vec<_> = writes.collect();
+        let writes: Vec<_> = writes.chain(core.events.iter().map(|policy| of_event(core, policy))).collect();
         let read = |name: String, data_type: &str| {
             let drops = |write: &&DescribedWrite| write.drops.iter().any(|dropped| dropped.data_type == data_type);
             DescribedRead {
@@ -100,6 +101,17 @@ fn of_mutation(core: &Core, mutation: &MutationRoute) -> DescribedWrite {
     };
     let whole = reach(&mut mutation.all().iter());
     DescribedWrite { name: mutation.what(), drops: dropped(reach(&mut mutation.targets()), &whole) }
+}
+
+fn of_event(core: &Core, policy: &EventPolicy) -> DescribedWrite {
+    // It was made once already, when the cache was built.
+    let change = policy.sample().unwrap_or_default();
+    let reach = |types: &mut dyn Iterator<Item = &Arc<str>>| {
+        types.flat_map(|t| core.cascades.reach(t, &change.include)).collect::<Vec<_>>()
+    };
+    let whole = reach(&mut change.all.iter());
+    let targets = reach(&mut change.entities.iter().map(|(data_type, _)| data_type));
+    DescribedWrite { name: policy.what(), drops: dropped(targets, &whole) }
 }
 
 fn dropped(reached: Vec<Reached>, whole: &[Reached]) -> Vec<Dropped> {
