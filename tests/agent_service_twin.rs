@@ -97,7 +97,11 @@ async fn a_line_that_is_missing_is_found() {
     let config = dir.path().join("agents.toml");
     let right = include_str!("../examples/agent_service/agents.toml");
     for (line, instead, says) in [
-        ("include = [\"conversations\", \"executions\"]", "include = [\"executions\"]", "`DELETE /agents/"),
+        (
+            "mutates = [\"agent\"]\ninclude = [\"conversations\", \"executions\"]",
+            "mutates = [\"agent\"]\ninclude = [\"executions\"]",
+            "`DELETE /agents/",
+        ),
         ("all = [\"agents_list\"]", "", "does not drop what is read here"),
         ("query = [\"limit\", \"offset\"]", "query = [\"limit\"]", "depends on the query"),
     ] {
