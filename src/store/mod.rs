@@ -430,6 +430,12 @@ impl StoreError {
         Self { cause: cause.into(), kind: Kind::Away }
     }
 
+    /// Whether it was not even asked.
+    #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
+    pub(crate) fn is_away(&self) -> bool {
+        self.kind == Kind::Away
+    }
+
     /// Whether somebody waited for an answer that did not come: what a circuit breaker counts.
     pub fn is_silence(&self) -> bool {
         self.kind == Kind::Silent

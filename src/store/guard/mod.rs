@@ -155,6 +155,11 @@ impl<S: Store> Guard<S> {
                 shared.errors[1].fetch_add(1, Ordering::Relaxed);
                 permit.failed();
             }
+            // Who was not asked has shown neither that it answers nor that it does not.
+            Err(error) if error.is_away() => {
+                shared.errors[2].fetch_add(1, Ordering::Relaxed);
+                drop(permit);
+            }
             Err(_) => {
                 shared.errors[0].fetch_add(1, Ordering::Relaxed);
                 permit.succeeded();
