@@ -248,6 +248,7 @@ fn addresses_of_memcached_are_checked() {
         ("[]", "no memcached server"),
         ("['a:1', 'A:1']", "`A:1`: it is in the list twice"),
         ("['a', 'a:11211']", "twice"),
+        ("['a:011211', 'a:11211']", "twice"),
         ("['::1']", "in brackets"),
         ("['a:0']", "the port"),
         ("['a:70000']", "the port"),

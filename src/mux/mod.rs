@@ -199,6 +199,12 @@ impl<F: Framing> Mux<F> {
         })
     }
 
+    /// Gives the connection up: whoever waits is told why.
+    pub(crate) fn end(&self, why: &Arc<str>) {
+        self.0.shared.end(why);
+        self.0.shared.task.wake();
+    }
+
     fn enqueue(
         &self,
         count: u32,

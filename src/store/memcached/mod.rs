@@ -294,9 +294,9 @@ fn addresses(servers: &[String]) -> Result<BTreeSet<String>, ConfigError> {
         if is_v6 && !(host.starts_with('[') && host.ends_with(']')) {
             return Err(error("write an IPv6 address in brackets: [::1]:11211"));
         }
-        if port.parse::<u16>().ok().is_none_or(|port| port == 0) {
+        let Some(port) = port.parse::<u16>().ok().filter(|port| *port > 0) else {
             return Err(error("the port is to be a number from 1 to 65535"));
-        }
+        };
         if !addresses.insert(format!("{}:{port}", host.to_ascii_lowercase())) {
             return Err(error("it is in the list twice"));
         }

@@ -3,7 +3,7 @@
 //!
 //! | name | holds |
 //! | --- | --- |
-//! | `prefix r` | the root: what all generations are told by; with it all are gone (`clear`) |
+//! | `prefix r:address` | the root: what all generations are told by; with it all are gone (`clear`) |
 //! | `prefix e:service{tenant}:…` | an entry |
 //! | `prefix g:service{tenant}:…` | the generation of a tag, 16 bytes |
 //! | `prefix m:service{tenant}` | the mark: dropped by every invalidation of the tenant |
@@ -35,7 +35,7 @@ use tokio::time::sleep;
 use super::{
     commands::{Command, Name},
     frames::{Kind, Reply},
-    server::{Connection, ROOT, Server},
+    server::{Connection, ROOT, Server, root},
 };
 use crate::{
     catalog::Tier,
@@ -163,7 +163,7 @@ impl Remote {
     }
 
     fn root(&self) -> Name {
-        self.name("r", b"")
+        root(&self.server.address, &self.server.terms)
     }
 
     fn of_tags(&self, kind: &str, tags: &[Tag], command: impl Fn(Name) -> Command) -> Vec<Command> {

@@ -8,6 +8,7 @@
 //! | refuses to store | it goes on, and its health says so |
 
 use std::{
+    convert::Infallible,
     fmt,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak,
@@ -48,6 +49,8 @@ pub(super) const ROOT: Duration = Duration::from_secs(59);
 /// How long it is said of a server that it refuses to store, after it last did.
 const REFUSES: Millis = 10_000;
 
+const UNNEEDED: &str = "nobody needs it";
+
 /// What an item takes besides its value, at most: its name, its head, and the rest of its last chunk.
 const HEAD: usize = 1_024;
 
@@ -86,6 +89,7 @@ struct State {
 
 /// A connection that has been answered on.
 pub(super) struct Connection {
+    address: String,
     mux: Mux<Frames>,
     /// The server's time in seconds when it last said so, and the machine's uptime before and after that.
     time: Mutex<(u64, Millis, Millis)>,
@@ -178,7 +182,7 @@ impl Connection {
     /// Asks for the time, and keeps the space of the generations.
     async fn beat(&self, terms: &Terms) -> Result<(), Arc<str>> {
         let before = clock::uptime();
-        let root = Name::new(&terms.prefix, "r", b"");
+        let root = root(&self.address, terms);
         let commands = [Command::touch(root, Until::after(ROOT, 0)), Command::plain("stats")];
         let answered = timeout(terms.heartbeat * 2, self.call(&commands)).await;
         let answer = answered.map_err(|_| "a heartbeat was not answered")?.map_err(|error| error.to_string())?;
@@ -193,6 +197,12 @@ impl Connection {
         self.proven.store(before.saturating_add(good), Ordering::Release);
         Ok(())
     }
+}
+
+/// What all generations of a server are told by. It is under the address that the server has: of two that have changed places,
+/// neither is believed.
+pub(super) fn root(address: &str, terms: &Terms) -> Name {
+    Name::new(&terms.prefix, "r:", address.as_bytes())
 }
 
 /// A number of the server's statistics.
@@ -380,6 +390,7 @@ async fn attend(server: Arc<Server>, stream: TcpStream) -> (Arc<str>, bool) {
     let _ = stream.set_nodelay(true);
     let (mux, serving) = Mux::new(stream, Frames { largest: 1 << 30 }, PATIENCE);
     let connection = Arc::new(Connection {
+        address: server.address.clone(),
         mux,
         time: Mutex::new((0, 0, 0)),
         settles: AtomicU64::new(0),
@@ -387,29 +398,39 @@ async fn attend(server: Arc<Server>, stream: TcpStream) -> (Arc<str>, bool) {
         largest: AtomicUsize::new(0),
     });
     let mut was_up = false;
-    let terms = server.terms.clone();
     let server = {
         let weak = Arc::downgrade(&server);
         drop(server);
         weak
     };
     let beats = async {
-        connection.probe(&terms).await?;
-        loop {
-            connection.beat(&terms).await?;
-            let Some(strong) = server.upgrade() else { return Err("nobody needs it".into()) };
-            if !std::mem::replace(&mut was_up, true) {
-                strong.up(&connection);
-            }
-            drop(strong);
-            sleep(terms.heartbeat).await;
-        }
+        let why = match beats(&server, &connection, &mut was_up).await {
+            Ok(never) => match never {},
+            Err(why) => why,
+        };
+        connection.mux.end(&why);
+        why
     };
-    let why: Arc<str> = tokio::select! {
+    let why = tokio::select! {
         why = serving => why,
-        beaten = beats => match beaten { Ok(never) => never, Err(why) => why },
+        why = beats => why,
     };
     (why, was_up)
+}
+
+/// For as long as they are answered, and somebody needs the server.
+async fn beats(server: &Weak<Server>, connection: &Arc<Connection>, was_up: &mut bool) -> Result<Infallible, Arc<str>> {
+    let terms = server.upgrade().ok_or(UNNEEDED)?.terms.clone();
+    connection.probe(&terms).await?;
+    loop {
+        connection.beat(&terms).await?;
+        let strong = server.upgrade().ok_or(UNNEEDED)?;
+        if !std::mem::replace(was_up, true) {
+            strong.up(connection);
+        }
+        drop(strong);
+        sleep(terms.heartbeat).await;
+    }
 }
 
 impl fmt::Debug for Server {
