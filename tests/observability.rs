@@ -15,7 +15,7 @@ use std::{
 };
 
 use http::Method;
-use redis::free_port;
+use redis::lasting_port;
 use serde_json::{Value, json};
 use support::{Http, Service};
 use tempfile::TempDir;
@@ -134,7 +134,7 @@ async fn rules_and_dashboards_find_their_data() {
         observability("alerts.yml")
     );
     std::fs::write(&config, text).unwrap();
-    let port = free_port();
+    let port = lasting_port();
     let _prometheus = Running::start(
         Command::new("prometheus")
             .arg(format!("--config.file={}", config.display()))
@@ -207,7 +207,7 @@ struct Browser {
 
 impl Browser {
     async fn start() -> Self {
-        let (port, profile) = (free_port(), TempDir::new().unwrap());
+        let (port, profile) = (lasting_port(), TempDir::new().unwrap());
         let running = Running::start(Command::new("chromedriver").arg(format!("--port={port}")));
         let driver = Http::anonymous(&format!("http://127.0.0.1:{port}"));
         let user_data = format!("--user-data-dir={}", profile.path().display());

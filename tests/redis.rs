@@ -228,7 +228,7 @@ async fn a_full_redis_is_survived() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_may_come_after_the_service() {
-    let port = redis::free_port();
+    let port = redis::lasting_port();
     let fleet = Fleet::start(1, &format!("redis://127.0.0.1:{port}"), &[]);
     let client = &fleet.clients()[0];
     assert_eq!(client.get("/agents/agent-1").await.status, 200);
@@ -298,7 +298,7 @@ async fn the_connection_may_be_encrypted() {
     let own = rcgen::CertificateParams::new(vec!["127.0.0.1".to_owned()]).unwrap();
     std::fs::write(path("own.pem"), own.signed_by(&own_key, &issuer).unwrap().pem()).unwrap();
     std::fs::write(path("key.pem"), own_key.serialize_pem()).unwrap();
-    let (port, cert, key, ca) = (redis::free_port().to_string(), path("own.pem"), path("key.pem"), path("ca.pem"));
+    let (port, cert, key, ca) = (redis::lasting_port().to_string(), path("own.pem"), path("key.pem"), path("ca.pem"));
     let files = ["--tls-cert-file", &cert, "--tls-key-file", &key, "--tls-ca-cert-file", &ca];
     let redis = Redis::start(&[&["--tls-port", &port, "--tls-auth-clients", "no"], &files[..]].concat());
     let url = format!("rediss://127.0.0.1:{port}");

@@ -253,7 +253,8 @@ pub(super) fn dates(data: &[u8]) {
     let words: Vec<_> = written.split(' ').collect();
     let [_, day, month, year, clock, _] = words[..] else { panic!("{written}") };
     let short = day.trim_start_matches('0');
-    let (name, rest) = text.split_once([' ', ',']).unwrap();
+    // Headers come without space around them.
+    let (name, rest) = text.trim_end().split_once([' ', ',']).unwrap();
     let rest = rest.trim_start();
     let spellings = [
         format!("{day} {month} {year} {clock} GMT"),
@@ -304,8 +305,9 @@ pub(super) fn conditions(data: &[u8]) {
 
 /// A number as ranges have them: digits only.
 fn number(text: &str) -> Option<u128> {
-    let is_number = !text.is_empty() && text.len() < 30 && text.bytes().all(|c| c.is_ascii_digit());
-    is_number.then(|| text.parse().unwrap())
+    let is_number = !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit());
+    let digits = text.trim_start_matches('0');
+    (is_number && digits.len() < 30).then(|| digits.parse().unwrap_or(0))
 }
 
 fn ranges(range: &HeaderValue, length: usize) {

@@ -3,19 +3,21 @@
 
 use std::{
     io::{Read, Write},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
+
+#[allow(clippy::duplicate_mod)] // In each kind of server of one test.
+#[path = "ports.rs"]
+mod ports;
+
+use ports::lasting_port;
 
 pub struct Memcached {
     child: Child,
     pub port: u16,
     args: Vec<String>,
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn spawn(port: u16, args: &[String]) -> Child {
@@ -30,7 +32,7 @@ impl Memcached {
         // Somebody else may take the port between finding and using it.
         for _ in 0..10 {
             let args: Vec<_> = args.iter().map(|arg| (*arg).to_owned()).collect();
-            let port = free_port();
+            let port = lasting_port();
             let mut this = Self { child: spawn(port, &args), port, args };
             if this.answers() {
                 return this;

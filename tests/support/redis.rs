@@ -4,7 +4,7 @@
 
 use std::{
     io::{Read, Write},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     path::PathBuf,
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -33,25 +33,18 @@ fn program(path: Option<&str>) -> PathBuf {
     found.next().unwrap_or_else(|| panic!("no {path} in {}: run `bash .ci/test`, which installs it", lib.display()))
 }
 
+#[allow(clippy::duplicate_mod)] // In each kind of server of one test.
+#[path = "ports.rs"]
+mod ports;
+
+pub use ports::lasting_port;
+
 pub struct Redis {
     child: Child,
     program: PathBuf,
     pub port: u16,
     dir: TempDir,
     args: Vec<String>,
-}
-
-pub fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
-/// A free port that no outgoing connection is given while nobody listens there.
-pub fn lasting_port() -> u16 {
-    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
-    let first = range.split_whitespace().next().unwrap().parse::<u16>().unwrap();
-    std::iter::repeat_with(|| rand::random_range(first / 2..first))
-        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .unwrap()
 }
 
 impl Redis {
@@ -73,7 +66,7 @@ impl Redis {
         let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
         // Somebody else may take the port between finding and using it.
         for _ in 0..10 {
-            let (port, dir) = (free_port(), TempDir::new().unwrap());
+            let (port, dir) = (lasting_port(), TempDir::new().unwrap());
             let child = spawn(&program, port, &dir, &args);
             let mut this = Self { child, program: program.clone(), port, dir, args: args.clone() };
             if this.answers() {
@@ -172,7 +165,7 @@ impl RedisCluster {
     pub fn start() -> Self {
         let start = |_| {
             // The default, ten thousand above the port, may not exist.
-            let bus = free_port().to_string();
+            let bus = lasting_port().to_string();
             let quick = ["--cluster-node-timeout", "1000", "--repl-diskless-sync-delay", "0"];
             Redis::start(&[&["--cluster-enabled", "yes", "--cluster-port", &bus], &quick[..]].concat())
         };
@@ -306,7 +299,7 @@ impl Drop for Sentinels {
 }
 
 fn sentinel(master: u16) -> (Child, u16, TempDir) {
-    let (port, dir) = (free_port(), TempDir::new().unwrap());
+    let (port, dir) = (lasting_port(), TempDir::new().unwrap());
     let file = dir.path().join("sentinel.conf");
     let config = format!(
         "port {port}\nbind 127.0.0.1\nsentinel monitor agents 127.0.0.1 {master} 2\n\
