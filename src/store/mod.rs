@@ -388,18 +388,6 @@ pub trait Store: Send + Sync + 'static {
     }
 }
 
-/// Whether an entry is valid under these generations, with all the tags that it must have.
-#[cfg(any(feature = "redis", feature = "memcached"))]
-fn is_current(entry: &Entry, inquiry: &Inquiry<'_>, generations: &[Option<Generation>]) -> bool {
-    let Inquiry { tags, required, .. } = inquiry;
-    let has = |tag: &Tag| entry.stamps.iter().any(|stamp| stamp.tag == *tag);
-    tags.iter().take(*required).all(has)
-        && entry.stamps.iter().all(|stamp| {
-            let at = tags.iter().position(|tag| *tag == stamp.tag);
-            at.is_some_and(|at| generations.get(at) == Some(&Some(stamp.generation)))
-        })
-}
-
 /// Why a store could not do what it was asked.
 #[derive(Debug)]
 pub struct StoreError {

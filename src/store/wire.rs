@@ -1,8 +1,82 @@
-//! What is counted of entries on their way to and from a store outside this process.
+//! What the stores outside this process have in common: what they count, how a held entry is validated, whose tags are whose,
+//! and which times make sense.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    collections::BTreeMap,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
-use super::{Entry, StoreError, codec};
+use super::{Entry, Generation, Guard, Inquiry, Lookup, MemoryStore, Store, StoreError, TagGroup, codec};
+use crate::{error::ConfigError, key::Tag};
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// A store that can be asked for generations alone.
+pub(super) trait Generations: Store {
+    /// The current generation of each tag, in that order.
+    fn generations(&self, tags: &[Tag]) -> impl Future<Output = Result<Vec<Option<Generation>>, StoreError>> + Send;
+}
+
+/// A look-up whose entry may be held in `memory`, but each hit asks whether it is current.
+pub(super) async fn validated<S: Generations>(
+    remote: &Guard<S>,
+    memory: &MemoryStore,
+    inquiry: Inquiry<'_>,
+) -> Result<Lookup, StoreError> {
+    // What has expired is not asked about: the store may have another by now.
+    if let Some(entry) = memory.raw(inquiry.key).filter(|entry| entry.is_fresh(inquiry.now)) {
+        let generations = remote.call(|remote| remote.generations(inquiry.tags)).await?;
+        if is_current(&entry, &inquiry, &generations) {
+            return Ok(Lookup::new(Some(entry), generations));
+        }
+    }
+    let found = remote.lookup(inquiry).await?;
+    if let Some(entry) = &found.entry
+        && is_current(entry, &inquiry, &found.generations)
+    {
+        memory.insert(inquiry.key, entry.clone(), vec![], 0);
+    }
+    Ok(found)
+}
+
+/// Whether an entry is valid under these generations, with all the tags that it must have.
+pub(super) fn is_current(entry: &Entry, inquiry: &Inquiry<'_>, generations: &[Option<Generation>]) -> bool {
+    let Inquiry { tags, required, .. } = inquiry;
+    let has = |tag: &Tag| entry.stamps.iter().any(|stamp| stamp.tag == *tag);
+    tags.iter().take(*required).all(has)
+        && entry.stamps.iter().all(|stamp| {
+            let at = tags.iter().position(|tag| *tag == stamp.tag);
+            at.is_some_and(|at| generations.get(at) == Some(&Some(stamp.generation)))
+        })
+}
+
+/// The tags of the groups, each with the number of its group, by tenant.
+pub(super) fn by_tenant(groups: &[TagGroup]) -> BTreeMap<&[u8], Vec<(usize, &Tag)>> {
+    let mut tenants: BTreeMap<&[u8], Vec<(usize, &Tag)>> = BTreeMap::new();
+    for (i, group) in groups.iter().enumerate() {
+        for tag in &group.tags {
+            tenants.entry(tag.tenant()).or_default().push((i, tag));
+        }
+    }
+    tenants
+}
+
+/// That each time that is set lies between its bounds. `store` is the name of its kind.
+pub(super) fn check_times(
+    store: &str,
+    times: impl IntoIterator<Item = (&'static str, Option<Duration>, Duration, Duration)>,
+) -> Result<(), ConfigError> {
+    for (name, time, least, most) in times {
+        if let Some(time) = time.filter(|time| !(least..=most).contains(time)) {
+            return Err(ConfigError::new(format!(
+                "{store} {name} of {time:?}: choose one from {least:?} to {}",
+                if most < DAY { format!("{most:?}") } else { format!("{} days", most.as_secs() / DAY.as_secs()) }
+            )));
+        }
+    }
+    Ok(())
+}
 
 /// Counters of entries on their way to and from the store, since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

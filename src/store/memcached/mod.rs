@@ -18,8 +18,8 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Entry, Exchange, Fence, Generation, Guard, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreError,
-    StoreFuture, TagGroup, Usage, is_current,
-    wire::{Counters, WireStats},
+    StoreFuture, TagGroup, Usage,
+    wire::{Counters, WireStats, check_times, validated},
 };
 use crate::{
     catalog::Tier,
@@ -136,25 +136,6 @@ impl MemcachedStore {
         parts.filter(|(_, groups)| groups.iter().any(|group| !group.tags.is_empty())).collect()
     }
 
-    /// The entry may be held, but each hit asks whether it is current.
-    async fn validated(&self, memory: &MemoryStore, inquiry: Inquiry<'_>) -> Result<Lookup, StoreError> {
-        let server = self.of(inquiry.key.tenant());
-        // What has expired is not asked about: the store may have another by now.
-        if let Some(entry) = memory.raw(inquiry.key).filter(|entry| entry.is_fresh(inquiry.now)) {
-            let generations = server.call(|remote| remote.generations(inquiry.tags)).await?;
-            if is_current(&entry, &inquiry, &generations) {
-                return Ok(Lookup::new(Some(entry), generations));
-            }
-        }
-        let found = server.lookup(inquiry).await?;
-        if let Some(entry) = &found.entry
-            && is_current(entry, &inquiry, &found.generations)
-        {
-            memory.insert(inquiry.key, entry.clone(), vec![], 0);
-        }
-        Ok(found)
-    }
-
     /// The same on all servers at once; the first error, when all are done.
     async fn on_all<'a, T, F: Future<Output = Result<T, StoreError>>>(
         &'a self,
@@ -259,22 +240,15 @@ impl MemcachedBuilder {
     }
 
     fn check_times(&self) -> Result<(), ConfigError> {
-        for (name, time, least, most) in [
+        let times = [
             // Each one keeps the space of the generations, which does not live long without.
             ("heartbeat", self.heartbeat, MILLISECOND, Duration::from_secs(15)),
             ("budget", self.budget, Duration::ZERO, DAY),
             ("invalidate_budget", self.invalidate_budget, Duration::ZERO, DAY),
             ("settle", self.settle, Duration::ZERO, DAY),
             ("generation_ttl", self.generation_ttl, Duration::from_secs(1), 36_500 * DAY),
-        ] {
-            if let Some(time) = time.filter(|time| !(least..=most).contains(time)) {
-                return Err(ConfigError::new(format!(
-                    "memcached {name} of {time:?}: choose one from {least:?} to {}",
-                    if most < DAY { format!("{most:?}") } else { format!("{} days", most.as_secs() / DAY.as_secs()) }
-                )));
-            }
-        }
-        Ok(())
+        ];
+        check_times("memcached", times)
     }
 }
 
@@ -310,7 +284,9 @@ fn addresses(servers: &[String]) -> Result<BTreeSet<String>, ConfigError> {
 impl Store for MemcachedStore {
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         match &self.0.memory {
-            Some(memory) if inquiry.tier != Tier::Off => Box::pin(self.validated(memory, inquiry)),
+            Some(memory) if inquiry.tier != Tier::Off => {
+                Box::pin(validated(self.of(inquiry.key.tenant()), memory, inquiry))
+            }
             _ => self.of(inquiry.key.tenant()).lookup(inquiry),
         }
     }

@@ -46,7 +46,7 @@ use crate::{
         Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture,
         TagGroup,
         codec::{self},
-        wire::Counters,
+        wire::{Counters, Generations, by_tenant},
     },
 };
 
@@ -182,15 +182,6 @@ impl Remote {
                 None
             }
         }
-    }
-
-    pub(super) async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
-        let connection = self.server.reading().await?;
-        let mut commands = vec![Command::get(self.root())];
-        commands.extend(self.of_tags("g:", tags, Command::get));
-        let answer = connection.call(&commands).await?;
-        let root = value(&answer, 0).and_then(|root| number(root));
-        Ok((1..=tags.len()).map(|at| generation(&answer, root, at)).collect())
     }
 
     /// The generations of the tags, and the mark: those that are absent are created. And who fences the tags.
@@ -369,15 +360,15 @@ impl Remote {
     }
 }
 
-/// The tags of the groups, each with the number of its group, by tenant.
-fn by_tenant(groups: &[TagGroup]) -> BTreeMap<&[u8], Vec<(usize, &Tag)>> {
-    let mut tenants: BTreeMap<&[u8], Vec<(usize, &Tag)>> = BTreeMap::new();
-    for (i, group) in groups.iter().enumerate() {
-        for tag in &group.tags {
-            tenants.entry(tag.tenant()).or_default().push((i, tag));
-        }
+impl Generations for Remote {
+    async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
+        let connection = self.server.reading().await?;
+        let mut commands = vec![Command::get(self.root())];
+        commands.extend(self.of_tags("g:", tags, Command::get));
+        let answer = connection.call(&commands).await?;
+        let root = value(&answer, 0).and_then(|root| number(root));
+        Ok((1..=tags.len()).map(|at| generation(&answer, root, at)).collect())
     }
-    tenants
 }
 
 impl Store for Remote {

@@ -54,6 +54,9 @@ const UNNEEDED: &str = "nobody needs it";
 /// What an item takes besides its value, at most: its name, its head, and the rest of its last chunk.
 const HEAD: usize = 1_024;
 
+/// No value is larger that a server may have: its `-I` goes up to this.
+const LARGEST: usize = 1 << 30;
+
 /// A server's largest item, if it does not say.
 const ITEM: usize = 1 << 20;
 
@@ -388,7 +391,7 @@ async fn watch(server: &Weak<Server>) {
 /// Keeps one connection for as long as it is good; why it is not any more, and whether it ever was.
 async fn attend(server: Arc<Server>, stream: TcpStream) -> (Arc<str>, bool) {
     let _ = stream.set_nodelay(true);
-    let (mux, serving) = Mux::new(stream, Frames { largest: 1 << 30 }, PATIENCE);
+    let (mux, serving) = Mux::new(stream, Frames { largest: LARGEST }, PATIENCE);
     let connection = Arc::new(Connection {
         address: server.address.clone(),
         mux,

@@ -35,8 +35,7 @@ use super::{
     Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Search, Store, StoreError,
     StoreFuture, TagGroup, Usage,
     guard::Guard,
-    is_current,
-    wire::{Counters, WireStats},
+    wire::{Counters, WireStats, check_times, is_current, validated},
 };
 use crate::{
     catalog::Tier,
@@ -310,44 +309,18 @@ impl RedisBuilder {
 
     /// With a heartbeat of nothing no server would ever be up, and times without end cannot be added to others.
     fn check_times(&self) -> Result<(), ConfigError> {
-        for (name, time, least, most) in [
+        let times = [
             ("heartbeat", self.heartbeat, MILLISECOND, DAY),
             ("budget", self.budget, Duration::ZERO, DAY),
             ("invalidate_budget", self.invalidate_budget, Duration::ZERO, DAY),
             ("settle", self.settle, Duration::ZERO, DAY),
             ("generation_ttl", self.generation_ttl, MILLISECOND, 36_500 * DAY),
-        ] {
-            if let Some(time) = time.filter(|time| !(least..=most).contains(time)) {
-                return Err(ConfigError::new(format!(
-                    "Redis {name} of {time:?}: choose one from {least:?} to {} days",
-                    most.as_secs() / DAY.as_secs()
-                )));
-            }
-        }
-        Ok(())
+        ];
+        check_times("Redis", times)
     }
 }
 
 impl RedisStore {
-    /// The entry may be held, but each hit asks whether it is current.
-    async fn validated(&self, held: &Held, inquiry: Inquiry<'_>) -> Result<Lookup, StoreError> {
-        let remote = &self.0.remote;
-        // What has expired is not asked about: the store may have another by now.
-        if let Some(entry) = held.memory.raw(inquiry.key).filter(|entry| entry.is_fresh(inquiry.now)) {
-            let generations = remote.call(|remote| remote.generations(inquiry.tags)).await?;
-            if is_current(&entry, &inquiry, &generations) {
-                return Ok(Lookup::new(Some(entry), generations));
-            }
-        }
-        let found = remote.lookup(inquiry).await?;
-        if let Some(entry) = &found.entry
-            && is_current(entry, &inquiry, &found.generations)
-        {
-            held.memory.insert(inquiry.key, entry.clone(), vec![], 0);
-        }
-        Ok(found)
-    }
-
     /// What is current is held, to be answered from without asking while it is said what others drop.
     async fn tracked(&self, held: &Held, inquiry: Inquiry<'_>, cap: Option<Duration>) -> Result<Lookup, StoreError> {
         // Captured before the command: a drop whose push overtakes the reply is then not missed.
@@ -375,7 +348,7 @@ impl Store for RedisStore {
         let Some(held) = &self.0.held else { return remote.lookup(inquiry) };
         let cap = match inquiry.tier {
             Tier::Off => return remote.lookup(inquiry),
-            Tier::Validated => return Box::pin(self.validated(held, inquiry)),
+            Tier::Validated => return Box::pin(validated(remote, &held.memory, inquiry)),
             Tier::On => None,
             Tier::Capped(cap) => Some(cap),
         };
@@ -384,7 +357,7 @@ impl Store for RedisStore {
             self.0.link.slots().servers().iter().for_each(|server| server.look_again());
         }
         if !held.is_alive() {
-            return Box::pin(self.validated(held, inquiry));
+            return Box::pin(validated(remote, &held.memory, inquiry));
         }
         Box::pin(self.tracked(held, inquiry, cap))
     }

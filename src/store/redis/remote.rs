@@ -16,7 +16,6 @@
 //! not to exist leaves nothing for long, and a generation that ends early costs a miss.
 
 use std::{
-    collections::BTreeMap,
     fmt,
     io::Write,
     sync::{Arc, atomic::Ordering},
@@ -33,7 +32,8 @@ use crate::{
     key::{Key, Tag},
     store::{
         Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError,
-        StoreFuture, TagGroup, codec, wire::Counters,
+        StoreFuture, TagGroup, codec,
+        wire::{Counters, Generations, by_tenant},
     },
 };
 
@@ -182,16 +182,6 @@ impl Remote {
         }
     }
 
-    pub(super) async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
-        if tags.is_empty() {
-            return Ok(vec![]);
-        }
-        let server = self.link.reading(tenant(tags)).await?;
-        let values: Vec<Value> = self.command(&server, Step::Read, &self.mget(None, tags)).await?;
-        server.refusals.done(Step::Read);
-        Ok(values.iter().map(|value| parse_generation(value, server.reign)).collect())
-    }
-
     /// Reads an entry and generations: the one command of a hit, written into place.
     fn mget(&self, key: Option<&Key>, tags: &[Tag]) -> Cmd {
         let prefix = &*self.link.terms.prefix;
@@ -208,13 +198,7 @@ impl Remote {
 
     async fn drop_tags(&self, groups: &[TagGroup], fence: Option<&Fence>) -> Result<Vec<u64>, StoreError> {
         let mut counts = vec![0; groups.len()];
-        let mut tenants: BTreeMap<&[u8], Vec<(usize, &Tag)>> = BTreeMap::new();
-        for (i, group) in groups.iter().enumerate() {
-            for tag in &group.tags {
-                tenants.entry(tag.tenant()).or_default().push((i, tag));
-            }
-        }
-        for (tenant, tags) in tenants {
+        for (tenant, tags) in by_tenant(groups) {
             let server = self.link.writing(tenant).await?;
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
@@ -479,6 +463,18 @@ pub(crate) fn parse_generation(value: &Value, reign: u128) -> Option<Generation>
     }
 }
 
+impl Generations for Remote {
+    async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
+        if tags.is_empty() {
+            return Ok(vec![]);
+        }
+        let server = self.link.reading(tenant(tags)).await?;
+        let values: Vec<Value> = self.command(&server, Step::Read, &self.mget(None, tags)).await?;
+        server.refusals.done(Step::Read);
+        Ok(values.iter().map(|value| parse_generation(value, server.reign)).collect())
+    }
+}
+
 impl Store for Remote {
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         Box::pin(async move {
@@ -566,18 +562,15 @@ impl Store for Remote {
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
         self.link.fence();
         Box::pin(async move {
-            let mut tenants: BTreeMap<&[u8], Vec<&Tag>> = BTreeMap::new();
-            for tag in groups.iter().flat_map(|g| &g.tags) {
-                tenants.entry(tag.tenant()).or_default().push(tag);
-            }
-            for (tenant, tags) in tenants {
+            for (tenant, tags) in by_tenant(groups) {
                 let server = self.link.writing(tenant).await?;
                 if server.lacks_scripts() {
                     return Err(StoreError::new("the server knows no EVAL: nothing can be fenced there"));
                 }
                 let mut pipeline = redis::pipe();
                 pipeline.ignore_errors();
-                self.push_fence(&mut pipeline, &server, tenant, tags.into_iter(), fence, fence.lease);
+                let tags = tags.into_iter().map(|(_, tag)| tag);
+                self.push_fence(&mut pipeline, &server, tenant, tags, fence, fence.lease);
                 self.acknowledged(&server, Step::Other, pipeline, 0).await?;
             }
             Ok(())
@@ -607,11 +600,7 @@ impl Store for Remote {
     fn count<'a>(&'a self, groups: &'a [TagGroup]) -> StoreFuture<'a, Vec<u64>> {
         Box::pin(async move {
             let mut counts = vec![0; groups.len()];
-            let mut tenants: BTreeMap<&[u8], Vec<(usize, &Tag)>> = BTreeMap::new();
-            for (i, tag) in groups.iter().enumerate().flat_map(|(i, g)| g.tags.iter().map(move |tag| (i, tag))) {
-                tenants.entry(tag.tenant()).or_default().push((i, tag));
-            }
-            for (tenant, tags) in tenants {
+            for (tenant, tags) in by_tenant(groups) {
                 let server = self.link.reading(tenant).await?;
                 let mut pipeline = redis::pipe();
                 let counted = self.push_counts(&mut pipeline, groups.len(), &tags);
