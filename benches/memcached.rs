@@ -133,7 +133,8 @@ async fn main() {
     for (_, web) in &kinds {
         until_hit(web).await;
     }
-    let entry = memcached.keys().into_iter().find(|key| key.contains(":e:off{")).unwrap();
+    let find = || memcached.keys().into_iter().find(|key| key.contains(":e:off{"));
+    let entry = std::iter::repeat_with(find).flatten().next().unwrap();
     let command = format!("mg {entry} v\r\n");
     let calls = if is_test() { 640 } else { 64_000 };
     let fresh = Arc::new(AtomicU64::new(0));

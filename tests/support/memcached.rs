@@ -98,7 +98,7 @@ impl Memcached {
         line.unwrap().trim().parse().unwrap()
     }
 
-    /// The names of all items that have not ended.
+    /// The names of items that have not ended: of all of them, sooner or later, for a dump leaves out what is being moved.
     pub fn keys(&self) -> Vec<String> {
         let dump = self.command("lru_crawler metadump all");
         let names = dump.lines().filter_map(|line| line.strip_prefix("key=")?.split(' ').next());
