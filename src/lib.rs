@@ -117,7 +117,7 @@ pub use clock::TimeSource;
 pub use config::{Config, OnUnreachable};
 pub use engine::Invalidated;
 pub use error::ConfigError;
-pub use events::{Event, EventPolicy};
+pub use events::{Batch, Event, EventPolicy, EventSource, Notes, Received, SourceError, SourceFuture};
 pub use key::{Key, Tag};
 pub use layer::{
     Bodies, CacheAside, CacheAsideLayer, CacheBody, CacheTags, Changes, Invalidate, InvalidateBody, InvalidateLayer,

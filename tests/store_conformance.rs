@@ -65,6 +65,7 @@ enum Sabotage {
     /// What is to be kept for more than thirty days is kept until some day in 1970, as by memcached.
     CountsToThirtyDays,
     MixesFleets,
+    MixesNotes,
     /// Keys of more than 250 bytes are cut.
     CutsKeys,
     PeeksAtWhatWasDropped,
@@ -100,6 +101,7 @@ const SABOTAGES: [(Sabotage, &str); 28] = [
     (OpensDisagree, "opens_at_once_agree"),
     (CountsToThirtyDays, "what_is_kept_for_long_is_found"),
     (MixesFleets, "members_of_a_fleet_hear_each_other"),
+    (MixesNotes, "a_note_is_kept_as_it_was_written_last"),
     (CutsKeys, "each_key_has_its_own_entry"),
     (PeeksAtWhatWasDropped, "a_peek_tells_only_what_is_current"),
     (FailsAlways, "it_hits"),
@@ -303,6 +305,17 @@ impl Store for Sabotaged {
             return Box::pin(ready(Ok(vec![exchange.said.to_vec(), b"another fleet".to_vec()])));
         }
         self.store.exchange(exchange)
+    }
+
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        self.store.note(name, note)
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        if self.how == MixesNotes {
+            return Box::pin(ready(Ok(Some(b"another's".to_vec()))));
+        }
+        self.store.noted(name)
     }
 }
 

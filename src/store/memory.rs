@@ -61,6 +61,7 @@ pub struct MemoryStore {
     hasher: RandomState,
     /// The last version given out.
     versions: AtomicU64,
+    notes: Mutex<HashMap<String, Vec<u8>>>,
 }
 
 /// Tags resolved, with the versions they had then. While it lives, no drop of them goes unnoticed.
@@ -268,6 +269,7 @@ impl MemoryStore {
             tags: std::array::from_fn(|_| Mutex::default()),
             hasher,
             versions: AtomicU64::new(1),
+            notes: Mutex::default(),
         }
     }
 
@@ -449,6 +451,15 @@ impl Store for MemoryStore {
     fn search<'a>(&'a self, search: Search<'a>) -> StoreFuture<'a, Vec<Key>> {
         let found = self.entries.iter().map(|(key, _)| key).filter(|key| search.accepts(key));
         done(found.take(search.most).map(Key).collect())
+    }
+
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), note.to_vec());
+        done(())
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        done(self.notes.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned())
     }
 
     fn usage(&self) -> Usage {

@@ -375,6 +375,19 @@ pub trait Store: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(vec![])))
     }
 
+    /// Keeps a note of the fleet's under this name, instead of the one that was there, for as long as it can; by default it keeps
+    /// none. The names are few.
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        let _ = (name, note);
+        Box::pin(std::future::ready(Ok(())))
+    }
+
+    /// The note of this name, if it is still kept.
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        let _ = name;
+        Box::pin(std::future::ready(Ok(None)))
+    }
+
     /// What it takes; by default it does not say.
     fn usage(&self) -> Usage {
         Usage::default()

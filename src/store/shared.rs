@@ -77,6 +77,14 @@ impl<S: Store + ?Sized> Store for Arc<S> {
         (**self).exchange(exchange)
     }
 
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        (**self).note(name, note)
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        (**self).noted(name)
+    }
+
     fn usage(&self) -> Usage {
         (**self).usage()
     }

@@ -213,6 +213,14 @@ impl Store for Faulty {
         Box::pin(self.call(move |store| store.exchange(exchange)))
     }
 
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        Box::pin(self.call(move |store| store.note(name, note)))
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        Box::pin(self.call(move |store| store.noted(name)))
+    }
+
     fn usage(&self) -> Usage {
         self.store.usage()
     }

@@ -241,6 +241,19 @@ pub(super) async fn members_of_a_fleet_hear_each_other(scene: &Scene) -> Seen {
     expect(heard == [b"again".to_vec()], || format!("heard {heard:?}, where one spoke again and the other is gone"))
 }
 
+/// A store that keeps no notes at all may do so.
+pub(super) async fn a_note_is_kept_as_it_was_written_last(scene: &Scene) -> Seen {
+    let [name, other] = ["", "-other"].map(|kind| format!("{}{{*}}:note{kind}", scene.service()));
+    let read = async |name: &str| steady("noted", || scene.there.0.noted(name)).await;
+    expect(read(&name).await?.is_none(), || "there is a note that nobody has written".to_owned())?;
+    for note in [&b"first"[..], b"", b"\0\r\n{}\xff"] {
+        steady("note", || scene.here.0.note(&name, note)).await?;
+        let found = read(&name).await?;
+        expect(found.as_deref().is_none_or(|found| found == note), || format!("{found:?} instead of {note:?}"))?;
+    }
+    expect(read(&other).await?.is_none(), || "a note has another's name".to_owned())
+}
+
 /// There is nothing left to deliver, and the store says that it is well.
 pub(super) async fn a_store_that_works_says_so(scene: &Scene) -> Seen {
     let left = steady("drain", || scene.here.0.drain(Duration::from_secs(1))).await?;

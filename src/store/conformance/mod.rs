@@ -85,7 +85,7 @@ const RULES: &[Rule] = rules![
         a_peek_tells_only_what_is_current, a_search_finds_what_is_asked_for;
     generations: an_absent_generation_is_created_for_everybody, opens_at_once_agree, what_is_asked_is_answered_in_order,
         a_dropped_generation_never_comes_back, an_entry_falls_with_each_of_its_tags,
-        an_invalidation_drops_all_tags_of_all_groups, many_tags_are_dropped_at_once, counts_are_about_right, members_of_a_fleet_hear_each_other,
+        an_invalidation_drops_all_tags_of_all_groups, many_tags_are_dropped_at_once, counts_are_about_right, members_of_a_fleet_hear_each_other, a_note_is_kept_as_it_was_written_last,
         a_store_that_works_says_so;
     marks: a_mark_proves_what_stands, what_a_mark_proves_falls_with_the_next_drop, a_mark_proves_nothing_of_what_was_dropped, a_mark_proves_nothing_of_what_was_fenced,
         a_mark_proves_nothing_of_a_lease_that_ran_out;

@@ -400,6 +400,14 @@ impl<S: Store> Store for Guard<S> {
         Box::pin(self.looks_on(move |store| store.exchange(exchange)))
     }
 
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        Box::pin(self.looks_on(move |store| store.note(name, note)))
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        Box::pin(self.looks_on(move |store| store.noted(name)))
+    }
+
     fn usage(&self) -> Usage {
         let errors = ["refused", "silent", "away"].into_iter().zip(&self.shared.errors);
         let errors = errors.map(|(kind, count)| (kind, count.load(Ordering::Relaxed))).collect();

@@ -385,6 +385,14 @@ impl Store for MemcachedStore {
         self.of(exchange.fleet.as_bytes()).exchange(exchange)
     }
 
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        self.of(name.as_bytes()).note(name, note)
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        self.of(name.as_bytes()).noted(name)
+    }
+
     fn usage(&self) -> Usage {
         let mut all = self.0.memory.as_ref().map(MemoryStore::usage).unwrap_or_default();
         for server in &self.0.servers {

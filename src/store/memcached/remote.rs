@@ -10,6 +10,7 @@
 //! | `prefix f:service{tenant}:…` | who fences a tag, and until when |
 //! | `prefix c:service{tenant}:…` | how often something was filled under a tag, for the report |
 //! | `prefix l:service{tenant}:…` | that some process is loading an entry |
+//! | `prefix n:service…` | what the fleet has to remember: how far a source of events was read |
 //! | `prefix s:service…` | what the processes of the fleet say of themselves |
 //!
 //! A server makes the commands of one connection in their order, and those of others in between: so the order is what counts.
@@ -65,6 +66,9 @@ const WRITERS: usize = 1_000;
 /// How long is kept what the processes of a fleet have said of themselves, and how many there are at most.
 const SAID: Duration = Duration::from_secs(60);
 const MEMBERS: usize = 1_000;
+
+/// How long a note is kept that nobody writes again.
+const NOTED: Duration = Duration::from_secs(30 * 86_400);
 
 /// One server, without a guard.
 #[derive(Debug)]
@@ -482,6 +486,23 @@ impl Store for Remote {
             let answer = connection.call(&ask).await?;
             self.add_counts(&answer, 0, &tags, &mut counts);
             Ok(counts)
+        })
+    }
+
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        Box::pin(async move {
+            let connection = self.server.reading().await?;
+            let set = Command::set(self.name("n:", name.as_bytes()), note.into(), connection.until(NOTED));
+            let answer = connection.call(&[set]).await?;
+            refusal(&answer).map_or(Ok(()), |why| Err(StoreError::new(why.to_owned())))
+        })
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        Box::pin(async move {
+            let connection = self.server.reading().await?;
+            let answer = connection.call(&[Command::get(self.name("n:", name.as_bytes()))]).await?;
+            Ok(value(&answer, 0).map(|note| note.to_vec()))
         })
     }
 

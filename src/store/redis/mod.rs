@@ -434,6 +434,14 @@ impl Store for RedisStore {
         self.remote().exchange(exchange)
     }
 
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        self.remote().note(name, note)
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        self.remote().noted(name)
+    }
+
     fn usage(&self) -> Usage {
         let held = self.0.held.as_ref().map(|held| held.memory.usage()).unwrap_or_default();
         let Usage { journal_tags, errors, .. } = self.remote().usage();

@@ -9,6 +9,7 @@
 //! | `prefix:c:service{tenant}:…` | about which entries were filled under a tag (a HyperLogLog), for the report |
 //! | `prefix:f:service{tenant}:…` | who fences a tag, and until when (a sorted set) |
 //! | `prefix:l:service{tenant}:…` | that some process is loading an entry |
+//! | `prefix:n:service{*}:…` | what the fleet has to remember: how far a source of events was read |
 //! | `prefix:s:service{*}` | what the processes of the fleet say of themselves (a hash) |
 //!
 //! The prefix is before the hash tag, so that one prefix covers the generations of all tenants. A generation and a mark
@@ -45,6 +46,9 @@ const GRID: Duration = Duration::from_secs(60);
 
 /// How long is kept what the processes of a fleet have said of themselves.
 const SAID: Duration = Duration::from_secs(60);
+
+/// How long a note is kept that nobody writes again.
+const NOTED: Duration = Duration::from_secs(30 * 86_400);
 
 /// Keys looked through at once.
 const SCANNED: usize = 1_000;
@@ -658,6 +662,24 @@ impl Store for Remote {
             let all: Vec<Vec<Vec<u8>>> =
                 self.link.call(&server, Step::Other, pipeline.query_async(&mut connection)).await?;
             Ok(all.into_iter().next().unwrap_or_default())
+        })
+    }
+
+    fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
+        Box::pin(async move {
+            let server = self.link.writing(name.as_bytes()).await?;
+            let mut set = redis::cmd("SET");
+            set.arg(self.name("n:", name.as_bytes())).arg(note).arg("PX").arg(NOTED.as_millis() as u64);
+            self.command(&server, Step::Other, &set).await
+        })
+    }
+
+    fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
+        Box::pin(async move {
+            let server = self.link.writing(name.as_bytes()).await?;
+            let mut get = redis::cmd("GET");
+            get.arg(self.name("n:", name.as_bytes()));
+            self.command(&server, Step::Other, &get).await
         })
     }
 
