@@ -110,14 +110,14 @@ mod units;
 pub use admin::{Admin, AdminBody, AdminService};
 pub use cache::{
     Applied, Cache, CacheBuilder, Codec, CodecError, DescribedRead, DescribedWrite, Description, Drained, Dropped,
-    EntryBuilder, Fetch, Generate, Invalidation, Json, MessagePack, Report, Source,
+    EntryBuilder, Fetch, Following, Generate, Invalidation, Json, MessagePack, Report, Source,
 };
 pub use catalog::{Canonical, Cascade, Coalesce, DataType, Freshness, Tier, Ttl};
 pub use clock::TimeSource;
 pub use config::{Config, OnUnreachable};
 pub use engine::Invalidated;
 pub use error::ConfigError;
-pub use events::{Batch, Event, EventPolicy, EventSource, Notes, Received, SourceError, SourceFuture};
+pub use events::{Batch, Event, EventChange, EventPolicy, EventSource, Notes, Received, SourceError, SourceFuture};
 pub use key::{Key, Tag};
 pub use layer::{
     Bodies, CacheAside, CacheAsideLayer, CacheBody, CacheTags, Changes, Invalidate, InvalidateBody, InvalidateLayer,
@@ -126,7 +126,7 @@ pub use layer::{
 #[cfg(feature = "grpc")]
 pub use layer::{Grpc, GrpcLayer, GrpcResponseBody};
 #[cfg(feature = "stats")]
-pub use observe::{Alert, AlertRules, Quantiles, Sent, Series, Sizes, Stats, StoreStats, TypeStats};
+pub use observe::{Alert, AlertRules, Quantiles, Sent, Series, Sizes, SourceStats, Stats, StoreStats, TypeStats};
 #[cfg(feature = "metrics")]
 pub use observe::{DURATION_BUCKETS, SIZE_BUCKETS};
 pub use observe::{FoundIn, Handling, Outcome};

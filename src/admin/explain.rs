@@ -39,8 +39,8 @@ pub(super) async fn explain(
     let Some(route) = read.route else {
         return Ok(bypass(Some(read.any), "it is read by another method than GET"));
     };
-    if !core.options.enabled {
-        return Ok(bypass(Some(route), &words::of_bypass("disabled")));
+    if let Some(why) = core.keeps_out(route.data_type(), &route.policy) {
+        return Ok(bypass(Some(route), &words::of_bypass(why)));
     }
     if route.body.is_some() {
         return Ok(bypass(Some(route), "its body says what it asks for: this asks about paths"));

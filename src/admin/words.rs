@@ -4,6 +4,9 @@
 pub(super) fn of_bypass(detail: &str) -> String {
     let words = match detail {
         "disabled" => "the cache is off (`enabled`)",
+        "events-behind" => {
+            "it is not known whether everything was read that other programs have changed (`max_lag`, `Cache::follow`)"
+        }
         "no-tenant" => "it does not say whose it is: no tenant",
         "several-tenants" => "it says more than one tenant",
         "no-user" => "the route's responses are each user's own, and it does not say which user asks",

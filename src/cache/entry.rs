@@ -137,7 +137,8 @@ impl<T, C: Codec> EntryBuilder<T, C> {
             )));
         }
         let tenant = core.space.tenant(core.tenants.by_hand(self.tenant.as_deref())?);
-        let place = self.place(&tenant).filter(|_| core.options.enabled);
+        let place =
+            self.place(&tenant).filter(|_| core.keeps_out(&self.data_type, &core.policy(&self.data_type)).is_none());
         Ok(Fetch { entry: self, tenant, place, fetch })
     }
 

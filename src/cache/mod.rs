@@ -4,6 +4,7 @@ mod applied;
 mod builder;
 mod describe;
 mod entry;
+mod follow;
 mod invalidation;
 #[cfg(feature = "stats")]
 pub(crate) mod stats;
@@ -15,6 +16,7 @@ pub use applied::Applied;
 pub use builder::CacheBuilder;
 pub use describe::{DescribedRead, DescribedWrite, Description, Dropped};
 pub use entry::{EntryBuilder, Fetch, Generate};
+pub use follow::Following;
 pub use invalidation::Invalidation;
 #[cfg(any(test, fuzzing))]
 pub(crate) use value::Shape;

@@ -13,8 +13,9 @@ use tokio::{
 
 use super::Cache;
 use crate::{
+    events::{BECAME, Followed},
     layer::Core,
-    observe::{STEP_SECONDS, Snapshot, Stats},
+    observe::{OfSource, STEP_SECONDS, Snapshot, Stats},
     store::{Exchange, Health},
 };
 
@@ -71,6 +72,7 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
     Snapshot {
         health,
         journal: usage.journal_tags,
+        sources: core.sources.all().iter().map(|source| (source.name.clone(), of_source(source))).collect(),
         overdue: core.engine.overdue(),
         store_errors: usage.errors.into_iter().map(|(kind, count)| (kind.to_owned(), count)).collect(),
         evictions: usage.evictions,
@@ -80,6 +82,14 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
         store_capacity: usage.capacity,
         store_entries: usage.entries,
         ..core.observer.snapshot()
+    }
+}
+
+fn of_source(source: &Followed) -> OfSource {
+    OfSource {
+        behind_ms: source.behind().map(|behind| u64::try_from(behind.as_millis()).unwrap_or(u64::MAX)),
+        trouble: source.what_is_wrong(),
+        became: BECAME.iter().zip(source.became()).map(|((_, name), count)| ((*name).to_owned(), count)).collect(),
     }
 }
 

@@ -44,6 +44,8 @@ pub(crate) struct Policy {
     pub(crate) early_refresh: f64,
     #[serde(default)]
     pub(crate) jitter: f64,
+    #[serde(default, deserialize_with = "duration")]
+    pub(crate) max_lag: Option<Duration>,
     #[serde(default)]
     pub(crate) negative: Option<Negative>,
     #[serde(default)]
@@ -69,6 +71,7 @@ impl From<Ttl> for Policy {
             coalesce_timeout: None,
             early_refresh: 0.0,
             jitter: 0.0,
+            max_lag: None,
             negative: None,
             stores_cookies: false,
             loads_whole: false,
@@ -231,6 +234,15 @@ impl DataType {
     #[must_use]
     pub fn jitter(mut self, share: f64) -> Self {
         self.policy.jitter = share;
+        self
+    }
+
+    /// Bounds what may be unknown of [changes elsewhere](crate::Cache::follow): while it is not proven that everything that had
+    /// changed this long ago was read and dropped, requests go to the inner service (`detail=events-behind`), and nothing is
+    /// stored. Sources prove that about four times a second, so a second is short; by default there is no bound.
+    #[must_use]
+    pub fn max_lag(mut self, most: Duration) -> Self {
+        self.policy.max_lag = Some(most);
         self
     }
 

@@ -125,6 +125,11 @@ fn check_policy(name: &str, policy: &Policy) -> Result<(), ConfigError> {
             policy.early_refresh
         )));
     }
+    if policy.max_lag == Some(Duration::ZERO) {
+        return Err(ConfigError::new(format!(
+            "data type `{name}`: a max_lag of zero can never be proven; give it some seconds, or take it out"
+        )));
+    }
     let negative = policy.negative.as_ref().map_or(&[][..], |negative| &negative.statuses);
     if let Some(status) = negative.iter().find(|status| !(400..600).contains(*status)) {
         return Err(ConfigError::new(format!(

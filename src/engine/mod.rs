@@ -182,6 +182,16 @@ impl Engine {
         self.store.exchange(exchange).await
     }
 
+    /// The store, for what is no entry.
+    pub(crate) fn store(&self) -> Arc<dyn Store> {
+        self.store.clone()
+    }
+
+    /// How far behind the store may be in what is dropped elsewhere; `None` if nothing is.
+    pub(crate) fn behind(&self) -> Option<Duration> {
+        self.store.behind()
+    }
+
     pub(crate) fn health(&self) -> Health {
         self.store.health()
     }

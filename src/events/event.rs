@@ -55,6 +55,11 @@ impl Event {
         self.tenant.as_deref()
     }
 
+    /// How many values it has.
+    pub(crate) fn size(&self) -> usize {
+        self.fields.values().map(Vec::len).sum()
+    }
+
     /// The values of a field; none if there is no such field.
     pub fn values(&self, field: &str) -> &[String] {
         self.fields.get(field).map_or(&[], Vec::as_slice)

@@ -2,9 +2,13 @@
 //! come from.
 
 mod event;
+mod followed;
 mod policy;
 mod source;
 
 pub use event::Event;
-pub use policy::EventPolicy;
+#[cfg(feature = "stats")]
+pub(crate) use followed::BECAME;
+pub(crate) use followed::{Became, Followed, Sources};
+pub use policy::{EventChange, EventPolicy};
 pub use source::{Batch, EventSource, Notes, Received, SourceError, SourceFuture};

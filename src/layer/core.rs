@@ -17,7 +17,7 @@ use crate::{
     catalog::{Cascades, Catalogue, Change, Drops, FenceTimes, Policy},
     engine::{Engine, Invalidated},
     error::ConfigError,
-    events::EventPolicy,
+    events::{EventPolicy, Sources},
     key::{Space, Tag, Tenant},
     observe::{FoundIn, Observer, Tellers},
     route::{Hosts, Identity, Known, OnUnmapped, Routes, TenantSource},
@@ -83,6 +83,7 @@ pub(crate) struct Core {
     pub(crate) catalogue: Catalogue,
     pub(crate) cascades: Cascades,
     pub(crate) events: Vec<EventPolicy>,
+    pub(crate) sources: Sources,
     pub(crate) routes: Routes,
     pub(crate) tenants: TenantSource,
     pub(crate) identity: Identity,
@@ -122,6 +123,27 @@ pub(crate) struct Options {
 impl Core {
     pub(crate) fn policy(&self, data_type: &str) -> Policy {
         self.catalogue.policy(data_type)
+    }
+
+    /// Why nothing of a type may be looked up now.
+    pub(crate) fn keeps_out(&self, data_type: &str, policy: &Policy) -> Option<&'static str> {
+        if !self.options.enabled {
+            return Some("disabled");
+        }
+        let most = policy.max_lag?;
+        let lags =
+            [self.sources.behind().or_else(|| self.sources.any().then_some(Duration::MAX)), self.engine.behind()];
+        // Where nothing at all says what happens elsewhere, nothing is known of it.
+        let behind = lags.into_iter().flatten().max().unwrap_or_else(|| {
+            if self.warnings.is_new("max-lag", data_type) {
+                tracing::warn!(
+                    data_type,
+                    "not cached: it has a `max_lag`, and no source of events is followed (`Cache::follow`)"
+                );
+            }
+            Duration::MAX
+        });
+        (behind > most).then_some("events-behind")
     }
 
     /// What identifies a request besides its route.

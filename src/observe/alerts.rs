@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::{
     outcome::Handling,
     recent::What,
-    snapshot::{Alert, OfType, STEP_SECONDS, Snapshot},
+    snapshot::{Alert, OfSource, OfType, STEP_SECONDS, Snapshot},
 };
 
 /// How long something that has happened once is remembered: a large entry, an unmapped write, what an audit found.
@@ -15,6 +15,9 @@ const REMEMBERED: u64 = 15 * 60 * 1_000;
 
 /// A store that is not well for one look may be about to connect.
 const PATIENCE: u32 = 3;
+
+/// A source of events that is further behind than this, in milliseconds, is.
+const BEHIND: u64 = 5_000;
 
 /// When to raise an alert: for [`CacheBuilder::alerts`](crate::CacheBuilder::alerts).
 ///
@@ -77,8 +80,9 @@ pub(super) struct Raised {
     alerts: BTreeMap<Name, (Value, u64)>,
     /// Until when each is remembered, and what it is.
     remembered: BTreeMap<Name, (Value, u64)>,
-    /// For how many looks the store has not been well.
+    /// For how many looks the store has not been well, and a source of events has been behind.
     ill: u32,
+    behind: u32,
 }
 
 impl Raised {
@@ -121,6 +125,13 @@ impl Raised {
         self.ill = if snapshot.health.0 == "ok" { 0 } else { self.ill + 1 };
         if self.ill >= PATIENCE {
             stands.insert(("store", None), json!(snapshot.health.1));
+        }
+        let troubled = |of: &OfSource| of.behind_ms.is_none_or(|behind| behind > BEHIND);
+        let troubled = snapshot.sources.iter().find(|(_, of)| troubled(of));
+        self.behind = if troubled.is_some() { self.behind + 1 } else { 0 };
+        if let Some((name, of)) = troubled.filter(|_| self.behind >= PATIENCE) {
+            let trouble = of.trouble.as_deref().unwrap_or("it is behind");
+            stands.insert(("events", None), json!(format!("{name}: {trouble}")));
         }
         let mut changes = vec![];
         let said = |(kind, data_type): &Name, value: &Value, raised| What::Alert {

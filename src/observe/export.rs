@@ -50,6 +50,15 @@ impl Observer {
                 told.count("cache_aside_audits_total", &of, of_type.get(result).copied().unwrap_or_default());
             }
         }
+        for (source, of_source) in &snapshot.sources {
+            for (result, count) in &of_source.became {
+                let of = [("service", service), ("source", source), ("result", result)];
+                told.count("cache_aside_events_total", &of, *count);
+            }
+            // What is not known may be anything.
+            let behind = of_source.behind_ms.map_or(f64::INFINITY, |behind| behind as f64 / 1_000.0);
+            gauge!("cache_aside_event_lag_seconds", labels(&[("service", service), ("source", source)])).set(behind);
+        }
         let of = [("service", service)];
         told.count("cache_aside_unmapped_writes_total", &of, snapshot.unmapped);
         told.count("cache_aside_overdue_waits_total", &of, snapshot.overdue);

@@ -41,9 +41,9 @@ pub(crate) use recent::{Differing, Event, What, name_of, shortened, tag_hash, ta
 #[cfg(feature = "stats")]
 pub use snapshot::Alert;
 #[cfg(feature = "stats")]
-pub(crate) use snapshot::{STEP_SECONDS, Snapshot};
+pub(crate) use snapshot::{OfSource, STEP_SECONDS, Snapshot};
 #[cfg(feature = "stats")]
-pub use stats::{Quantiles, Sent, Series, Sizes, Stats, StoreStats, TypeStats};
+pub use stats::{Quantiles, Sent, Series, Sizes, SourceStats, Stats, StoreStats, TypeStats};
 pub(crate) use teller::{Found, Teller, Tellers};
 pub(crate) use watch::Watch;
 #[cfg(not(feature = "stats"))]

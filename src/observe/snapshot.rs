@@ -137,16 +137,27 @@ impl OfType {
     }
 }
 
+/// A source of events.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct OfSource {
+    /// How far behind it may be; `None` if that is not known.
+    pub(crate) behind_ms: Option<u64>,
+    /// What is wrong with it.
+    pub(crate) trouble: Option<String>,
+    /// What became of events.
+    pub(crate) became: BTreeMap<String, u64>,
+}
+
 /// What is remarkable, and since when.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Alert {
-    /// `hit_ratio`, `large_entry`, `store`, `audit` or `unmapped`.
+    /// `hit_ratio`, `large_entry`, `store`, `audit`, `unmapped` or `events`.
     pub kind: String,
     /// The data type that it is about, if it is about one.
     #[serde(rename = "type")]
     pub data_type: Option<String>,
-    /// The ratio, the size in bytes, the state of the store, the route.
+    /// The ratio, the size in bytes, the state of the store, the route, what is wrong with a source of events.
     pub value: serde_json::Value,
     /// When it was raised, in milliseconds since 1970.
     pub since: u64,
@@ -189,6 +200,9 @@ pub(crate) struct Snapshot {
     pub(crate) invalidated: BTreeMap<String, BTreeMap<String, u64>>,
     pub(crate) audits: BTreeMap<String, BTreeMap<String, u64>>,
     pub(crate) unmapped: u64,
+    /// Sources of events, by name.
+    #[serde(default)]
+    pub(crate) sources: BTreeMap<String, OfSource>,
     /// Requests that stopped waiting for another's call.
     #[serde(default)]
     pub(crate) overdue: u64,

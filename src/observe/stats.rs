@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{
     counts::{BYTES, NANOS},
     outcome::Handling,
-    snapshot::{Alert, OfHistogram, OfType, STEP_SECONDS, Snapshot},
+    snapshot::{Alert, OfHistogram, OfSource, OfType, STEP_SECONDS, Snapshot},
 };
 
 /// Of more tenants than this, the busiest are shown.
@@ -40,6 +40,43 @@ pub struct Stats {
     pub overdue_waits: u64,
     /// How audits ended.
     pub audits: BTreeMap<String, u64>,
+    /// The sources of events that are followed.
+    pub sources: BTreeMap<String, SourceStats>,
+}
+
+/// A source of events that is followed.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct SourceStats {
+    /// Everything that had changed so many milliseconds ago, at least, was read and dropped; none if that is not known. Of several
+    /// processes the worst.
+    pub behind_ms: Option<u64>,
+    /// What is wrong with it.
+    pub trouble: Option<String>,
+    /// How many events were applied.
+    pub applied: u64,
+    /// How many no policy reads.
+    pub ignored: u64,
+    /// How many a policy could not make sense of.
+    pub refused: u64,
+    /// How many were none.
+    pub unreadable: u64,
+    /// How often events may have been missed, and everything was dropped.
+    pub gaps: u64,
+}
+
+impl SourceStats {
+    fn add(&mut self, one: &OfSource, is_first: bool) {
+        self.behind_ms =
+            if is_first { one.behind_ms } else { self.behind_ms.zip(one.behind_ms).map(|(a, b)| a.max(b)) };
+        self.trouble = self.trouble.take().or_else(|| one.trouble.clone());
+        let count = |result: &str| one.became.get(result).copied().unwrap_or_default();
+        self.applied += count("applied");
+        self.ignored += count("ignored");
+        self.refused += count("refused");
+        self.unreadable += count("unreadable");
+        self.gaps += count("gap");
+    }
 }
 
 /// How a store is.
@@ -158,7 +195,7 @@ impl Stats {
         let (mut types, mut tenants) = (BTreeMap::<_, OfType>::new(), BTreeMap::<_, OfType>::new());
         let (mut alerts, mut store, mut audits) =
             (vec![], StoreStats { state: "ok", ..StoreStats::default() }, BTreeMap::new());
-        let (mut unmapped_writes, mut overdue_waits) = (0, 0);
+        let (mut unmapped_writes, mut overdue_waits, mut sources) = (0, 0, BTreeMap::new());
         for snapshot in snapshots {
             snapshot.types.iter().for_each(|(name, one)| types.entry(name.clone()).or_default().add(one));
             snapshot.tenants.iter().for_each(|(name, one)| tenants.entry(name.clone()).or_default().add(one));
@@ -172,6 +209,10 @@ impl Stats {
             }
             for (result, count) in snapshot.audits.values().flatten() {
                 *audits.entry(result.clone()).or_default() += count;
+            }
+            for (name, one) in &snapshot.sources {
+                let is_first = !sources.contains_key(name);
+                sources.entry(name.clone()).or_insert_with(SourceStats::default).add(one, is_first);
             }
             unmapped_writes += snapshot.unmapped;
             overdue_waits += snapshot.overdue;
@@ -196,6 +237,7 @@ impl Stats {
             unmapped_writes,
             overdue_waits,
             audits,
+            sources,
         }
     }
 }

@@ -375,6 +375,12 @@ pub trait Store: Send + Sync + 'static {
         Box::pin(std::future::ready(Ok(vec![])))
     }
 
+    /// How far behind it may be in hearing what is dropped elsewhere, at most: everything that was dropped before has been dropped
+    /// here. [`Duration::MAX`] if that is not known; by default `None`: what is dropped anywhere is dropped here at once.
+    fn behind(&self) -> Option<Duration> {
+        None
+    }
+
     /// Keeps a note of the fleet's under this name, instead of the one that was there, for as long as it can; by default it keeps
     /// none. The names are few.
     fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {

@@ -77,6 +77,10 @@ impl<S: Store + ?Sized> Store for Arc<S> {
         (**self).exchange(exchange)
     }
 
+    fn behind(&self) -> Option<Duration> {
+        (**self).behind()
+    }
+
     fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
         (**self).note(name, note)
     }

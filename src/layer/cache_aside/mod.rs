@@ -425,8 +425,8 @@ impl<S, M> CacheAside<S, M> {
         if !read.is_certain {
             return Err(bypass("route"));
         }
-        if !self.core.options.enabled {
-            return Err(bypass("disabled"));
+        if let Some(why) = self.core.keeps_out(route.data_type(), &route.policy) {
+            return Err(bypass(why));
         }
         let at = At { params: &read.params, mount: read.mount };
         let wanted = route.wanted(parts, &at, &self.core.known()).map_err(bypass)?;

@@ -131,25 +131,27 @@ where
         let (passed, teller) = match route {
             // A server answers a call that is framed or spelled in another way, too; only what is answered here must be
             // what it seems.
-            Some(route) if !route.mutates => match tenants.tenant(&parts) {
-                _ if !is_grpc(&parts) => ("not-grpc", route.teller.clone()),
-                _ if !options.enabled => ("disabled", route.teller.clone()),
-                Err(reason) => (reason, route.teller.clone()),
-                Ok(_) if route.forbids(&parts.headers, identity) => ("credentials", route.teller.clone()),
-                Ok(_) if parts.extensions.get::<NoCache>().is_some() => ("no-cache", route.teller.clone()),
-                Ok(tenant) => {
-                    let whole = Reads::current();
-                    let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone(), whole };
-                    let watch = read.route.teller.watcher().watch(
-                        Timer::start(),
-                        || tenants.tenant(&parts).ok(),
-                        || parts.uri.path().into(),
-                    );
-                    let request = Request::from_parts(parts, body);
-                    let answer = read.answer(self.inner.clone(), request);
-                    return ResponseFuture::boxed(Box::pin(watched(Some(watch), answer)));
+            Some(route) if !route.mutates && !is_grpc(&parts) => ("not-grpc", route.teller.clone()),
+            Some(route) if !route.mutates => {
+                match (self.core.keeps_out(&route.data_type, &route.policy), tenants.tenant(&parts)) {
+                    (Some(why), _) => (why, route.teller.clone()),
+                    (None, Err(reason)) => (reason, route.teller.clone()),
+                    (None, Ok(_)) if route.forbids(&parts.headers, identity) => ("credentials", route.teller.clone()),
+                    (None, Ok(_)) if parts.extensions.get::<NoCache>().is_some() => ("no-cache", route.teller.clone()),
+                    (None, Ok(tenant)) => {
+                        let whole = Reads::current();
+                        let read = Read { tenant: space.tenant(tenant), route, core: self.core.clone(), whole };
+                        let watch = read.route.teller.watcher().watch(
+                            Timer::start(),
+                            || tenants.tenant(&parts).ok(),
+                            || parts.uri.path().into(),
+                        );
+                        let request = Request::from_parts(parts, body);
+                        let answer = read.answer(self.inner.clone(), request);
+                        return ResponseFuture::boxed(Box::pin(watched(Some(watch), answer)));
+                    }
                 }
-            },
+            }
             route => {
                 let write = Write { tenants: tenants.tenants(&parts, space), route, core: self.core.clone() };
                 let request = Request::from_parts(parts, body);

@@ -1,0 +1,186 @@
+//! How far what happens elsewhere is known to have been dropped here.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+/// What became of an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Became {
+    Applied,
+    Ignored,
+    Refused,
+    Unreadable,
+    /// Events that may have been missed.
+    Gap,
+}
+
+pub(crate) const BECAME: [(Became, &str); 5] = [
+    (Became::Applied, "applied"),
+    (Became::Ignored, "ignored"),
+    (Became::Refused, "refused"),
+    (Became::Unreadable, "unreadable"),
+    (Became::Gap, "gap"),
+];
+
+/// A source that is followed.
+#[derive(Debug)]
+pub(crate) struct Followed {
+    pub(crate) name: String,
+    sources: Arc<Shared>,
+    /// In milliseconds since the beginning, plus one; 0: nothing is proven.
+    proven: AtomicU64,
+    /// What is wrong with it.
+    trouble: Mutex<Option<String>>,
+    became: [AtomicU64; BECAME.len()],
+}
+
+#[derive(Debug)]
+struct Shared {
+    began: Instant,
+    all: Mutex<Vec<Arc<Followed>>>,
+    /// What is proven of each of them. As in [`Followed::proven`].
+    proven: AtomicU64,
+}
+
+/// All sources that a cache follows.
+#[derive(Debug)]
+pub(crate) struct Sources(Arc<Shared>);
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Default for Sources {
+    fn default() -> Self {
+        Self(Arc::new(Shared { began: Instant::now(), all: Mutex::default(), proven: AtomicU64::new(0) }))
+    }
+}
+
+impl Shared {
+    fn since(&self, proven: u64) -> Option<Duration> {
+        let at = self.began + Duration::from_millis(proven.checked_sub(1)?);
+        Some(Instant::now().saturating_duration_since(at))
+    }
+
+    /// What is proven is what is proven of all.
+    fn settle(&self) {
+        let all = locked(&self.all);
+        let least = all.iter().map(|source| source.proven.load(Ordering::Acquire)).min();
+        self.proven.store(least.unwrap_or_default(), Ordering::Release);
+    }
+}
+
+impl Sources {
+    /// Adds a source, unless there is one of this name.
+    pub(crate) fn add(&self, name: &str) -> Option<Arc<Followed>> {
+        let mut all = locked(&self.0.all);
+        if all.iter().any(|source| source.name == name) {
+            return None;
+        }
+        let source = Arc::new(Followed {
+            name: name.to_owned(),
+            sources: self.0.clone(),
+            proven: AtomicU64::new(0),
+            trouble: Mutex::default(),
+            became: Default::default(),
+        });
+        all.push(source.clone());
+        drop(all);
+        self.0.settle();
+        Some(source)
+    }
+
+    /// How far behind the worst of them may be: everything that changed before has been dropped. `None` if that is not known, or
+    /// nothing is followed.
+    pub(crate) fn behind(&self) -> Option<Duration> {
+        self.0.since(self.0.proven.load(Ordering::Acquire))
+    }
+
+    /// Whether any is followed.
+    pub(crate) fn any(&self) -> bool {
+        !locked(&self.0.all).is_empty()
+    }
+
+    #[cfg_attr(not(feature = "stats"), allow(dead_code))]
+    pub(crate) fn all(&self) -> Vec<Arc<Followed>> {
+        locked(&self.0.all).clone()
+    }
+}
+
+impl Followed {
+    /// Everything that changed before has been dropped.
+    pub(crate) fn prove(&self, at: Instant) {
+        let since = at.saturating_duration_since(self.sources.began);
+        let proven = u64::try_from(since.as_millis()).unwrap_or(u64::MAX - 1) + 1;
+        self.proven.fetch_max(proven, Ordering::AcqRel);
+        self.sources.settle();
+    }
+
+    /// Nothing is proven any more.
+    pub(crate) fn lose(&self) {
+        self.proven.store(0, Ordering::Release);
+        self.sources.settle();
+    }
+
+    /// How far behind it may be; `None` if that is not known.
+    #[cfg_attr(not(feature = "stats"), allow(dead_code))]
+    pub(crate) fn behind(&self) -> Option<Duration> {
+        self.sources.since(self.proven.load(Ordering::Acquire))
+    }
+
+    /// What is wrong, or that nothing is any more. Whether that is news.
+    pub(crate) fn trouble(&self, trouble: Option<String>) -> bool {
+        let mut known = locked(&self.trouble);
+        let is_news = known.is_some() != trouble.is_some();
+        *known = trouble;
+        is_news
+    }
+
+    #[cfg_attr(not(feature = "stats"), allow(dead_code))]
+    pub(crate) fn what_is_wrong(&self) -> Option<String> {
+        locked(&self.trouble).clone()
+    }
+
+    pub(crate) fn count(&self, what: Became, more: usize) {
+        self.became[what as usize].fetch_add(more as u64, Ordering::Relaxed);
+    }
+
+    #[cfg_attr(not(feature = "stats"), allow(dead_code))]
+    pub(crate) fn became(&self) -> [u64; BECAME.len()] {
+        self.became.each_ref().map(|count| count.load(Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_proven_is_what_is_proven_of_all() {
+        let sources = Sources::default();
+        assert_eq!(sources.behind(), None, "nobody is followed");
+        let first = sources.add("first").unwrap();
+        assert!(sources.add("first").is_none());
+        assert_eq!(sources.behind(), None);
+        let start = Instant::now();
+        first.prove(start);
+        tokio::time::advance(Duration::from_secs(3)).await;
+        assert_eq!(sources.behind(), Some(Duration::from_secs(3)));
+        let second = sources.add("second").unwrap();
+        assert_eq!(sources.behind(), None, "the second has said nothing");
+        second.prove(Instant::now());
+        assert_eq!(sources.behind(), Some(Duration::from_secs(3)));
+        first.prove(start + Duration::from_secs(2));
+        first.prove(start + Duration::from_secs(1));
+        assert_eq!(sources.behind(), Some(Duration::from_secs(1)), "an older proof takes nothing back");
+        second.lose();
+        assert_eq!((sources.behind(), first.behind()), (None, Some(Duration::from_secs(1))));
+    }
+}
