@@ -186,7 +186,10 @@ async fn nothing_is_acknowledged_that_the_store_has_not() {
     faults.gone();
     for given in [Received::Events(Batch::new(vec![changed(1)])), Received::Gap("trimmed".to_owned())] {
         let mut acknowledged = teller.give(Ok(given));
-        assert!(timeout(Duration::from_secs(60), &mut acknowledged).await.is_err(), "acknowledged while the store is gone");
+        assert!(
+            timeout(Duration::from_secs(60), &mut acknowledged).await.is_err(),
+            "acknowledged while the store is gone"
+        );
         assert!(cache.stats().sources["told"].trouble.is_some());
         faults.heal();
         acknowledged.await.unwrap();
@@ -221,7 +224,11 @@ async fn what_is_early_is_fenced_until_it_is_visible() {
             acknowledged.await.unwrap();
         }
         let now = row.get().await;
-        assert_eq!(now.text(), if is_fenced { "2" } else { "1" }, "without the fence it is stale: the test would notice");
+        assert_eq!(
+            now.text(),
+            if is_fenced { "2" } else { "1" },
+            "without the fence it is stale: the test would notice"
+        );
         if is_fenced {
             row.until_hit().await;
         }

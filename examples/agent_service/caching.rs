@@ -38,6 +38,12 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
     if args.coalesce == Coalesce::Fleet {
         config.types = config.types.into_iter().map(|t| t.coalesce(Reach::Fleet)).collect();
     }
+    if let Some(most) = args.max_lag {
+        if !args.outbox && args.events.is_none() {
+            return Err("--max-lag-ms: nothing tells of changes; add --outbox on or --events".to_owned());
+        }
+        config.types = config.types.into_iter().map(|t| t.max_lag(most)).collect();
+    }
     let resolves = config.has_relation("conversations");
     let in_process = if args.l1 == Tier::Off { 0 } else { MEMORY };
     if !args.memcached.is_empty() {
@@ -76,6 +82,15 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
             _ => format!("{name}: {what}"),
         }
     })
+}
+
+/// Follows what tells of changes that are made without this service.
+pub fn follow(args: &Args, cache: &Cache, db: &Database) -> Result<(), String> {
+    if args.outbox {
+        let outbox = db.outbox().map_err(|e| format!("--outbox: {e}"))?;
+        cache.follow(outbox).map_err(|e| format!("--outbox: {e}"))?;
+    }
+    Ok(())
 }
 
 /// Puts the cache around the application.

@@ -23,6 +23,10 @@ Usage: agent_service [FLAGS]
     [--on-unreachable journal|reject]  # writes the store cannot be told about: they go on, the default, or are answered 503
     [--unmapped ignore|warn|drop]  # a successful unsafe request that no mutation names: default warn
     [--audit SHARE]                # share of hits compared with the database, 0 to 1, default 0
+    [--outbox on|off]              # triggers in the SQLite file write every change to an outbox, which the service follows: rows
+                                   # that another program changes fall too; default off
+    [--events REDIS_URL/STREAM]    # follows a Redis stream of events, by the policies of the config file
+    [--max-lag-ms N]               # while what others have changed may be unknown for longer, the database answers; default: no bound
     [--admin-token TOKEN]          # turns the /_cache endpoints on; without it they answer 404
     [--metrics-tenants N]          # how many tenants have a label of their own, default 0 (no tenant label)
     [--seed-agents N]              # inserts N sample agents for tenant \"demo\", default 10
@@ -53,6 +57,9 @@ pub struct Args {
     pub on_unreachable: OnUnreachable,
     pub unmapped: Option<OnUnmapped>,
     pub audit: Option<f64>,
+    pub outbox: bool,
+    pub events: Option<(String, String)>,
+    pub max_lag: Option<Duration>,
     pub admin_token: Option<String>,
     pub metrics_tenants: usize,
     pub seed_agents: usize,
@@ -77,6 +84,9 @@ impl Default for Args {
             on_unreachable: OnUnreachable::Journal,
             unmapped: None,
             audit: None,
+            outbox: false,
+            events: None,
+            max_lag: None,
             admin_token: None,
             metrics_tenants: 0,
             seed_agents: 10,
@@ -142,6 +152,15 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
                 let share: f64 = value.parsed()?;
                 parsed.audit = Some(if (0.0..=1.0).contains(&share) { share } else { return Err(value.refused()) });
             }
+            "outbox" => parsed.outbox = value("on or off")?.one_of(&[("on", true), ("off", false)])?,
+            "events" => {
+                parsed.events = Some(value("REDIS_URL/STREAM, such as redis://127.0.0.1:6379/changes")?.stream()?)
+            }
+            "max-lag-ms" => {
+                let value = value("a whole number of milliseconds, not 0")?;
+                parsed.max_lag = Some(value.millis()?).filter(|lag| !lag.is_zero());
+                parsed.max_lag.ok_or_else(|| value.refused())?;
+            }
             "metrics-tenants" => parsed.metrics_tenants = value("a whole number")?.parsed()?,
             "admin-token" => parsed.admin_token = Some(value("a token that is not empty")?.text()?),
             "check" => parsed.check = true,
@@ -197,6 +216,15 @@ impl<'a> Value<'a> {
     fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Result<T, String> {
         let chosen = choices.iter().find(|(word, _)| self.given == *word);
         chosen.map(|(_, choice)| *choice).ok_or_else(|| self.refused())
+    }
+
+    /// The URL of a server, and the name of a stream there.
+    fn stream(self) -> Result<(String, String), String> {
+        let split = self.given.to_str().and_then(|text| text.rsplit_once('/'));
+        match split.filter(|(url, stream)| !stream.is_empty() && url.contains("://") && !url.ends_with('/')) {
+            Some((url, stream)) => Ok((url.to_owned(), stream.to_owned())),
+            None => Err(self.refused()),
+        }
     }
 
     /// Adds to the list, so that the flag may be repeated as well as hold several.

@@ -21,6 +21,8 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::Semaphore;
 
+use crate::outbox::Outbox;
+
 /// How many reads run at once.
 const READERS: usize = 8;
 /// How long to wait for another process that holds the file.
@@ -287,6 +289,11 @@ impl Database {
             origin_delay,
             _temporary: temporary,
         })))
+    }
+
+    /// What triggers write down of every change, whoever makes it. Blocks.
+    pub fn outbox(&self) -> Result<Outbox> {
+        Ok(Outbox::install(connect(&self.0.path)?)?)
     }
 
     /// The reads since the start, by data type; all of them, also those that never happened.

@@ -6,6 +6,7 @@
 mod caching;
 mod cli;
 mod database;
+mod outbox;
 mod routes;
 
 use std::{io::Write, process::ExitCode, sync::Arc, time::Duration};
@@ -54,6 +55,7 @@ async fn run() -> Result<(), String> {
         let _ = write!(std::io::stdout(), "{}", cache.describe());
         return Ok(());
     }
+    caching::follow(&args, &cache, &db)?;
     let (health, counted) = (cache.clone(), cache.clone());
     let metrics: routes::Metrics = Arc::new(move || {
         counted.record_metrics();

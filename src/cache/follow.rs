@@ -78,7 +78,7 @@ impl Cache {
         let state = core.sources.add(source.name());
         let state =
             state.ok_or_else(|| ConfigError::new(format!("{what} is followed already; name one of them otherwise")))?;
-        let follower = Follower { core: Arc::downgrade(core), state, pause: PAUSES.0 };
+        let follower = Follower { core: Arc::downgrade(core), state, pause: PAUSES.0, begins: true };
         let notes =
             Notes { store: core.engine.store(), name: format!("{}{{*}}:{}", core.space.service(), source.name()) };
         Ok(Following(runtime.spawn(follower.run(source, notes))))
@@ -96,6 +96,8 @@ struct Follower {
     state: Arc<Followed>,
     /// How long is waited after the next error.
     pause: Duration,
+    /// It has given nothing yet.
+    begins: bool,
 }
 
 impl Drop for Follower {
@@ -145,6 +147,7 @@ impl Follower {
 
     /// What was wrong is over.
     fn works(&mut self) {
+        self.begins = false;
         self.pause = PAUSES.0;
         if self.state.trouble(None) {
             tracing::info!(source = self.state.name, "the event source is well again");
@@ -165,6 +168,7 @@ impl Follower {
 
     /// Drops what a batch makes stale, and returns when the store has acknowledged it.
     async fn take(&mut self, batch: Batch, source: &mut impl EventSource) -> Result<(), Gone> {
+        self.begins = false;
         let Batch { events, early, unreadable } = batch;
         for why in &unreadable {
             if self.core()?.warnings.is_new("events", why) {
@@ -239,7 +243,13 @@ impl Follower {
     async fn drop_everything(&mut self, why: &str) -> Result<(), Gone> {
         self.state.lose();
         self.state.count(Became::Gap, 1);
-        tracing::warn!(source = self.state.name, why, "events may have been missed: everything is dropped");
+        match std::mem::take(&mut self.begins) {
+            // Nothing was missed that was promised.
+            true => tracing::info!(source = self.state.name, why, "followed from now on: everything is dropped"),
+            false => {
+                tracing::warn!(source = self.state.name, why, "events may have been missed: everything is dropped")
+            }
+        }
         let what = format!("gap in {}", self.state.name);
         loop {
             let cleared = self.core()?.clear(&Blame { by: By::Event, what: &what, tenant: None }).await;

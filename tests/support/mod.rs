@@ -20,6 +20,7 @@ use tempfile::TempDir;
 /// A running agent service; killed when dropped.
 pub struct Service {
     child: Child,
+    _temporary: TempDir,
     pub url: String,
 }
 
@@ -73,11 +74,13 @@ impl Service {
     }
 
     fn spawn(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        // Killed, it leaves its temporary files behind.
+        let temporary = TempDir::new().unwrap();
+        let mut child = command.env("TMPDIR", temporary.path()).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let url = line.trim().strip_prefix("listening on ").expect("the first line names the address").to_owned();
-        Self { child, url }
+        Self { child, url, _temporary: temporary }
     }
 
     pub fn pid(&self) -> u32 {
