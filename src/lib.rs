@@ -118,6 +118,8 @@ pub use config::{Config, OnUnreachable};
 pub use engine::Invalidated;
 pub use error::ConfigError;
 pub use events::{Batch, Event, EventChange, EventPolicy, EventSource, Notes, Received, SourceError, SourceFuture};
+#[cfg(feature = "redis")]
+pub use events::{RedisStream, RedisStreamBuilder};
 pub use key::{Key, Tag};
 pub use layer::{
     Bodies, CacheAside, CacheAsideLayer, CacheBody, CacheTags, Changes, Invalidate, InvalidateBody, InvalidateLayer,

@@ -4,6 +4,8 @@
 mod event;
 mod followed;
 mod policy;
+#[cfg(feature = "redis")]
+mod redis;
 mod source;
 
 pub use event::Event;
@@ -11,4 +13,6 @@ pub use event::Event;
 pub(crate) use followed::BECAME;
 pub(crate) use followed::{Became, Followed, Sources};
 pub use policy::{EventChange, EventPolicy};
+#[cfg(feature = "redis")]
+pub use redis::{RedisStream, RedisStreamBuilder};
 pub use source::{Batch, EventSource, Notes, Received, SourceError, SourceFuture};

@@ -83,6 +83,18 @@ impl Batch {
         self.unreadable.push(why.into());
         self
     }
+
+    /// The events, for tests of a source. (Feature `testing`.)
+    #[cfg(feature = "testing")]
+    pub fn events(&self) -> &[Event] {
+        &self.events
+    }
+
+    /// Why something is no event, for each such thing, for tests of a source. (Feature `testing`.)
+    #[cfg(feature = "testing")]
+    pub fn skipped(&self) -> &[String] {
+        &self.unreadable
+    }
 }
 
 /// Where the fleet keeps what a source wants to remember: in the shared store, as long as that keeps it.

@@ -37,6 +37,8 @@ pub use memory::MemoryStore;
 pub(crate) use redis::fuzzed;
 #[cfg(feature = "redis")]
 pub use redis::{RedisBuilder, RedisStore};
+#[cfg(feature = "redis")]
+pub(crate) use redis::{StreamEntry, StreamRead, StreamReader};
 #[cfg(any(feature = "redis", feature = "memcached"))]
 pub use wire::WireStats;
 

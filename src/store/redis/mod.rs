@@ -16,6 +16,7 @@ mod server;
 #[cfg(feature = "redis-cluster")]
 mod slot;
 mod slots;
+mod stream;
 mod trouble;
 mod watch;
 
@@ -51,6 +52,8 @@ use link::Link;
 use remote::Remote;
 use server::Terms;
 use watch::watch;
+
+pub(crate) use stream::{StreamEntry, StreamRead, StreamReader};
 
 /// What is made of a server's replies, for fuzzers.
 #[cfg(any(test, fuzzing))]

@@ -146,7 +146,7 @@ pub(crate) struct Claim {
 
 /// Which server it is, as far as it says.
 pub(crate) struct Identity {
-    is_master: Option<bool>,
+    pub(super) is_master: Option<bool>,
     pub(crate) reign: Option<u128>,
     is_cluster: bool,
     name: String,
