@@ -20,11 +20,11 @@ use crate::{
 #[cfg(feature = "memcached")]
 use crate::store::MemcachedBuilder as MemcachedTable;
 #[cfg(feature = "redis")]
-use crate::store::RedisBuilder as RedisTable;
+use crate::store::{RedisBuilder as RedisTable, RegionalBuilder as RegionsTable};
 #[cfg(not(feature = "memcached"))]
 use absent::MemcachedTable;
 #[cfg(not(feature = "redis"))]
-use absent::RedisTable;
+use absent::{RedisTable, RegionsTable};
 
 /// Everything about caching that a service declares. The [`docs::configuration`](crate::docs::configuration) page
 /// has the file format.
@@ -62,6 +62,8 @@ pub struct Config {
     pub audit: Option<f64>,
     /// The shared store. (Feature `redis`.)
     pub redis: Option<RedisTable>,
+    /// The other regions, which hear what this one drops. (Feature `redis`.)
+    pub regions: Option<RegionsTable>,
     /// The same, of another kind. (Feature `memcached`.)
     pub memcached: Option<MemcachedTable>,
     /// The data types and their TTLs.
@@ -129,6 +131,7 @@ impl Config {
         replace(&mut self.tier, other.tier);
         replace(&mut self.audit, other.audit);
         replace(&mut self.redis, other.redis);
+        replace(&mut self.regions, other.regions);
         replace(&mut self.memcached, other.memcached);
         replace(&mut self.fence, other.fence);
         self.types.extend(other.types);
@@ -178,6 +181,7 @@ mod absent {
         };
     }
     absent!(RedisTable, "redis");
+    absent!(RegionsTable, "redis");
     absent!(MemcachedTable, "memcached");
 }
 

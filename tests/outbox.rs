@@ -260,7 +260,7 @@ fn mistakes_of_the_command_line_are_one_line() {
             &["--outbox", "on", "--config", config.to_str().unwrap()],
             "--outbox: event source `outbox`: nothing says what an event makes stale",
         ),
-        (&["--max-lag-ms", "100"], "--max-lag-ms: nothing tells of changes; add --outbox on or --events"),
+        (&["--max-lag-ms", "100"], "--max-lag-ms: nothing tells of changes; add --outbox on, --events or --region"),
         (&["--outbox", "on", "--max-lag-ms", "0"], "--max-lag-ms: \"0\" is not accepted"),
         (&["--events", "redis://localhost"], "--events: \"redis://localhost\" is not accepted"),
         (&["--events", "redis://localhost:1/"], "--events: \"redis://localhost:1/\" is not accepted"),

@@ -6,8 +6,8 @@ use std::time::Duration;
 use axum::{Router, middleware, response::Response};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tower_cache_aside::{
-    Admin, Cache, CacheTags, Coalesce as Reach, Config, DURATION_BUCKETS, SIZE_BUCKETS, Tier,
-    store::{MemcachedStore, RedisStore},
+    Admin, Cache, CacheTags, Coalesce as Reach, Config, DURATION_BUCKETS, RedisStream, SIZE_BUCKETS, Tier,
+    store::{MemcachedStore, RedisStore, Regional},
 };
 
 use crate::{
@@ -39,8 +39,8 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
         config.types = config.types.into_iter().map(|t| t.coalesce(Reach::Fleet)).collect();
     }
     if let Some(most) = args.max_lag {
-        if !args.outbox && args.events.is_none() {
-            return Err("--max-lag-ms: nothing tells of changes; add --outbox on or --events".to_owned());
+        if !args.outbox && args.events.is_none() && args.region.is_none() {
+            return Err("--max-lag-ms: nothing tells of changes; add --outbox on, --events or --region".to_owned());
         }
         config.types = config.types.into_iter().map(|t| t.max_lag(most)).collect();
     }
@@ -55,6 +55,7 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
         config.tier = Some(args.l1);
         config.memory = None;
     }
+    regions(args, &mut config)?;
     let builder = Cache::builder("agent_service").config(config).report_header(true);
     let mut builder = builder.on_unreachable(args.on_unreachable).metrics_tenants(args.metrics_tenants);
     if let Some(share) = args.audit {
@@ -76,6 +77,7 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
         let what = one_line(&e.to_string());
         match what.split(' ').next() {
             Some("Redis") if !args.redis.is_empty() => format!("--redis: {what}"),
+            Some("region" | "regions:" | "regions") if args.region.is_some() => format!("--region, --peer: {what}"),
             Some("memcached") if !args.memcached.is_empty() => format!("--memcached: {what}"),
             Some("two") => format!("--redis, --memcached: {what}"),
             Some("`tier`:") => format!("--l1: {}", what.trim_start_matches("`tier`: ")),
@@ -84,11 +86,34 @@ pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
     })
 }
 
+/// The other regions, which hear what this one drops.
+fn regions(args: &Args, config: &mut Config) -> Result<(), String> {
+    match &args.region {
+        Some(_) if args.redis.is_empty() => Err("--region: a region has a Redis of its own; add --redis".to_owned()),
+        Some(region) => {
+            let regions = Regional::builder(region);
+            let regions = args.peers.iter().fold(regions, |regions, (name, url)| regions.peer(name, url));
+            config.regions = Some(args.hold.into_iter().fold(regions, |regions, hold| regions.hold(hold)));
+            Ok(())
+        }
+        None if args.peers.is_empty() && args.hold.is_none() => Ok(()),
+        None => Err("--peer, --hold-ms: they are of a region; name this one with --region".to_owned()),
+    }
+}
+
 /// Follows what tells of changes that are made without this service.
 pub fn follow(args: &Args, cache: &Cache, db: &Database) -> Result<(), String> {
     if args.outbox {
         let outbox = db.outbox().map_err(|e| format!("--outbox: {e}"))?;
         cache.follow(outbox).map_err(|e| format!("--outbox: {e}"))?;
+    }
+    if let Some((url, stream)) = &args.events {
+        let events = RedisStream::builder(url, stream);
+        // What a fleet has in common is told by one of its processes.
+        let is_alone = args.redis.is_empty() && args.memcached.is_empty();
+        let events = if is_alone { events } else { events.group(&args.prefix) };
+        let source = events.build().map_err(|e| format!("--events: {e}"))?;
+        cache.follow(source).map_err(|e| format!("--events: {e}"))?;
     }
     Ok(())
 }

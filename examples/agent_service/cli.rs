@@ -26,6 +26,9 @@ Usage: agent_service [FLAGS]
     [--outbox on|off]              # triggers in the SQLite file write every change to an outbox, which the service follows: rows
                                    # that another program changes fall too; default off
     [--events REDIS_URL/STREAM]    # follows a Redis stream of events, by the policies of the config file
+    [--region NAME]                # the region whose Redis --redis is; what is dropped is told to its peers, and heard of them
+    [--peer NAME=REDIS_URL]        # another region, and its Redis; may be repeated
+    [--hold-ms N]                  # how long what a peer drops is not stored: as long as the database's replica is behind, default 1000
     [--max-lag-ms N]               # while what others have changed may be unknown for longer, the database answers; default: no bound
     [--admin-token TOKEN]          # turns the /_cache endpoints on; without it they answer 404
     [--metrics-tenants N]          # how many tenants have a label of their own, default 0 (no tenant label)
@@ -60,6 +63,9 @@ pub struct Args {
     pub outbox: bool,
     pub events: Option<(String, String)>,
     pub max_lag: Option<Duration>,
+    pub region: Option<String>,
+    pub peers: Vec<(String, String)>,
+    pub hold: Option<Duration>,
     pub admin_token: Option<String>,
     pub metrics_tenants: usize,
     pub seed_agents: usize,
@@ -87,6 +93,9 @@ impl Default for Args {
             outbox: false,
             events: None,
             max_lag: None,
+            region: None,
+            peers: Vec::new(),
+            hold: None,
             admin_token: None,
             metrics_tenants: 0,
             seed_agents: 10,
@@ -156,6 +165,9 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Args, String> {
             "events" => {
                 parsed.events = Some(value("REDIS_URL/STREAM, such as redis://127.0.0.1:6379/changes")?.stream()?)
             }
+            "region" => parsed.region = Some(value("the name of a region")?.text()?),
+            "peer" => parsed.peers.push(value("NAME=REDIS_URL, such as us=redis://10.0.0.1:6379")?.peer()?),
+            "hold-ms" => parsed.hold = Some(value("a whole number of milliseconds")?.millis()?),
             "max-lag-ms" => {
                 let value = value("a whole number of milliseconds, not 0")?;
                 parsed.max_lag = Some(value.millis()?).filter(|lag| !lag.is_zero());
@@ -216,6 +228,14 @@ impl<'a> Value<'a> {
     fn one_of<T: Copy>(&self, choices: &[(&str, T)]) -> Result<T, String> {
         let chosen = choices.iter().find(|(word, _)| self.given == *word);
         chosen.map(|(_, choice)| *choice).ok_or_else(|| self.refused())
+    }
+
+    /// The name of a region, and the URL of its server.
+    fn peer(self) -> Result<(String, String), String> {
+        match self.given.to_str().and_then(|text| text.split_once('=')) {
+            Some((name, url)) if !name.is_empty() && url.contains("://") => Ok((name.to_owned(), url.to_owned())),
+            _ => Err(self.refused()),
+        }
     }
 
     /// The URL of a server, and the name of a stream there.

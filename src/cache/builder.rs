@@ -509,9 +509,26 @@ impl CacheBuilder {
         }
     }
 
+    /// The shared store that `[redis]` describes, with other regions or without.
+    fn make_redis(&mut self) -> Result<Option<Arc<dyn Store>>, ConfigError> {
+        match (self.config.redis.take(), self.config.regions.take()) {
+            (None, None) => Ok(None),
+            (Some(redis), None) => Ok(Some(Arc::new(redis.build()?))),
+            #[cfg(not(feature = "redis"))]
+            (None, Some(regions)) => Ok(Some(Arc::new(regions.build()?))),
+            #[cfg(feature = "redis")]
+            (None, Some(_)) => {
+                Err(ConfigError::new("`[regions]` needs this region's own Redis; describe it in `[redis]`"))
+            }
+            #[cfg(feature = "redis")]
+            (Some(redis), Some(regions)) => Ok(Some(Arc::new(regions.build(redis)?))),
+            #[cfg(not(feature = "redis"))]
+            (Some(redis), Some(_)) => Ok(Some(Arc::new(redis.build()?))),
+        }
+    }
+
     fn make_store(&mut self, body_limit: u64) -> Result<Arc<dyn Store>, ConfigError> {
-        let redis = self.config.redis.take().map(|redis| redis.build()).transpose()?;
-        let redis = redis.map(|store| Arc::new(store) as Arc<dyn Store>);
+        let redis = self.make_redis()?;
         let memcached = self.config.memcached.take().map(|memcached| memcached.build()).transpose()?;
         let memcached = memcached.map(|store| Arc::new(store) as Arc<dyn Store>);
         let mut given = [self.store.take(), redis, memcached].into_iter().flatten();

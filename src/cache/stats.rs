@@ -16,7 +16,7 @@ use crate::{
     events::{BECAME, Followed},
     layer::Core,
     observe::{OfSource, STEP_SECONDS, Snapshot, Stats},
-    store::{Exchange, Health},
+    store::{Exchange, Health, RegionUsage},
 };
 
 /// After the store would not have it, so many steps later.
@@ -69,10 +69,13 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
         Health::Degraded(why) => ("degraded".to_owned(), Some(why.to_string())),
         Health::Down(why) => ("down".to_owned(), Some(why.to_string())),
     };
+    let regions = usage.regions.iter().map(|region| (format!("region {}", region.name), of_region(region)));
+    let sources = core.sources.all();
+    let sources = sources.iter().map(|source| (source.name.clone(), of_source(source))).chain(regions).collect();
     Snapshot {
         health,
         journal: usage.journal_tags,
-        sources: core.sources.all().iter().map(|source| (source.name.clone(), of_source(source))).collect(),
+        sources,
         overdue: core.engine.overdue(),
         store_errors: usage.errors.into_iter().map(|(kind, count)| (kind.to_owned(), count)).collect(),
         evictions: usage.evictions,
@@ -85,9 +88,21 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
     }
 }
 
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn of_region(region: &RegionUsage) -> OfSource {
+    OfSource {
+        behind_ms: region.behind.map(millis),
+        trouble: region.trouble.clone(),
+        became: [("applied".to_owned(), region.dropped), ("gap".to_owned(), region.gaps)].into(),
+    }
+}
+
 fn of_source(source: &Followed) -> OfSource {
     OfSource {
-        behind_ms: source.behind().map(|behind| u64::try_from(behind.as_millis()).unwrap_or(u64::MAX)),
+        behind_ms: source.behind().map(millis),
         trouble: source.what_is_wrong(),
         became: BECAME.iter().zip(source.became()).map(|((_, name), count)| ((*name).to_owned(), count)).collect(),
     }

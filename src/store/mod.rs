@@ -17,6 +17,8 @@ mod memcached;
 mod memory;
 #[cfg(feature = "redis")]
 mod redis;
+#[cfg(feature = "redis")]
+mod regional;
 mod shared;
 #[cfg(any(feature = "redis", feature = "memcached"))]
 mod wire;
@@ -39,6 +41,8 @@ pub(crate) use redis::fuzzed;
 pub use redis::{RedisBuilder, RedisStore};
 #[cfg(feature = "redis")]
 pub(crate) use redis::{StreamEntry, StreamRead, StreamReader};
+#[cfg(feature = "redis")]
+pub use regional::{Regional, RegionalBuilder, Wait};
 #[cfg(any(feature = "redis", feature = "memcached"))]
 pub use wire::WireStats;
 
@@ -244,6 +248,24 @@ pub struct Usage {
     /// Calls of a shared store that failed, by kind: `refused` (it said no), `silent` (no answer in time), `away` (it was not even
     /// asked).
     pub errors: Vec<(&'static str, u64)>,
+    /// The other regions.
+    pub regions: Vec<RegionUsage>,
+}
+
+/// What is known of another region.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RegionUsage {
+    /// Its name.
+    pub name: String,
+    /// Everything that it had dropped so long ago, at least, is dropped here; `None` if that is not known.
+    pub behind: Option<Duration>,
+    /// Why it is not heard.
+    pub trouble: Option<String>,
+    /// What it has dropped, in this process' hearing.
+    pub dropped: u64,
+    /// How often something may have been missed, and everything was dropped.
+    pub gaps: u64,
 }
 
 /// What a look-up asks for.

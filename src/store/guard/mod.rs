@@ -113,7 +113,7 @@ impl<S: Store> Guard<S> {
     }
 
     /// What it guards.
-    #[cfg(feature = "memcached")]
+    #[cfg(any(feature = "memcached", feature = "redis"))]
     pub(crate) fn inner(&self) -> &S {
         &self.shared.store
     }

@@ -30,7 +30,7 @@ use std::{
 };
 
 use serde::Deserialize;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, time::timeout};
 
 use super::{
     Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Search, Store, StoreError,
@@ -49,7 +49,7 @@ use address::Address;
 use dial::Dial;
 use held::Held;
 use link::Link;
-use remote::Remote;
+use remote::{Remote, Tells};
 use server::Terms;
 use watch::watch;
 
@@ -78,6 +78,10 @@ const GENERATION_TTL: Duration = Duration::from_secs(7 * 86_400);
 const SETTLE: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
 const DAY: Duration = Duration::from_secs(86_400);
+
+/// How long one step of a region's relay may take, and one that drops everything.
+const HERE: Duration = Duration::from_secs(2);
+const CLEARING: Duration = Duration::from_secs(60);
 
 /// Redis, with a tier in this process. Cheap to clone.
 #[derive(Clone)]
@@ -270,14 +274,30 @@ impl RedisBuilder {
         self
     }
 
+    /// The same for a region, whose stream tells others what it drops.
+    pub(in crate::store) fn build_region(self, region: &str) -> Result<RedisStore, ConfigError> {
+        self.make(Some(region))
+    }
+
     /// Checks the addresses and makes the store. It connects when it is first asked, in the background, and serves
     /// from the origin until it has.
     ///
     /// # Errors
     /// An address that cannot be read, or needs a feature that is not turned on; a time that makes no sense.
     pub fn build(self) -> Result<RedisStore, ConfigError> {
+        self.make(None)
+    }
+
+    fn make(self, region: Option<&str>) -> Result<RedisStore, ConfigError> {
         self.check_times()?;
         let address = Address::parse(self.urls.iter().map(String::as_str))?;
+        #[cfg(feature = "redis-cluster")]
+        if let (Some(region), Address::Cluster(_)) = (region, &address) {
+            return Err(ConfigError::new(format!(
+                "region `{region}`: what it drops is told by one stream, which a cluster has on one of its servers only; give the \
+                 address of one server, or of its sentinels"
+            )));
+        }
         let prefix = self.prefix.unwrap_or_else(|| PREFIX.to_owned());
         if prefix.is_empty()
             || prefix.contains(['{', '}', '*', '?', '[', ']', '\\', '^'])
@@ -298,7 +318,8 @@ impl RedisBuilder {
         let in_process = self.in_process.unwrap_or(IN_PROCESS);
         let held = (in_process > 0).then(|| Arc::new(Held::new(MemoryStore::new(in_process), terms.clock.clone())));
         let link = Arc::new(Link::new(address, terms, self.settle.unwrap_or(SETTLE), held.clone()));
-        let remote = Remote::new(link.clone(), self.generation_ttl.unwrap_or(GENERATION_TTL));
+        let tells = region.map(|region| Tells::new(stream_of(&link.terms.prefix, region)));
+        let remote = Remote::new(link.clone(), self.generation_ttl.unwrap_or(GENERATION_TTL), tells);
         let counters = remote.counters.clone();
         let mut remote = Guard::new(remote);
         if let Some(budget) = self.budget {
@@ -453,6 +474,58 @@ impl Store for RedisStore {
 
     fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {
         self.remote().drain(within)
+    }
+}
+
+/// The stream of a region. (The prefix is the same in all of them.)
+fn stream_of(prefix: &str, region: &str) -> String {
+    format!("{prefix}r:{{{region}}}")
+}
+
+/// For regions: what one of them does that another tells it, and what it tells the others.
+impl RedisStore {
+    pub(in crate::store) fn stream_of(&self, region: &str) -> String {
+        stream_of(&self.0.link.terms.prefix, region)
+    }
+
+    /// Drops what another region has dropped. It is not told to others, and not kept for later: who follows tries again.
+    pub(in crate::store) async fn drop_here(&self, groups: &[TagGroup], fence: &Fence) -> Result<(), StoreError> {
+        let after = DropLocally { held: self.0.held.as_deref(), groups };
+        let dropped = timeout(HERE, self.remote().inner().drop_here(groups, fence)).await;
+        drop(after);
+        dropped.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
+    }
+
+    pub(in crate::store) async fn fence_here(&self, groups: &[TagGroup], fence: &Fence) -> Result<(), StoreError> {
+        let after = DropLocally { held: self.0.held.as_deref(), groups };
+        let fenced = timeout(HERE, self.remote().inner().fence_here(groups, fence)).await;
+        drop(after);
+        fenced.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
+    }
+
+    pub(in crate::store) async fn clear_here(&self) -> Result<(), StoreError> {
+        let cleared = timeout(CLEARING, self.remote().inner().clear_here()).await;
+        if let Some(held) = &self.0.held {
+            held.memory.clear().await?;
+        }
+        cleared.unwrap_or_else(|_| Err(StoreError::unreachable("it is not cleared in time")))
+    }
+
+    /// Tells the others that this region is alive, unless another process has just done so.
+    pub(in crate::store) async fn beat(&self, every: Duration) -> Result<(), StoreError> {
+        let told = timeout(HERE, self.remote().inner().beat(every)).await;
+        told.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
+    }
+
+    /// The last that this process has told the others.
+    pub(in crate::store) fn told(&self) -> Option<String> {
+        self.0.remote.inner().told()
+    }
+
+    /// Whether all these groups of readers have acknowledged it.
+    pub(in crate::store) async fn is_heard(&self, told: &str, groups: &[&str]) -> Result<bool, StoreError> {
+        let heard = timeout(HERE, self.remote().inner().is_heard(told, groups)).await;
+        heard.unwrap_or_else(|_| Err(StoreError::unreachable("no answer")))
     }
 }
 

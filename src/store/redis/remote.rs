@@ -10,6 +10,7 @@
 //! | `prefix:f:service{tenant}:…` | who fences a tag, and until when (a sorted set) |
 //! | `prefix:l:service{tenant}:…` | that some process is loading an entry |
 //! | `prefix:n:service{*}:…` | what the fleet has to remember: how far a source of events was read |
+//! | `prefix:r:{region}` | what a region tells the others (a stream), and beside it who follows it |
 //! | `prefix:s:service{*}` | what the processes of the fleet say of themselves (a hash) |
 //!
 //! The prefix is before the hash tag, so that one prefix covers the generations of all tenants. A generation and a mark
@@ -19,14 +20,14 @@
 use std::{
     fmt,
     io::Write,
-    sync::{Arc, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use bytes::Bytes;
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, RedisWrite, ToRedisArgs, Value};
 
-use super::{link::Link, refusals::Step, server::Server, trouble::Trouble};
+use super::{link::Link, refusals::Step, server::Server, stream::Id, trouble::Trouble};
 use crate::{
     catalog::Tier,
     clock::Millis,
@@ -34,6 +35,7 @@ use crate::{
     store::{
         Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError,
         StoreFuture, TagGroup, codec,
+        regional::{FIELD, Kind, Record},
         wire::{Counters, Generations, by_tenant},
     },
 };
@@ -49,6 +51,9 @@ const SAID: Duration = Duration::from_secs(60);
 
 /// How long a note is kept that nobody writes again.
 const NOTED: Duration = Duration::from_secs(30 * 86_400);
+
+/// So many entries of a region's stream are kept, about: whoever is further behind has a gap.
+const TOLD: usize = 100_000;
 
 /// Keys looked through at once.
 const SCANNED: usize = 1_000;
@@ -88,11 +93,35 @@ pub(super) struct Remote {
     pub(super) link: Arc<Link>,
     generation_ttl: Duration,
     pub(super) counters: Arc<Counters>,
+    tells: Option<Tells>,
+}
+
+/// The stream by which a region tells the others what it drops.
+pub(super) struct Tells {
+    stream: String,
+    /// The last entry of this process.
+    last: Mutex<Option<String>>,
+}
+
+impl Tells {
+    pub(super) fn new(stream: String) -> Self {
+        Self { stream, last: Mutex::default() }
+    }
+
+    fn push(&self, pipeline: &mut Pipeline, record: &[u8]) {
+        let add = pipeline.cmd("XADD").arg(&self.stream).arg("MAXLEN").arg("~").arg(TOLD);
+        add.arg("*").arg(FIELD).arg(record);
+    }
+
+    fn has(&self, reply: Option<&Value>) {
+        let id = reply.and_then(|reply| String::from_redis_value_ref(reply).ok());
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = id;
+    }
 }
 
 impl Remote {
-    pub(super) fn new(link: Arc<Link>, generation_ttl: Duration) -> Self {
-        Self { link, generation_ttl, counters: Arc::default() }
+    pub(super) fn new(link: Arc<Link>, generation_ttl: Duration, tells: Option<Tells>) -> Self {
+        Self { link, generation_ttl, counters: Arc::default(), tells }
     }
 
     async fn pipeline(&self, server: &Server, step: Step, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
@@ -200,13 +229,23 @@ impl Remote {
         get
     }
 
-    async fn drop_tags(&self, groups: &[TagGroup], fence: Option<&Fence>) -> Result<Vec<u64>, StoreError> {
+    /// Drops them, and tells other regions in the same round trip, if there are any that are to be told.
+    async fn drop_tags(
+        &self,
+        groups: &[TagGroup],
+        fence: Option<&Fence>,
+        tells: Option<&Tells>,
+    ) -> Result<Vec<u64>, StoreError> {
         let mut counts = vec![0; groups.len()];
         for (tenant, tags) in by_tenant(groups) {
             let server = self.link.writing(tenant).await?;
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
             let counted = self.push_counts(&mut pipeline, groups.len(), &tags);
+            if let Some(tells) = tells {
+                let (hold, tags) = (fence.map_or(Duration::ZERO, |fence| fence.hold), tags.iter().map(|(_, tag)| *tag));
+                tells.push(&mut pipeline, &Record::encode(Kind::Drop, fence, hold, tags));
+            }
             match fence {
                 Some(fence) => {
                     let of_tenant = tags.iter().map(|(_, tag)| *tag);
@@ -224,6 +263,7 @@ impl Remote {
                 }
             }
             let replies = self.acknowledged(&server, Step::Other, pipeline, counted.len()).await?;
+            tells.into_iter().for_each(|tells| tells.has(replies.get(counted.len())));
             for (i, reply) in counted.into_iter().zip(&replies) {
                 if let Value::Int(count) = reply {
                     counts[i] += u64::try_from(*count).unwrap_or(0);
@@ -231,6 +271,88 @@ impl Remote {
             }
         }
         Ok(counts)
+    }
+
+    async fn fence_tags(&self, groups: &[TagGroup], fence: &Fence, tells: Option<&Tells>) -> Result<(), StoreError> {
+        for (tenant, tags) in by_tenant(groups) {
+            let server = self.link.writing(tenant).await?;
+            if server.lacks_scripts() {
+                return Err(StoreError::new("the server knows no EVAL: nothing can be fenced there"));
+            }
+            let mut pipeline = redis::pipe();
+            pipeline.ignore_errors();
+            let tags = || tags.iter().map(|(_, tag)| *tag);
+            if let Some(tells) = tells {
+                tells.push(&mut pipeline, &Record::encode(Kind::Fence, Some(fence), fence.lease, tags()));
+            }
+            self.push_fence(&mut pipeline, &server, tenant, tags(), fence, fence.lease);
+            self.acknowledged(&server, Step::Other, pipeline, 0).await?;
+        }
+        Ok(())
+    }
+
+    /// What another region tells, which has told all others.
+    pub(super) async fn drop_here(&self, groups: &[TagGroup], fence: &Fence) -> Result<(), StoreError> {
+        self.link.fence();
+        self.drop_tags(groups, Some(fence), None).await.map(drop)
+    }
+
+    pub(super) async fn fence_here(&self, groups: &[TagGroup], fence: &Fence) -> Result<(), StoreError> {
+        self.link.fence();
+        self.fence_tags(groups, fence, None).await
+    }
+
+    pub(super) async fn clear_here(&self) -> Result<(), StoreError> {
+        let slots = self.link.slots();
+        if !slots.is_whole() || !slots.servers().iter().all(|server| server.is_proven()) {
+            return Err(StoreError::away("some of the servers cannot be told"));
+        }
+        for server in slots.servers() {
+            self.clear_server(&server).await?;
+        }
+        Ok(())
+    }
+
+    /// Tells the other regions something that is no drop.
+    async fn tell(&self, record: &Record) -> Result<(), StoreError> {
+        let Some(tells) = &self.tells else { return Ok(()) };
+        let server = self.link.writing(b"{~}").await?;
+        let mut pipeline = redis::pipe();
+        pipeline.ignore_errors();
+        tells.push(&mut pipeline, &record.bytes());
+        let replies = self.acknowledged(&server, Step::Other, pipeline, 0).await?;
+        tells.has(replies.first());
+        Ok(())
+    }
+
+    /// Says that the region is alive, if nobody has said so of late.
+    pub(super) async fn beat(&self, every: Duration) -> Result<(), StoreError> {
+        let Some(tells) = &self.tells else { return Ok(()) };
+        let server = self.link.writing(b"{~}").await?;
+        let mut first = redis::cmd("SET");
+        let most = (every - every / 10).as_millis() as u64;
+        first.arg(format!("{}:beat", tells.stream)).arg(1).arg("NX").arg("PX").arg(most);
+        if self.command::<Value>(&server, Step::Other, &first).await? == Value::Nil {
+            return Ok(());
+        }
+        self.tell(&Record::beat()).await
+    }
+
+    pub(super) fn told(&self) -> Option<String> {
+        self.tells.as_ref()?.last.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether all these groups have acknowledged what was told.
+    pub(super) async fn is_heard(&self, told: &str, groups: &[&str]) -> Result<bool, StoreError> {
+        let Some(tells) = &self.tells else { return Ok(true) };
+        let server = self.link.writing(b"{~}").await?;
+        let mut ask = redis::pipe();
+        ask.ignore_errors().cmd("XINFO").arg("GROUPS").arg(&tells.stream);
+        for group in groups {
+            ask.cmd("XPENDING").arg(&tells.stream).arg(group);
+        }
+        let replies = self.pipeline(&server, Step::Other, &ask).await?;
+        Ok(is_acknowledged(told, groups, &replies))
     }
 
     /// Asks about how many entries each group has.
@@ -411,6 +533,23 @@ impl Remote {
     }
 }
 
+/// Whether groups of readers have acknowledged an entry: by `XINFO GROUPS`, and `XPENDING` of each.
+fn is_acknowledged(told: &str, groups: &[&str], replies: &[Value]) -> bool {
+    type Fields = std::collections::HashMap<String, Value>;
+    let known = replies.first().and_then(|reply| Vec::<Fields>::from_redis_value_ref(reply).ok()).unwrap_or_default();
+    let text = |value: Option<&Value>| value.and_then(|value| String::from_redis_value_ref(value).ok());
+    groups.iter().zip(replies.iter().skip(1)).all(|(group, pending)| {
+        let own = known.iter().find(|fields| text(fields.get("name")).as_deref() == Some(group));
+        let delivered = own.and_then(|fields| text(fields.get("last-delivered-id")));
+        let first = match pending {
+            Value::Array(summary) => text(summary.get(1)),
+            _ => return false,
+        };
+        let told = Id::of(told);
+        delivered.is_some_and(|delivered| Id::of(&delivered) >= told) && first.is_none_or(|first| Id::of(&first) > told)
+    })
+}
+
 /// The tenant of these tags, which is that of all of them.
 fn tenant(tags: &[Tag]) -> &[u8] {
     tags.first().map_or(b"{~}", Tag::tenant)
@@ -547,38 +686,21 @@ impl Store for Remote {
         if fence.is_some() {
             self.link.fence();
         }
-        Box::pin(self.drop_tags(groups, fence))
+        Box::pin(self.drop_tags(groups, fence, self.tells.as_ref()))
     }
 
     fn clear(&self) -> StoreFuture<'_, ()> {
         Box::pin(async move {
-            let slots = self.link.slots();
-            if !slots.is_whole() || !slots.servers().iter().all(|server| server.is_proven()) {
-                return Err(StoreError::away("some of the servers cannot be told"));
+            if self.tells.is_some() {
+                self.tell(&Record::clear()).await?;
             }
-            for server in slots.servers() {
-                self.clear_server(&server).await?;
-            }
-            Ok(())
+            self.clear_here().await
         })
     }
 
     fn fence<'a>(&'a self, groups: &'a [TagGroup], fence: &'a Fence) -> StoreFuture<'a, ()> {
         self.link.fence();
-        Box::pin(async move {
-            for (tenant, tags) in by_tenant(groups) {
-                let server = self.link.writing(tenant).await?;
-                if server.lacks_scripts() {
-                    return Err(StoreError::new("the server knows no EVAL: nothing can be fenced there"));
-                }
-                let mut pipeline = redis::pipe();
-                pipeline.ignore_errors();
-                let tags = tags.into_iter().map(|(_, tag)| tag);
-                self.push_fence(&mut pipeline, &server, tenant, tags, fence, fence.lease);
-                self.acknowledged(&server, Step::Other, pipeline, 0).await?;
-            }
-            Ok(())
-        })
+        Box::pin(self.fence_tags(groups, fence, self.tells.as_ref()))
     }
 
     fn claim<'a>(&'a self, key: &'a Key, lease: Duration) -> StoreFuture<'a, bool> {

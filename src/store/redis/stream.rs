@@ -149,7 +149,7 @@ struct Look {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct Id(u64, u64);
+pub(super) struct Id(u64, u64);
 
 impl StreamReader {
     /// Reads a stream for all processes that name this group, or without one for this process alone, which begins with a gap.
@@ -435,7 +435,7 @@ fn entry(value: Value) -> Option<StreamEntry> {
 
 impl Id {
     /// What is no id is before all others: nothing is proven by it.
-    fn of(id: &str) -> Self {
+    pub(super) fn of(id: &str) -> Self {
         let parsed = id.split_once('-').and_then(|(time, nth)| Some(Self(time.parse().ok()?, nth.parse().ok()?)));
         parsed.unwrap_or(Self(0, 0))
     }
