@@ -29,11 +29,13 @@ local function missed(at, added)
     if fresh and (fresh < 0 or (last == at and fresh > 0)) then return 'the stream is another' end
     if last == at then return false end
     local first = info['first-entry']
+    local function is_gone() return #redis.call('XRANGE', stream, at, at) == 0 end
     if not fresh then
-        local is_gone = #redis.call('XRANGE', stream, at, at) == 0
-        return is_gone and 'the entry that was read last is there no more, so others may have gone unread'
-    elseif first and not less(at, first[1]) then
-        return less(at, info['max-deleted-entry-id']) and 'entries were deleted before they were read'
+        return is_gone() and 'the entry that was read last is there no more, so others may have gone unread'
+    elseif not first or less(at, first[1]) then
+        return info.length ~= fresh and 'entries were trimmed before they were read'
     end
-    return info.length ~= fresh and 'entries were trimmed before they were read'
+    local deleted = info['max-deleted-entry-id']
+    if less(at, deleted) then return 'entries were deleted before they were read' end
+    return deleted ~= at and is_gone() and 'the stream is another'
 end
