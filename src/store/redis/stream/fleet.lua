@@ -16,7 +16,6 @@ local why = not at and 'it is not known how far the stream was read'
     or not own and 'the group is gone'
     or own['last-delivered-id'] ~= at and 'the group was moved'
 if own and own.pending > 0 then pending = redis.call('XPENDING', stream, group)[2] end
-local before = token()
 
 local function claim()
     local claimed = redis.call('XAUTOCLAIM', stream, group, me, 0, '0-0', 'COUNT', ARGV[2])
@@ -30,7 +29,6 @@ local function claim()
         why = 'entries were trimmed before they were acknowledged'
         redis.call('HSET', KEYS[3], 'gap', why)
         place[4] = why
-        before = token()
     end
 end
 
@@ -38,8 +36,10 @@ local function read()
     local found = redis.call('XREADGROUP', 'GROUP', group, me, 'COUNT', ARGV[2], 'STREAMS', stream, '>')
     entries = found and found[1][2] or {}
     if #entries > 0 then
-        redis.call('HSET', KEYS[3], 'at', entries[#entries][1])
-        if place[2] then redis.call('HINCRBY', KEYS[3], 'added', #entries) end
+        place[1] = entries[#entries][1]
+        own['last-delivered-id'] = place[1]
+        redis.call('HSET', KEYS[3], 'at', place[1])
+        if place[2] then place[2] = string.format('%.0f', redis.call('HINCRBY', KEYS[3], 'added', #entries)) end
     end
     -- Nothing is pending but what has just been read.
     if own.consumers > 1 then
@@ -53,4 +53,4 @@ end
 if owner == me and not why and place[3] == ARGV[5] then
     if pending then claim() else read() end
 end
-return {owner == me and 1 or 0, why or false, last, total or false, at, pending, place[3], before, entries}
+return {owner == me and 1 or 0, why or false, last, total or false, at, pending, place[3], token(), entries}
