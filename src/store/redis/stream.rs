@@ -19,7 +19,7 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     address::{Address, CONNECT, config},
     server::Identity,
-    trouble::{HIDDEN, REPLICA, Trouble},
+    trouble::{REPLICA, Trouble},
 };
 use crate::error::ConfigError;
 
@@ -389,8 +389,12 @@ async fn round(of: Arc<Of>, link: Option<MultiplexedConnection>, rest: Rest, ask
     if identity.is_master != Some(true) && identity.reign.is_some() {
         return Err(Trouble::new(REPLICA, "the server is a replica"));
     }
-    let hidden =
-        || Trouble::new(HIDDEN, "the server does not say which it is, so that it may forget entries unnoticed");
+    let hidden = || {
+        Trouble::new(
+            "INFO",
+            "the server does not say which it is, and could forget entries unnoticed: let it answer INFO",
+        )
+    };
     let reign = format!("{:032x}", identity.reign.ok_or_else(hidden)?);
     if let Value::ServerError(error) = &found {
         return Err(error.into());
@@ -426,8 +430,8 @@ fn entry(value: Value) -> Option<StreamEntry> {
     let Value::Array(parts) = value else { return None };
     let [id, Value::Array(parts)] = <[Value; 2]>::try_from(parts).ok()? else { return None };
     let (mut parts, mut fields) = (parts.into_iter(), vec![]);
-    while let (Some(Value::BulkString(name)), value) = (parts.next(), parts.next()) {
-        let Some(Value::BulkString(value)) = value else { return None };
+    while let Some(name) = parts.next() {
+        let (Value::BulkString(name), Value::BulkString(value)) = (name, parts.next()?) else { return None };
         fields.push((name, value));
     }
     Some(StreamEntry { id: read(id)?, fields })
@@ -438,5 +442,80 @@ impl Id {
     pub(super) fn of(id: &str) -> Self {
         let parsed = id.split_once('-').and_then(|(time, nth)| Some(Self(time.parse().ok()?, nth.parse().ok()?)));
         parsed.unwrap_or(Self(0, 0))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reader(beats: bool) -> StreamReader {
+        StreamReader::new("redis://localhost", "{peer}:changes", Some("fleet"), beats).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_is_proven_when_all_that_it_saw_is_acknowledged() {
+        let mut reader = reader(false);
+        let mut proven = async |last, at, pending: Option<u64>| {
+            sleep(Duration::from_secs(1)).await;
+            let asked = Instant::now();
+            reader.prove(asked, Id(last, 0), Id(at, 0), pending.map(|id| Id(id, 0)));
+            reader.proof.take().map(|proof| asked.duration_since(proof).as_secs())
+        };
+        assert_eq!(proven(5, 5, None).await, Some(0));
+        assert_eq!(proven(7, 5, None).await, None, "not read");
+        assert_eq!(proven(8, 7, Some(6)).await, None, "not acknowledged");
+        assert_eq!(proven(9, 8, Some(8)).await, Some(2), "the look that saw 7");
+        assert_eq!(proven(9, 9, Some(9)).await, Some(2), "the one that saw 8");
+        assert_eq!(proven(9, 9, None).await, Some(0));
+        // A reader that lags far behind is proven to do so.
+        for last in 10..500 {
+            assert_eq!(proven(last, 9, None).await, None);
+        }
+        let lag = proven(500, 400, None).await.unwrap();
+        assert!((100..150).contains(&lag), "{lag}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn with_beats_a_look_is_proven_by_what_came_later_only() {
+        let mut reader = reader(true);
+        let mut proven = async |last, at, pending: Option<u64>| {
+            sleep(Duration::from_secs(1)).await;
+            let asked = Instant::now();
+            reader.prove(asked, Id(last, 0), Id(at, 0), pending.map(|id| Id(id, 0)));
+            reader.proof.take().map(|proof| asked.duration_since(proof).as_secs())
+        };
+        for _ in 0..10 {
+            assert_eq!(proven(5, 5, None).await, None, "nobody is heard of");
+        }
+        assert_eq!(proven(6, 5, None).await, None, "it is not read");
+        assert_eq!(proven(6, 6, Some(6)).await, None, "it is not acknowledged");
+        assert_eq!(proven(6, 6, None).await, Some(3), "the last look that saw no more than 5");
+        assert_eq!(proven(6, 6, None).await, None);
+        // In a standby, which sees where the other is.
+        assert_eq!(proven(8, 8, Some(7)).await, None);
+        assert_eq!(proven(9, 8, None).await, Some(2));
+    }
+
+    #[test]
+    fn keys_beside_a_stream_are_in_its_slot() {
+        for (stream, key) in [("a", "{a}:f:place"), ("{a}:b", "{a}:b:f:place")] {
+            assert_eq!(beside(stream, "f", "place"), key);
+        }
+    }
+
+    #[test]
+    fn nonsense_is_no_answer() {
+        let texts = |texts: &[&str]| texts.iter().map(|text| Value::BulkString(text.as_bytes().to_vec())).collect();
+        assert!(
+            entry(Value::Array(vec![Value::SimpleString("1-1".into()), Value::Array(texts(&["a", "b"]))])).is_some()
+        );
+        for parts in [texts(&["a"]), vec![Value::Int(1), Value::Int(2)], vec![Value::Nil, Value::Nil]] {
+            let parts: Vec<Value> = parts;
+            assert!(entry(Value::Array(vec![Value::SimpleString("1-1".into()), Value::Array(parts)])).is_none());
+        }
+        for reply in [Value::Nil, Value::Array(vec![]), Value::Array(vec![Value::Nil; 9])] {
+            assert!(Look::of(reply).is_none());
+        }
     }
 }
