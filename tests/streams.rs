@@ -8,16 +8,21 @@ mod proxy;
 mod redis;
 
 use std::{
+    collections::BTreeSet,
     io::{Read, Write},
     net::TcpStream,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use futures_util::future::join_all;
 use proxy::{Mode, Proxy};
-use redis::{Redis, SERVERS};
+use redis::{Redis, SERVERS, Sentinels};
 use tokio::time::{Instant, sleep, timeout};
-use tower_cache_aside::{EventSource, Received, RedisStream};
+use tower_cache_aside::{Event, EventSource, Received, RedisStream};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const FLEET: Option<&str> = Some("fleet");
@@ -27,6 +32,7 @@ const FROZEN: Duration = Duration::from_secs(3);
 /// A process that reads, and what it was given.
 struct Reader {
     source: RedisStream,
+    events: usize,
     rows: Vec<u64>,
     gaps: Vec<String>,
     proofs: Vec<Instant>,
@@ -44,7 +50,7 @@ impl Reader {
         };
         let source = source.build().unwrap();
         let (rows, gaps, proofs, errors, skipped) = (vec![], vec![], vec![], vec![], vec![]);
-        Self { source, rows, gaps, proofs, errors, skipped, largest: 0 }
+        Self { source, events: 0, rows, gaps, proofs, errors, skipped, largest: 0 }
     }
 
     /// One that has read all there is.
@@ -73,7 +79,9 @@ impl Reader {
     fn keep(&mut self, received: &Received) {
         match received {
             Received::Events(batch) => {
-                self.rows.extend(batch.events().iter().map(|event| event.values("row")[0].parse::<u64>().unwrap()));
+                let row = |event: &Event| event.values("row").first().and_then(|row| row.parse::<u64>().ok());
+                self.rows.extend(batch.events().iter().filter_map(row));
+                self.events += batch.events().len();
                 self.skipped.extend(batch.skipped().iter().cloned());
                 self.largest = self.largest.max(batch.events().len());
             }
@@ -389,4 +397,401 @@ async fn what_is_trimmed_before_it_is_acknowledged_is_a_gap() {
         }
     })
     .await;
+}
+
+/// What becomes of a stream, a group or a server, and whether that matters to one who reads alone.
+const FATES: &[(&str, fn(&mut Redis), bool)] = &[
+    ("DEL", |redis| drop(redis.command(&["DEL", "events"])), true),
+    ("FLUSHALL", |redis| drop(redis.command(&["FLUSHALL"])), true),
+    ("the place is gone", |redis| drop(redis.command(&["DEL", "{events}:fleet:place"])), false),
+    ("XGROUP DESTROY", |redis| drop(redis.command(&["XGROUP", "DESTROY", "events", "fleet"])), false),
+    (
+        "another group of that name",
+        |redis| {
+            redis.command(&["XGROUP", "DESTROY", "events", "fleet"]);
+            redis.command(&["XGROUP", "CREATE", "events", "fleet", "$"]);
+        },
+        false,
+    ),
+    ("XGROUP SETID", |redis| drop(redis.command(&["XGROUP", "SETID", "events", "fleet", "$"])), false),
+    ("a restart", |redis| redis.restart(), true),
+    (
+        "another server",
+        |redis| {
+            redis.kill();
+            *redis = Redis::start_on(redis.port, &[]);
+        },
+        true,
+    ),
+    (
+        "an older stream",
+        |redis| {
+            redis.command(&["EVAL", "redis.call('COPY', KEYS[1], 'old') redis.call('DEL', KEYS[1])", "1", "events"]);
+            redis.command(&["EVAL", "redis.call('XADD', KEYS[1], '1-1', 'name', 'rows') return 1", "1", "events"]);
+        },
+        true,
+    ),
+    (
+        "a demotion and a promotion",
+        |redis| {
+            redis.command(&["REPLICAOF", "127.0.0.1", "1"]);
+            redis.command(&["REPLICAOF", "NO", "ONE"]);
+        },
+        true,
+    ),
+];
+
+#[tokio::test]
+async fn whatever_becomes_of_the_stream_or_its_server_is_a_gap() {
+    let args: [&[&str]; 2] = [&[], &["--appendonly", "yes", "--appendfsync", "always"]];
+    let cases = FATES.iter().flat_map(|fate| args.map(|args| (fate, args)));
+    let cases = cases.flat_map(|case| [(case, FLEET, false), (case, FLEET, true), (case, None, false)]);
+    let cases: Vec<_> = cases.filter(|(((.., alone), _), group, _)| *alone || group.is_some()).collect();
+    for cases in cases.chunks(6) {
+        join_all(cases.iter().map(async |((fate, args), group, is_new)| {
+            let (what, happens, _) = fate;
+            let mut redis = Redis::start(args);
+            add(&redis, 0);
+            let mut reader = Reader::current(&redis.url(), *group).await;
+            if *is_new {
+                drop(reader);
+                reader = Reader::new(&redis.url(), *group);
+            }
+            add(&redis, 1);
+            happens(&mut redis);
+            add(&redis, 2);
+            reader.catch_up().await;
+            assert_eq!(reader.gaps.len(), 1, "{what} {args:?} {group:?} {is_new}: {:?}", reader.gaps);
+            add(&redis, 3);
+            reader.catch_up().await;
+            assert_eq!(reader.gaps.len(), 1, "{what} {args:?} {group:?} {is_new}: {:?}", reader.gaps);
+            assert_eq!(reader.rows.last(), Some(&3), "{what} {args:?} {group:?} {is_new}");
+        }))
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_gap_that_nobody_acknowledges_is_given_again_to_whoever_reads() {
+    let redis = Redis::start(&[]);
+    add(&redis, 0);
+    drop(Reader::current(&redis.url(), FLEET).await);
+    redis.command(&["DEL", "{events}:fleet:place"]);
+    let mut slow = Reader::new(&redis.url(), FLEET);
+    while !matches!(slow.receive().await, Some(Received::Gap(_))) {}
+    assert!(matches!(slow.receive().await, Some(Received::Gap(_))));
+    // Whoever drops for longer than its lease is still believed, unless another was quicker.
+    sleep(FROZEN).await;
+    let mut other = Reader::new(&redis.url(), FLEET);
+    while !matches!(other.receive().await, Some(Received::Gap(_))) {}
+    add(&redis, 1);
+    slow.source.ack().await.unwrap();
+    other.source.ack().await.unwrap();
+    let ((), ()) = tokio::join!(slow.catch_up(), other.catch_up());
+    assert_eq!((other.gaps.len(), other.rows), (1, vec![1]), "what came after the gap is given");
+}
+
+#[tokio::test]
+async fn a_replica_is_an_error_and_no_gap() {
+    let (redis, master) = (Redis::start(&[]), Redis::start(&[]));
+    add(&redis, 0);
+    for group in [FLEET, None] {
+        let mut reader = Reader::current(&redis.url(), group).await;
+        redis.command(&["REPLICAOF", "127.0.0.1", &master.port.to_string()]);
+        reader.until("an error", |r| r.errors.iter().any(|error| error.contains("replica"))).await;
+        assert_eq!(reader.gaps, [""; 0]);
+        let (proofs, errors) = (reader.proofs.len(), reader.errors.len());
+        reader.until("more errors", |r| r.errors.len() > errors + 3).await;
+        assert_eq!(reader.proofs.len(), proofs);
+        redis.command(&["REPLICAOF", "NO", "ONE"]);
+        reader.catch_up().await;
+        assert_eq!(reader.gaps.len(), 1, "it may have lost some meanwhile");
+    }
+}
+
+#[tokio::test]
+async fn a_failover_is_a_gap_after_which_the_new_master_is_read() {
+    let mut sentinels = Sentinels::start();
+    add(&sentinels.master, 0);
+    let mut reader = Reader::current(&sentinels.url(), FLEET).await;
+    sentinels.master.kill();
+    reader.until("a failover", |r| !r.gaps.is_empty()).await;
+    add(&sentinels.replica, 1);
+    reader.catch_up().await;
+    assert_eq!((reader.gaps.len(), reader.rows), (1, vec![1]));
+}
+
+#[tokio::test]
+async fn a_black_hole_is_an_error_proves_nothing_and_loses_nothing() {
+    let redis = Redis::start(&[]);
+    add(&redis, 0);
+    for group in [FLEET, None] {
+        let proxy = Proxy::start(redis.port).await;
+        let mut reader = Reader::current(&proxy.url, group).await;
+        proxy.set(Mode::Swallow);
+        let gone = Instant::now();
+        add_all(&redis, 1..=3);
+        // One that is connected, and one that connects.
+        reader.until("an error", |r| !r.errors.is_empty()).await;
+        reader.until("another error", |r| r.errors.len() > 1).await;
+        assert!(reader.proofs.iter().all(|proof| *proof <= gone), "{:?}", reader.errors);
+        proxy.set(Mode::Pass);
+        reader.catch_up().await;
+        assert_eq!((reader.gaps.len(), reader.sorted()), (0, vec![1, 2, 3]), "{group:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_unacknowledged_answer_is_given_again_after_an_error() {
+    let redis = Redis::start(&[]);
+    add(&redis, 0);
+    for group in [FLEET, None] {
+        let proxy = Proxy::start(redis.port).await;
+        let mut reader = Reader::current(&proxy.url, group).await;
+        add_all(&redis, 1..=3);
+        reader.until_given().await;
+        if group.is_some() {
+            proxy.set(Mode::Cut);
+            assert!(reader.source.ack().await.is_err());
+            proxy.set(Mode::Pass);
+        }
+        reader.rows.clear();
+        reader.until("the same again", |r| r.rows == [1, 2, 3]).await;
+        reader.catch_up().await;
+        assert_eq!(reader.gaps, [""; 0]);
+    }
+}
+
+#[tokio::test]
+async fn a_network_that_cuts_delays_and_holds_loses_nothing() {
+    let redis = Redis::start(&[]);
+    add(&redis, 0);
+    let proxies = [Proxy::start(redis.port).await, Proxy::start(redis.port).await, Proxy::start(redis.port).await];
+    let mut readers = vec![];
+    for (proxy, group) in proxies.iter().zip([FLEET, FLEET, None]) {
+        readers.push(Reader::current(&proxy.url, group).await);
+    }
+    let mode = || match rand::random_range(0..8) {
+        0 | 1 => Mode::Cut,
+        2 | 3 => Mode::CutShort,
+        4 => Mode::Hold,
+        5 => Mode::Delay(Duration::from_millis(30)),
+        _ => Mode::Pass,
+    };
+    let is_over = AtomicBool::new(false);
+    let trouble = async {
+        for row in 1..=300 {
+            add(&redis, row);
+            proxies[rand::random_range(0..3)].set(mode());
+            sleep(Duration::from_millis(rand::random_range(0..60))).await;
+        }
+        proxies.iter().for_each(|proxy| proxy.set(Mode::Pass));
+        is_over.store(true, Ordering::SeqCst);
+    };
+    let reading = join_all(readers.iter_mut().map(async |reader| {
+        while !is_over.load(Ordering::SeqCst) {
+            let _ = timeout(Duration::from_millis(500), reader.step()).await;
+        }
+    }));
+    tokio::join!(trouble, reading);
+    join_all(readers.iter_mut().map(Reader::catch_up)).await;
+    assert!(readers.iter().all(|reader| reader.gaps.is_empty()));
+    assert!(readers.iter().any(|reader| !reader.errors.is_empty()), "the network was too good");
+    let all: Vec<_> = (1..=300).collect();
+    assert_eq!(readers[2].sorted(), all);
+    let others = readers[1].rows.clone();
+    readers[0].rows.extend(others);
+    assert_eq!(readers[0].sorted(), all);
+    assert_eq!(pending(&redis), ":0");
+}
+
+#[tokio::test]
+async fn what_is_no_event_is_counted_and_skipped() {
+    let redis = Redis::start(&[]);
+    add(&redis, 0);
+    let mut reader = Reader::current(&redis.url(), FLEET).await;
+    let kinds: &[(&[&[u8]], &str)] = &[
+        (&[b"event", b""], "JSON"),
+        (&[b"event", b"{\"name\": \"rows\""], "JSON"),
+        (&[b"event", b"[]"], "JSON"),
+        (&[b"event", b"{\"name\": \"rows\", \"other\": 1}"], "JSON"),
+        (&[b"event", b"{\"name\": \"rows\", \"fields\": {\"row\": {}}}"], "JSON"),
+        (&[b"event", b"\xff\xfe"], "JSON"),
+        (&[b"event", b"{\"name\": \"\"}"], "empty"),
+        (&[b"name", b""], "empty"),
+        (&[b"row", b"1"], "neither"),
+        (&[b"", b""], "neither"),
+        (&[b"event", b"{}", b"row", b"1"], "neither"),
+        (&[b"name", b"rows", b"name", b"rows"], "twice"),
+        (&[b"name", b"rows", b"tenant", b"a", b"tenant", b"b"], "twice"),
+        (&[b"name", b"\xff"], "UTF-8"),
+        (&[b"name", b"rows", b"\xff", b"1"], "UTF-8"),
+    ];
+    for (fields, why) in kinds {
+        add_bytes(&redis, fields);
+        reader.catch_up().await;
+        assert!(reader.skipped.pop().is_some_and(|said| said.contains(why)), "{fields:?}");
+    }
+    assert_eq!((reader.events, reader.skipped.len()), (0, 0));
+    let nested = "[".repeat(200_000);
+    add_bytes(&redis, &[b"event", nested.as_bytes()]);
+    let parts: &[&[u8]] = &[b"name", b"event", b"tenant", b"", b"row", b"\r\n", b"\x00", b"\xc3\x28", b"{}", b"\"a\""];
+    for _ in 0..1_000 {
+        let count = 2 * rand::random_range(1..4);
+        let fields: Vec<_> = (0..count).map(|_| parts[rand::random_range(0..parts.len())]).collect();
+        add_bytes(&redis, &fields);
+    }
+    reader.catch_up().await;
+    assert_eq!(reader.events + reader.skipped.len(), 1_001);
+    assert!(reader.events > 0 && reader.skipped.len() > 100);
+    assert_eq!((pending(&redis), reader.gaps), (":0".to_owned(), vec![]));
+}
+
+#[tokio::test]
+async fn a_call_that_is_dropped_has_lost_nothing() {
+    let redis = Redis::start(&[]);
+    add(&redis, 0);
+    for group in [FLEET, None] {
+        let mut reader = Reader::current(&redis.url(), group).await;
+        let start = Instant::now();
+        for row in 1..=300 {
+            add(&redis, row);
+            for _ in 0..rand::random_range(0..4) {
+                let _ = timeout(Duration::from_millis(1), reader.step()).await;
+            }
+        }
+        // It gets somewhere, too.
+        while reader.sorted().len() < 300 {
+            assert!(start.elapsed() < PATIENCE, "{}", reader.rows.len());
+            let _ = timeout(Duration::from_millis(1), reader.step()).await;
+        }
+        reader.catch_up().await;
+        assert_eq!((reader.sorted(), reader.gaps), ((1..=300).collect(), vec![]), "{group:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_proof_never_comes_before_what_was_written_before_it() {
+    let redis = Arc::new(Redis::start(&[]));
+    add(&redis, 0);
+    let proxy = Proxy::start(redis.port).await;
+    proxy.set(Mode::Delay(Duration::from_millis(3)));
+    let is_over = Arc::new(AtomicBool::new(false));
+    let written: Arc<Mutex<Vec<(u64, Instant)>>> = Arc::default();
+    let mut readers = vec![];
+    for (url, group) in [(redis.url(), FLEET), (proxy.url.clone(), FLEET), (proxy.url.clone(), None)] {
+        readers.push((Reader::current(&url, group).await, group.is_some()));
+    }
+    let writer = {
+        let (redis, is_over, written) = (redis.clone(), is_over.clone(), written.clone());
+        tokio::task::spawn_blocking(move || {
+            for row in 1.. {
+                if is_over.load(Ordering::SeqCst) {
+                    return;
+                }
+                add(&redis, row);
+                written.lock().unwrap().push((row, Instant::now()));
+            }
+        })
+    };
+    let fleet: Arc<Mutex<BTreeSet<u64>>> = Arc::default();
+    let reading = readers.into_iter().map(|(mut reader, is_fleet)| {
+        let (written, acknowledged) = (written.clone(), if is_fleet { fleet.clone() } else { Arc::default() });
+        tokio::spawn(async move {
+            // Some of it frozen, so that the lease changes hands.
+            for round in 0..60 {
+                match reader.receive().await {
+                    Some(Received::Events(batch)) => {
+                        let rows = batch.events().iter().map(|event| event.values("row")[0].parse().unwrap());
+                        let rows: Vec<u64> = rows.collect();
+                        if is_fleet && round % 25 == 24 {
+                            sleep(FROZEN).await;
+                        }
+                        acknowledged.lock().unwrap().extend(rows);
+                        reader.source.ack().await.unwrap();
+                    }
+                    Some(Received::Gap(why)) => panic!("{why}"),
+                    Some(Received::Proof(proof)) => {
+                        let written = written.lock().unwrap();
+                        let acknowledged = acknowledged.lock().unwrap();
+                        let before = written.iter().filter(|(_, time)| *time < proof).map(|(row, _)| row);
+                        let missing: Vec<_> = before.filter(|row| !acknowledged.contains(row)).collect();
+                        assert!(missing.is_empty(), "proven, and not acknowledged: {missing:?}");
+                    }
+                    _ => panic!("{:?}", reader.errors),
+                }
+            }
+            reader.proofs.len()
+        })
+    });
+    let proofs: Vec<_> = join_all(reading).await.into_iter().map(Result::unwrap).collect();
+    is_over.store(true, Ordering::SeqCst);
+    writer.await.unwrap();
+    assert!(proofs.iter().all(|proofs| *proofs > 5), "{proofs:?}");
+}
+
+#[tokio::test]
+async fn a_long_stream_is_read_in_bounded_batches() {
+    let redis = Redis::start(&[]);
+    add(&redis, 0);
+    let mut readers = vec![];
+    for group in [FLEET, None] {
+        readers.push(Reader::current(&redis.url(), group).await);
+    }
+    let fill = "for row = 1, 100000 do redis.call('XADD', KEYS[1], '*', 'name', 'rows', 'row', row) end";
+    redis.command(&["EVAL", fill, "1", "events"]);
+    for mut reader in readers {
+        reader.catch_up().await;
+        assert_eq!((reader.largest, reader.gaps.len()), (1_000, 0));
+        assert!(reader.rows.iter().copied().eq(1..=100_000));
+    }
+}
+
+#[tokio::test]
+async fn these_rights_are_enough() {
+    const FOR_ONE: &str = "+info +eval +exists +xinfo +xrange +xread";
+    const FOR_FLEETS: &str =
+        "+xreadgroup +xautoclaim +xpending +xack +xgroup +get +set +pexpire +hmget +hset +hincrby +del";
+    everywhere(async |redis, server| {
+        for (group, rights) in [(None, FOR_ONE.to_owned()), (FLEET, format!("{FOR_ONE} {FOR_FLEETS}"))] {
+            let user = ["ACL", "SETUSER", "reader", "reset", "on", ">secret", "~events", "~{events}:*"];
+            let reply = redis.command(&user.into_iter().chain(rights.split(' ')).collect::<Vec<_>>());
+            assert!(reply.starts_with("+OK"), "{reply}");
+            add(&redis, 0);
+            let url = redis.url().replace("//", "//reader:secret@");
+            drop(Reader::current(&url, group).await);
+            let mut reader = Reader::new(&url, group);
+            reader.catch_up().await;
+            add(&redis, 1);
+            reader.until_given().await;
+            drop(reader);
+            let mut reader = Reader::current(&url, group).await;
+            add(&redis, 2);
+            reader.catch_up().await;
+            assert_eq!((reader.rows.last(), &reader.errors[..]), (Some(&2), &[][..]), "{server} {group:?}");
+        }
+    })
+    .await;
+}
+
+#[test]
+fn what_cannot_work_is_refused() {
+    for (url, stream, group, says) in [
+        ("nonsense", "events", None, "Redis address"),
+        ("redis://localhost", "", None, "a stream has no name"),
+        ("redis://localhost", "events", Some(""), "its group has no name"),
+        ("redis+cluster://localhost", "events", None, "from one server"),
+    ] {
+        let builder = RedisStream::builder(url, stream);
+        let builder = group.into_iter().fold(builder, |builder, group: &str| builder.group(group));
+        let error = builder.build().unwrap_err().to_string();
+        assert!(error.contains(says), "{error}");
+    }
+    let error = RedisStream::builder("redis://localhost", "events").name("").build().unwrap_err();
+    assert!(error.to_string().contains("its source has no name"));
+    let source = RedisStream::builder("redis://user:secret@localhost", "events");
+    assert!(!format!("{source:?}").contains("secret"));
+    let source = source.group("fleet").build().unwrap();
+    assert_eq!(source.name(), "redis:events");
+    assert!(!format!("{source:?}").contains("secret"));
 }
