@@ -18,7 +18,7 @@ use std::{
 pub const GONE: u64 = u64::MAX;
 
 /// At most how long a process may lag behind what it was told.
-const MOST_LAG: Duration = Duration::from_secs(1);
+const MOST_LAG: Duration = Duration::from_secs(10);
 
 /// Findings that are kept; all are counted.
 const KEPT: usize = 20;
@@ -30,6 +30,9 @@ pub struct Life {
     number: u64,
     /// For how long it may serve what was written over elsewhere: the tier that answers without asking.
     lag: Duration,
+    region: u64,
+    /// For how long it may serve what was written over in another region.
+    abroad: Duration,
     ending: AtomicBool,
     /// What it acknowledged and has not told the others yet.
     untold: Mutex<Vec<Arc<Ack>>>,
@@ -39,6 +42,7 @@ pub struct Life {
 struct Ack {
     version: u64,
     by: u64,
+    region: u64,
     at: Instant,
     /// Since when every process has to know.
     told: OnceLock<Instant>,
@@ -46,10 +50,15 @@ struct Ack {
 
 impl Life {
     pub fn new(name: String, lag: Duration) -> Arc<Self> {
+        Self::of_region(name, lag, (0, Duration::ZERO))
+    }
+
+    /// In a region, which hears within so long what others write.
+    pub fn of_region(name: String, lag: Duration, (region, abroad): (u64, Duration)) -> Arc<Self> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        assert!(lag <= MOST_LAG);
+        assert!(lag.max(abroad) <= MOST_LAG);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Self { name, number, lag, ending: AtomicBool::new(false), untold: Mutex::default() })
+        Arc::new(Self { name, number, lag, region, abroad, ending: AtomicBool::new(false), untold: Mutex::default() })
     }
 
     /// It is about to be killed: from now on requests to it may fail.
@@ -97,7 +106,7 @@ impl Register {
     /// A write was acknowledged by this process; `is_told` unless that said that others might not know.
     pub fn acknowledge(&self, version: u64, by: &Life, is_told: bool) {
         let at = Instant::now();
-        let ack = Arc::new(Ack { version, by: by.number, at, told: OnceLock::new() });
+        let ack = Arc::new(Ack { version, by: by.number, region: by.region, at, told: OnceLock::new() });
         let mut acks = self.acks.lock().unwrap();
         // Before it counts as acknowledged, it is among those that are not told.
         if is_told {
@@ -116,8 +125,9 @@ impl Register {
     pub fn floor(&self, reader: &Life) -> u64 {
         let now = Instant::now();
         let acks = self.acks.lock().unwrap();
+        let lag = |ack: &Ack| if ack.region == reader.region { reader.lag } else { reader.abroad };
         let counts =
-            |ack: &&Arc<Ack>| ack.by == reader.number || ack.told.get().is_some_and(|told| *told + reader.lag <= now);
+            |ack: &&Arc<Ack>| ack.by == reader.number || ack.told.get().is_some_and(|told| *told + lag(ack) <= now);
         acks.recent.iter().filter(counts).map(|ack| ack.version).max().unwrap_or(0).max(acks.base)
     }
 

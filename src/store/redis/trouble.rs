@@ -55,7 +55,9 @@ impl Trouble {
             "NOREPLICAS" => "too few replicas follow: bring them back, or lower min-replicas-to-write",
             "MISCONF" => "it cannot save to disk: make room there, or set stop-writes-on-bgsave-error to no",
             "OOM" => "its memory is full: raise maxmemory, or set maxmemory-policy to allkeys-lru",
-            "NOPERM" => "the user lacks a right: docs/redis.md has the ACL that is needed, docs/events.md that of streams",
+            "NOPERM" => {
+                "the user lacks a right: docs/redis.md has the ACL that is needed, docs/events.md that of streams"
+            }
             "NOAUTH" | "WRONGPASS" => "check user and password in the address",
             "MOVED" | "ASK" | "CROSSSLOT" | "CLUSTER" => "it is a node of a cluster: write redis+cluster://host:port",
             "CLUSTERDOWN" | "TRYAGAIN" => "the cluster is changing: wait",

@@ -119,6 +119,7 @@ pub(super) struct Peer {
 struct Known {
     /// Everything that it had dropped before is dropped here.
     proven: Option<Instant>,
+    has_begun: bool,
     trouble: Option<String>,
 }
 
@@ -132,6 +133,7 @@ impl Peer {
         if known.trouble.take().is_some() {
             tracing::info!(region = self.name, "the region is heard again");
         }
+        known.has_begun = true;
         known.proven = known.proven.max(Some(at));
     }
 
@@ -145,9 +147,18 @@ impl Peer {
 
     fn tear(&self, why: &str) {
         self.torn.store(true, Ordering::Release);
-        self.known().proven = None;
+        let mut known = self.known();
+        known.proven = None;
         self.gaps.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(region = self.name, why, "what a region drops may have been missed: everything is dropped");
+        match std::mem::replace(&mut known.has_begun, true) {
+            // Nothing was missed that was promised.
+            false => tracing::info!(region = self.name, why, "a region is followed: everything is dropped"),
+            true => tracing::warn!(
+                region = self.name,
+                why,
+                "what a region drops may have been missed: everything is dropped"
+            ),
+        }
     }
 
     fn mend(&self) {
@@ -156,6 +167,11 @@ impl Peer {
 
     fn count(&self, more: u64) {
         self.dropped.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// By whom is held what it drops: the same in all processes, and nobody else.
+    fn writer(&self) -> u128 {
+        (1 << 64) | u128::from(crc32fast::hash(self.name.as_bytes()))
     }
 
     fn behind(&self) -> Duration {

@@ -12,7 +12,7 @@ use super::{
     Peer, Shared,
     record::{FIELD, Kind, Record},
 };
-use crate::store::{Fence, StoreError, StreamEntry, StreamRead, StreamReader, TagGroup};
+use crate::store::{Fence, Store, StoreError, StreamEntry, StreamRead, StreamReader, TagGroup};
 
 /// A peer whose stream says nothing for so long is asked anew.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -34,6 +34,9 @@ enum Step {
 /// Follows a peer's stream for as long as there is the store.
 pub(super) async fn relay(shared: Weak<Shared>, peer: Arc<Peer>, mut reader: StreamReader) {
     let mut relay = Relay { shared, peer, pause: PAUSES.0 };
+    if relay.connects().await.is_err() {
+        return;
+    }
     while relay.round(&mut reader).await.is_ok() {}
 }
 
@@ -44,6 +47,14 @@ struct Relay {
 }
 
 impl Relay {
+    /// Before its own region's store is there, there is nothing to be done.
+    async fn connects(&self) -> Result<(), Gone> {
+        while !self.shared()?.local.health().takes_invalidations() {
+            sleep(PAUSES.0).await;
+        }
+        Ok(())
+    }
+
     async fn round(&mut self, reader: &mut StreamReader) -> Result<(), Gone> {
         let read = timeout(SILENCE, reader.next()).await;
         self.shared()?;
@@ -89,7 +100,7 @@ impl Relay {
 
     async fn take(&mut self, entries: Vec<StreamEntry>) -> Result<(), Gone> {
         let hold = self.shared()?.hold;
-        for step in steps(&entries, hold) {
+        for step in steps(&entries, self.peer.writer(), hold) {
             if matches!(step, Step::Everything) {
                 self.peer.tear("it has dropped everything, or says what is not understood here");
             }
@@ -119,8 +130,9 @@ impl Relay {
     }
 }
 
-/// In their order; drops of one kind that follow each other are one. What is not understood is everything.
-fn steps(entries: &[StreamEntry], hold: Duration) -> Vec<Step> {
+/// In their order; drops of one kind that follow each other are one. What is not understood is everything. `own` is who holds what
+/// was not fenced there.
+fn steps(entries: &[StreamEntry], own: u128, hold: Duration) -> Vec<Step> {
     let mut steps: Vec<Step> = vec![];
     for entry in entries {
         let record = match &entry.fields[..] {
@@ -132,6 +144,8 @@ fn steps(entries: &[StreamEntry], hold: Duration) -> Vec<Step> {
             continue;
         };
         let group = TagGroup::new("region", tags);
+        // What nobody fenced is held for nobody else to lift.
+        let writer = if writer == Fence::NOBODY.writer { own } else { writer };
         match kind {
             Kind::Beat => {}
             Kind::Clear => steps.push(Step::Everything),
