@@ -24,7 +24,7 @@ use tower_cache_aside::{
     Cache, DataType, Key, Source, Tag, Tier, Ttl,
     store::{
         Clocks, Entry, Exchange, Fence, Generation, Guard, Inquiry, Lookup, Mark, MemcachedStore, MemoryStore, Millis,
-        Opened, RedisStore, Search, Store, StoreError, StoreFuture, StoredResponse, TagGroup, conformance,
+        Opened, RedisStore, Regional, Search, Store, StoreError, StoreFuture, StoredResponse, TagGroup, conformance,
     },
     testing::Faulty,
 };
@@ -75,7 +75,7 @@ enum Sabotage {
 use Sabotage::*;
 
 /// Each with a rule that it breaks.
-const SABOTAGES: [(Sabotage, &str); 28] = [
+const SABOTAGES: [(Sabotage, &str); 29] = [
     (NeverHits, "it_hits"),
     (DroppedComesBack, "a_dropped_generation_never_comes_back"),
     (FixedGeneration, "a_dropped_generation_never_comes_back"),
@@ -370,6 +370,27 @@ async fn redis_does_without_a_tier_in_process() {
 async fn a_cluster_of_redis_does() {
     let cluster = RedisCluster::start();
     conformance::check(async || redis_store(cluster.url(), 64 << 20)).await;
+}
+
+/// A region does what its Redis does; and another region hears of it meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_region_does() {
+    let servers = [Redis::start(&[]), Redis::start(&[])];
+    let region = |at: usize| {
+        let redis = RedisStore::builder([servers[at].url()]).settle(Duration::ZERO);
+        let redis = redis.budget(Duration::from_secs(5)).invalidate_budget(Duration::from_secs(5));
+        let names = ["eu", "us"];
+        Regional::builder(names[at]).peer(names[1 - at], servers[1 - at].url()).build(redis).unwrap()
+    };
+    let other = region(1);
+    other.health();
+    conformance::check(async || region(0)).await;
+    let start = std::time::Instant::now();
+    while other.usage().regions[0].behind.is_none() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", other.usage());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(other.usage().regions[0].dropped > 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -88,12 +88,17 @@ impl EventSource for RedisStream {
 
     fn next(&mut self) -> SourceFuture<'_, Received> {
         Box::pin(async move {
-            let read = self.reader.next().await.map_err(|trouble| SourceError::new(trouble.to_string()))?;
-            Ok(match read {
-                StreamRead::Entries(entries) => Received::Events(batch(entries)),
-                StreamRead::Gap(why) => Received::Gap(why),
-                StreamRead::Proof(time) => Received::Proof(time),
-            })
+            loop {
+                return Ok(
+                    match self.reader.next().await.map_err(|trouble| SourceError::new(trouble.to_string()))? {
+                        StreamRead::Entries(entries) => Received::Events(batch(entries)),
+                        StreamRead::Gap(why) => Received::Gap(why),
+                        StreamRead::Proof(time) => Received::Proof(time),
+                        // The store is common: what another process does there is done for this one, too.
+                        StreamRead::Torn(_) => continue,
+                    },
+                );
+            }
         })
     }
 

@@ -9,7 +9,7 @@
 //! | `prefix:c:service{tenant}:…` | about which entries were filled under a tag (a HyperLogLog), for the report |
 //! | `prefix:f:service{tenant}:…` | who fences a tag, and until when (a sorted set) |
 //! | `prefix:l:service{tenant}:…` | that some process is loading an entry |
-//! | `prefix:n:service{*}:…` | what the fleet has to remember: how far a source of events was read |
+//! | `prefix:n:{*}:…` | what the fleet has to remember: how far a source of events was read |
 //! | `prefix:r:{region}` | what a region tells the others (a stream), and beside it who follows it |
 //! | `prefix:s:service{*}` | what the processes of the fleet say of themselves (a hash) |
 //!
@@ -789,18 +789,18 @@ impl Store for Remote {
 
     fn note<'a>(&'a self, name: &'a str, note: &'a [u8]) -> StoreFuture<'a, ()> {
         Box::pin(async move {
-            let server = self.link.writing(name.as_bytes()).await?;
+            let server = self.link.writing(b"{*}").await?;
             let mut set = redis::cmd("SET");
-            set.arg(self.name("n:", name.as_bytes())).arg(note).arg("PX").arg(NOTED.as_millis() as u64);
+            set.arg(self.name("n:{*}:", name.as_bytes())).arg(note).arg("PX").arg(NOTED.as_millis() as u64);
             self.command(&server, Step::Other, &set).await
         })
     }
 
     fn noted<'a>(&'a self, name: &'a str) -> StoreFuture<'a, Option<Vec<u8>>> {
         Box::pin(async move {
-            let server = self.link.writing(name.as_bytes()).await?;
+            let server = self.link.writing(b"{*}").await?;
             let mut get = redis::cmd("GET");
-            get.arg(self.name("n:", name.as_bytes()));
+            get.arg(self.name("n:{*}:", name.as_bytes()));
             self.command(&server, Step::Other, &get).await
         })
     }

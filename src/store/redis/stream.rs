@@ -71,6 +71,8 @@ pub(crate) enum StreamRead {
     Entries(Vec<StreamEntry>),
     /// Why entries may have been missed; to be acknowledged.
     Gap(String),
+    /// The same, and another process is the one that has to do something about it.
+    Torn(String),
     /// All that was written before this time is acknowledged, by whoever reads.
     Proof(Instant),
 }
@@ -230,7 +232,7 @@ impl StreamReader {
             self.given = Given::Nothing;
             self.rest = if look.reads { Rest::Not } else { Rest::Sleep };
             if !look.reads {
-                return None;
+                return why.map(StreamRead::Torn);
             }
             self.given = Given::Gap { place: Place { reign, at: look.last, added: look.added }, token: look.token };
             return Some(StreamRead::Gap(why.unwrap_or_default()));

@@ -145,10 +145,14 @@ impl Peer {
         known.trouble = Some(why);
     }
 
-    fn tear(&self, why: &str) {
+    /// What it drops may have been missed; whether this process is the one that drops everything then.
+    fn tear(&self, why: &str, is_ours: bool) {
         self.torn.store(true, Ordering::Release);
         let mut known = self.known();
         known.proven = None;
+        if !is_ours {
+            return;
+        }
         self.gaps.fetch_add(1, Ordering::Relaxed);
         match std::mem::replace(&mut known.has_begun, true) {
             // Nothing was missed that was promised.
@@ -217,7 +221,7 @@ impl Regional {
     }
 
     /// Those of others stand, also where nobody fences here: what is held for replicas is.
-    fn fence<'a>(fence: Option<&'a Fence>) -> Option<&'a Fence> {
+    fn fence(fence: Option<&Fence>) -> Option<&Fence> {
         fence.or(Some(&Fence::NOBODY))
     }
 

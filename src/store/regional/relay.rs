@@ -63,7 +63,12 @@ impl Relay {
             Ok(Err(trouble)) => return self.fails(trouble.to_string()).await,
             Ok(Ok(StreamRead::Proof(at))) => {
                 self.pause = PAUSES.0;
+                self.peer.mend();
                 self.peer.prove(at);
+                return Ok(());
+            }
+            Ok(Ok(StreamRead::Torn(why))) => {
+                self.peer.tear(&why, false);
                 return Ok(());
             }
             Ok(Ok(StreamRead::Gap(why))) => self.all_of_it(&why).await,
@@ -94,7 +99,7 @@ impl Relay {
 
     /// Something may have been missed: nothing is read until everything is dropped.
     async fn all_of_it(&mut self, why: &str) -> Result<(), Gone> {
-        self.peer.tear(why);
+        self.peer.tear(why, true);
         self.until(&Step::Everything).await
     }
 
@@ -102,7 +107,7 @@ impl Relay {
         let hold = self.shared()?.hold;
         for step in steps(&entries, self.peer.writer(), hold) {
             if matches!(step, Step::Everything) {
-                self.peer.tear("it has dropped everything, or says what is not understood here");
+                self.peer.tear("it has dropped everything, or says what is not understood here", true);
             }
             self.until(&step).await?;
             self.peer.count(1);
