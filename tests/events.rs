@@ -1,6 +1,8 @@
 //! Events from outside: which policy reads one, what it drops, and what becomes of one that makes no sense.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/redis.rs"]
+mod redis;
 mod support;
 #[path = "support/web.rs"]
 mod web;
@@ -250,4 +252,46 @@ async fn the_agent_service_hears_of_rows_that_others_have_changed() {
     post(json!({"name": "agents", "tenant": "demo", "fields": {"id": "agent-1"}})).await;
     let because = admin.get(path).await.json()["because"].to_string();
     assert!(because.contains("event agents"), "{because}");
+}
+
+/// A stream of Redis that others write to: by each process for itself, or by one of a fleet.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_agent_service_follows_a_stream() {
+    let (streams, store) = (redis::Redis::start(&[]), redis::Redis::start(&[]));
+    let events = format!("{}/changes", streams.url());
+    for more in [&[][..], &["--redis", &store.url()]] {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("agents.db");
+        let args = [
+            &["--db", file.to_str().unwrap(), "--events", &events, "--max-lag-ms", "5000", "--admin-token", "secret"],
+            more,
+        ]
+        .concat();
+        let services = [support::Service::start(&args), support::Service::start(&args)];
+        let clients = services.each_ref().map(|service| support::Http::new(&service.url, "demo"));
+        let database = rusqlite::Connection::open(&file).unwrap();
+        database.busy_timeout(std::time::Duration::from_secs(5)).unwrap();
+        for name in ["a", "b", "c"] {
+            for client in &clients {
+                support::until_hit(client, "/agents/agent-1").await;
+            }
+            database.execute("UPDATE agents SET name = ?1 WHERE id = 'agent-1'", [name]).unwrap();
+            streams.command(&["XADD", "changes", "*", "name", "agents", "tenant", "demo", "id", "agent-1"]);
+            for client in &clients {
+                let start = std::time::Instant::now();
+                while client.get("/agents/agent-1").await.json()["name"] != name {
+                    assert!(start.elapsed() < std::time::Duration::from_secs(20), "{name} is not heard of");
+                    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                }
+            }
+        }
+        let mut applied = vec![];
+        for service in &services {
+            let admin = support::Http::anonymous(&service.url).with("authorization", "Bearer secret");
+            let stats = admin.get("/_cache/api/stats").await.json();
+            applied.push(stats["sources"]["redis:changes"]["applied"].as_u64().unwrap());
+        }
+        applied.sort_unstable();
+        assert_eq!(applied, if more.is_empty() { [3, 3] } else { [0, 3] });
+    }
 }

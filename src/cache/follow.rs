@@ -250,6 +250,11 @@ impl Follower {
                 tracing::warn!(source = self.state.name, why, "events may have been missed: everything is dropped")
             }
         }
+        // Who starts is not connected yet; and while the store is down nothing is read from it.
+        while !self.core()?.engine.health().takes_invalidations() {
+            self.state.trouble(Some("the store is down, and cannot be told of a gap".to_owned()));
+            sleep(PAUSES.0).await;
+        }
         let what = format!("gap in {}", self.state.name);
         loop {
             let cleared = self.core()?.clear(&Blame { by: By::Event, what: &what, tenant: None }).await;
