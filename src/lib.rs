@@ -165,6 +165,10 @@ pub mod docs {
     #[doc = include_str!("../docs/redis.md")]
     pub mod redis {}
 
+    #[cfg(feature = "redis")]
+    #[doc = include_str!("../docs/regions.md")]
+    pub mod regions {}
+
     #[doc = include_str!("../docs/security.md")]
     pub mod security {}
 
