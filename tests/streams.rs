@@ -201,6 +201,7 @@ async fn events_arrive_on_every_server_and_are_acknowledged() {
 #[tokio::test]
 async fn both_forms_of_an_entry_are_the_same_event() {
     let redis = Redis::start(&[]);
+    add(&redis, 0);
     let mut reader = Reader::current(&redis.url(), FLEET).await;
     let json = br#"{"name": "rows", "tenant": "acme", "fields": {"row": ["1", "2"], "op": "update"}}"#;
     add_bytes(&redis, &[b"event", json]);
@@ -242,6 +243,7 @@ async fn what_a_dead_reader_left_is_given_to_the_next_in_order() {
 #[tokio::test]
 async fn one_reads_and_the_other_proves() {
     let redis = Redis::start(&[]);
+    add(&redis, 0);
     let mut reads = Reader::current(&redis.url(), FLEET).await;
     let mut stands_by = Reader::new(&redis.url(), FLEET);
     for row in 0..5 {
@@ -268,6 +270,7 @@ async fn one_reads_and_the_other_proves() {
 async fn a_reader_that_freezes_is_taken_over_from_and_wakes_up_as_the_standby() {
     let redis = Redis::start(&[]);
     for waits in [true, false] {
+        add(&redis, 0);
         let mut frozen = Reader::current(&redis.url(), FLEET).await;
         let mut other = Reader::new(&redis.url(), FLEET);
         if waits {
@@ -387,6 +390,10 @@ async fn what_is_trimmed_before_it_is_acknowledged_is_a_gap() {
             dead.until_given().await;
             drop(dead);
             redis.command(&lose);
+            // Redis 7 forgets with the first claim that anything was pending.
+            let mut dead = Reader::new(&redis.url(), FLEET);
+            while !matches!(dead.receive().await, Some(Received::Gap(_))) {}
+            drop(dead);
             let mut next = Reader::new(&redis.url(), FLEET);
             next.catch_up().await;
             assert_eq!(next.gaps.len(), 1, "{server:?} {lose:?}");
@@ -724,9 +731,10 @@ async fn a_proof_never_comes_before_what_was_written_before_it() {
             reader.proofs.len()
         })
     });
-    let proofs: Vec<_> = join_all(reading).await.into_iter().map(Result::unwrap).collect();
+    let proofs = join_all(reading).await;
     is_over.store(true, Ordering::SeqCst);
     writer.await.unwrap();
+    let proofs: Vec<_> = proofs.into_iter().map(Result::unwrap).collect();
     assert!(proofs.iter().all(|proofs| *proofs > 5), "{proofs:?}");
 }
 
