@@ -301,8 +301,10 @@ async fn a_reader_that_freezes_is_taken_over_from_and_wakes_up_as_the_standby() 
     }
 }
 
+type Loses = fn(&Redis, &[String]);
+
 /// How a stream loses entries that nobody has read, and whether only servers that count notice.
-const LOSSES: &[(&str, fn(&Redis, &[String]), bool)] = &[
+const LOSSES: &[(&str, Loses, bool)] = &[
     ("XTRIM", |redis, _| drop(redis.command(&["XTRIM", "events", "MAXLEN", "1"])), false),
     ("XTRIM all", |redis, _| drop(redis.command(&["XTRIM", "events", "MAXLEN", "0"])), false),
     ("XTRIM MINID", |redis, ids| drop(redis.command(&["XTRIM", "events", "MINID", &ids[2]])), false),
@@ -408,8 +410,10 @@ async fn what_is_trimmed_before_it_is_acknowledged_is_a_gap() {
     .await;
 }
 
+type Happens = fn(&mut Redis);
+
 /// What becomes of a stream, a group or a server, and whether that matters to one who reads alone.
-const FATES: &[(&str, fn(&mut Redis), bool)] = &[
+const FATES: &[(&str, Happens, bool)] = &[
     ("DEL", |redis| drop(redis.command(&["DEL", "events"])), true),
     ("FLUSHALL", |redis| drop(redis.command(&["FLUSHALL"])), true),
     ("the place is gone", |redis| drop(redis.command(&["DEL", "{events}:fleet:place"])), false),
@@ -722,7 +726,10 @@ async fn a_proof_never_comes_before_what_was_written_before_it() {
         let (written, acknowledged) = (written.clone(), if is_fleet { fleet.clone() } else { Arc::default() });
         tokio::spawn(async move {
             // Some of it frozen, so that the lease changes hands.
-            for round in 0..60 {
+            for round in 0.. {
+                if round >= 60 && reader.proofs.len() > 5 {
+                    break;
+                }
                 match reader.receive().await {
                     Some(Received::Events(batch)) => {
                         let rows = batch.events().iter().map(|event| event.values("row")[0].parse().unwrap());
@@ -744,14 +751,12 @@ async fn a_proof_never_comes_before_what_was_written_before_it() {
                     _ => panic!("{:?}", reader.errors),
                 }
             }
-            reader.proofs.len()
         })
     });
-    let proofs = join_all(reading).await;
+    let read = join_all(reading).await;
     is_over.store(true, Ordering::SeqCst);
     writer.await.unwrap();
-    let proofs: Vec<_> = proofs.into_iter().map(Result::unwrap).collect();
-    assert!(proofs.iter().all(|proofs| *proofs > 5), "{proofs:?}");
+    read.into_iter().for_each(Result::unwrap);
 }
 
 #[tokio::test]
