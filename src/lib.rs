@@ -71,6 +71,7 @@
 //! - `stats`: `Cache::stats`, alerts and the audit.
 //! - `metrics`: the same through the `metrics` facade.
 //! - `admin`: an API and a page to look at the cache, to explain and to purge.
+//! - `warm`: `Cache::warm`, which loads what is popular before it is asked for.
 //! - `testing`: `testing`, for tests of your own mapping: a twin without a cache, a clock and a store that can be told;
 //!   `store::conformance`, for stores of your own.
 //! - `lz4`: compress large bodies of entries that leave the process.
@@ -105,6 +106,8 @@ mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod units;
+#[cfg(feature = "warm")]
+mod warm;
 
 #[cfg(feature = "admin")]
 pub use admin::{Admin, AdminBody, AdminService};
@@ -128,13 +131,17 @@ pub use layer::{
 #[cfg(feature = "grpc")]
 pub use layer::{Grpc, GrpcLayer, GrpcResponseBody};
 #[cfg(feature = "stats")]
-pub use observe::{Alert, AlertRules, Quantiles, Sent, Series, Sizes, SourceStats, Stats, StoreStats, TypeStats};
+pub use observe::{
+    Alert, AlertRules, MemoryStats, Popular, Quantiles, Sent, Series, Sizes, SourceStats, Stats, StoreStats, TypeStats,
+};
 #[cfg(feature = "metrics")]
 pub use observe::{DURATION_BUCKETS, SIZE_BUCKETS};
 pub use observe::{FoundIn, Handling, Outcome};
 pub use route::{BodyKey, Credentials, Hosts, Mutation, OnUnmapped, Query, Route};
 #[cfg(feature = "grpc")]
 pub use route::{GrpcMethod, GrpcTarget};
+#[cfg(feature = "warm")]
+pub use warm::{Warm, Warming};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

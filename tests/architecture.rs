@@ -21,9 +21,10 @@ const ROOMS: &[(&str, &[&str])] = &[
         "lib",
         &[
             "admin", "cache", "config", "events", "layer", "http", "observe", "route", "engine", "store", "catalog",
-            "key", "error", "testing", "clock",
+            "key", "error", "testing", "clock", "warm",
         ],
     ),
+    ("warm", &["cache", "layer", "observe", "store", "clock", "error"]),
     ("admin", &["cache", "events", "layer", "http", "engine", "observe", "route", "store", "catalog", "key", "error"]),
     ("testing", &["cache", "http", "observe", "route", "store", "catalog", "key", "clock"]),
     (

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
-use axum::{Router, middleware, response::Response};
+use axum::{Router, body::Body, middleware, response::Response};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tower_cache_aside::{
-    Admin, Cache, CacheTags, Coalesce as Reach, Config, DURATION_BUCKETS, RedisStream, SIZE_BUCKETS, Tier,
+    Admin, Cache, CacheTags, Coalesce as Reach, Config, DURATION_BUCKETS, RedisStream, SIZE_BUCKETS, Tier, Warm,
+    Warming,
     store::{MemcachedStore, RedisStore, Regional},
 };
 
@@ -23,9 +24,6 @@ const MEMORY: u64 = 64 << 20;
 
 /// The cache; an error is a mistake in the configuration.
 pub fn cache(args: &Args, db: Database) -> Result<Cache, String> {
-    if args.warm {
-        return Err("--warm on: not built yet".to_owned());
-    }
     let (name, text) = match &args.config {
         None => ("the built-in catalogue".to_owned(), AGENTS.to_owned()),
         Some(path) => {
@@ -122,6 +120,21 @@ pub fn follow(args: &Args, cache: &Cache, db: &Database) -> Result<(), String> {
 pub fn apply(router: Router, cache: &Cache) -> Router {
     let router = router.layer(middleware::map_response(declare_agent));
     router.layer(cache.layer()).layer(cache.invalidate_layer())
+}
+
+/// Keeps what is popular warm: asks it of the application, cache and all, before anybody does. Without a shared store the list is kept
+/// beside the database.
+pub fn warm(app: &Router, args: &Args, cache: &Cache) -> Result<Option<Warming>, String> {
+    if !args.warm {
+        return Ok(None);
+    }
+    let mut warm = Warm::new();
+    if let (Some(db), true, true) = (&args.db, args.redis.is_empty(), args.memcached.is_empty()) {
+        let mut list = db.clone().into_os_string();
+        list.push(".popular");
+        warm = warm.file(list);
+    }
+    cache.warm(app.clone().into_service(), Body::from, warm).map(Some).map_err(|e| format!("--warm: {e}"))
 }
 
 /// The service for those who look after the cache: beside the application, not inside its layers.

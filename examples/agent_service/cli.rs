@@ -33,7 +33,7 @@ Usage: agent_service [FLAGS]
     [--admin-token TOKEN]          # turns the /_cache endpoints on; without it they answer 404
     [--metrics-tenants N]          # how many tenants have a label of their own, default 0 (no tenant label)
     [--seed-agents N]              # inserts N sample agents for tenant \"demo\", default 10
-    [--warm on|off]                # pre-warm popular entries at start and periodically, default off
+    [--warm on|off]                # popular entries are loaded at start, before they expire and after writes; default off
     [--check]                      # prints what each write drops and what drops each route, and ends; mistakes end it with 2
     [--help]                       # prints this
 ";

@@ -64,6 +64,7 @@ async fn run() -> Result<(), String> {
     let store_state: routes::StoreState =
         Arc::new(move || if health.health() == Health::Ok { "ok" } else { "degraded" });
     let app = caching::apply(routes::router(db, store_state, metrics), &cache);
+    let warming = caching::warm(&app, &args, &cache)?;
     let app = caching::admin(app, &args, &cache)?;
 
     let unusable = |e| format!("--listen: cannot listen on {}: {e}", args.listen);
@@ -90,6 +91,10 @@ async fn run() -> Result<(), String> {
         served = server => served.map_err(|e| format!("the server failed: {e}"))?,
         // An endless response must not keep the process alive.
         () = async { let _ = drained.changed().await; tokio::time::sleep(GRACE).await } => {}
+    }
+    // For the process that is started next.
+    if let Some(warming) = warming {
+        let _ = tokio::time::timeout(GRACE, warming.save()).await;
     }
     // What the shared store has not been told is told now, or never.
     let undelivered = cache.drain(GRACE).await.undelivered;

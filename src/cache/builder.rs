@@ -400,6 +400,7 @@ impl CacheBuilder {
             catalogue.known(),
             (self.alerts.clone(), self.metrics_tenants),
             catalogue.names(),
+            if store.is_shared() { 0 } else { store.usage().capacity },
         );
         #[cfg(not(feature = "stats"))]
         let observer = Observer;
@@ -441,6 +442,8 @@ impl CacheBuilder {
             #[cfg(feature = "stats")]
             auditor,
             on_invalidated,
+            #[cfg(feature = "warm")]
+            sampler: std::sync::OnceLock::new(),
         };
         core.check_events()?;
         let cache = Cache(Arc::new(core));

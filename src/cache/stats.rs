@@ -1,7 +1,7 @@
 //! What a cache has done, and the task that looks after it: alerts, the series, the fleet, metrics.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{PoisonError, Weak},
     time::{Duration, Instant},
 };
@@ -12,6 +12,8 @@ use tokio::{
 };
 
 use super::Cache;
+#[cfg(feature = "warm")]
+use crate::observe::{name_of, shortened};
 use crate::{
     events::{BECAME, Followed},
     layer::Core,
@@ -76,6 +78,8 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
         health,
         journal: usage.journal_tags,
         sources,
+        warmed: warmed(core),
+        popular: popular(core),
         overdue: core.engine.overdue(),
         store_errors: usage.errors.into_iter().map(|(kind, count)| (kind.to_owned(), count)).collect(),
         evictions: usage.evictions,
@@ -90,6 +94,30 @@ pub(crate) fn snapshot(core: &Core) -> Snapshot {
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(feature = "warm")]
+fn warmed(core: &Core) -> BTreeMap<String, u64> {
+    let loaded =
+        core.sampler.get().map(|sampler| sampler.state.loaded.lock().unwrap_or_else(PoisonError::into_inner).clone());
+    loaded.into_iter().flatten().map(|(cause, count)| (cause.to_owned(), count)).collect()
+}
+
+#[cfg(feature = "warm")]
+fn popular(core: &Core) -> Vec<(String, String, f64)> {
+    let popular =
+        core.sampler.get().map(|sampler| sampler.state.popular.lock().unwrap_or_else(PoisonError::into_inner).clone());
+    popular.into_iter().flatten().map(|(tenant, what, score)| (name_of(&tenant), shortened(&what), score)).collect()
+}
+
+#[cfg(not(feature = "warm"))]
+fn warmed(_: &Core) -> BTreeMap<String, u64> {
+    BTreeMap::new()
+}
+
+#[cfg(not(feature = "warm"))]
+fn popular(_: &Core) -> Vec<(String, String, f64)> {
+    vec![]
 }
 
 fn of_region(region: &RegionUsage) -> OfSource {

@@ -142,6 +142,12 @@ pub(crate) struct Sealed {
 }
 
 impl Sealed {
+    /// Under which it is stored.
+    pub(crate) fn key(&self) -> &[u8] {
+        let varied = self.entry.varied.as_ref().map(|(_, key)| key);
+        varied.unwrap_or(&self.leader.key).as_bytes()
+    }
+
     /// Whether it will be stored: not while a write is under way, nor when it took longer to load than it may be kept.
     pub(crate) fn is_kept(&self) -> bool {
         let is_fenced = self.entry.stamps.iter().any(|stamp| stamp.generation.is_fenced());

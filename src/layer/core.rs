@@ -98,6 +98,9 @@ pub(crate) struct Core {
     #[cfg(feature = "stats")]
     pub(crate) auditor: Option<super::audit::Auditor>,
     pub(crate) on_invalidated: Option<OnInvalidated>,
+    /// Who is told of what is asked, once somebody warms.
+    #[cfg(feature = "warm")]
+    pub(crate) sampler: std::sync::OnceLock<super::sampler::Sampler>,
 }
 
 /// What the layers do besides.
@@ -146,6 +149,14 @@ impl Core {
         (behind > most).then_some("events-behind")
     }
 
+    /// Whether a request of another method than `GET` is a read.
+    #[cfg(feature = "warm")]
+    pub(crate) fn reads(&self, request: &http::Request<()>) -> bool {
+        let place = crate::route::Place::new(request.uri(), request.extensions(), None);
+        let read = self.routes.read(request.method(), &place);
+        read.is_some_and(|read| read.route.is_some_and(|route| route.body.is_some()))
+    }
+
     /// What identifies a request besides its route.
     pub(crate) fn known(&self) -> Known<'_> {
         Known { tenants: &self.tenants, space: &self.space, identity: &self.identity, hosts: &self.hosts }
@@ -190,7 +201,11 @@ impl Core {
         let any = self.options.fence.is_some() || self.cascades.any_fence();
         let tags = |drops: &Drops| drops.groups.iter().flat_map(|group| group.tags.clone()).collect::<Vec<_>>();
         let told = self.on_invalidated.as_ref().map(|hook| (hook, tags(&drops)));
+        #[cfg(feature = "warm")]
+        let again = self.sampler.get().map(|_| drops.clone());
         let report = self.engine.invalidate(drops, fence.or(any.then_some(&Fence::NOBODY))).await;
+        #[cfg(feature = "warm")]
+        self.sampler.get().zip(again).into_iter().for_each(|(sampler, drops)| sampler.dropped(&drops));
         if let Some((hook, tags)) = told {
             tell(hook, &report, &tags);
         }
@@ -215,6 +230,8 @@ impl Core {
         #[cfg(feature = "stats")]
         let start = Instant::now();
         let cleared = self.engine.clear().await;
+        #[cfg(feature = "warm")]
+        self.sampler.get().into_iter().for_each(super::sampler::Sampler::cleared);
         #[cfg(feature = "stats")]
         self.observer.dropped(&Dropped {
             cause: blame.cause(),

@@ -14,8 +14,12 @@ mod future;
 #[cfg(feature = "grpc")]
 mod grpc;
 mod invalidate;
+#[cfg_attr(not(feature = "warm"), path = "unpopular.rs")]
+mod popular;
 mod reading;
 mod request;
+#[cfg(feature = "warm")]
+mod sampler;
 mod serve;
 mod warnings;
 mod write;
@@ -39,5 +43,7 @@ pub use grpc::{Grpc, GrpcLayer, GrpcResponseBody};
 pub(crate) use grpc::{accepts, message};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
 pub use request::{Bodies, NoBodies, ReadBody, RequestBody};
+#[cfg(feature = "warm")]
+pub(crate) use sampler::{Refreshed, Replay, Sampler, Seen, Sighting, Warmup};
 pub(crate) use warnings::Warnings;
 pub(crate) use writing::{Due, Writing};

@@ -226,6 +226,9 @@ impl Reading {
         if self.forwarded.stored {
             self.teller.watcher().stored(data.len());
         }
+        if let Some(sealed) = sealed.as_ref().filter(|_| self.forwarded.stored) {
+            self.teller.watcher().kept(sealed.key(), sealed.entry.weight());
+        }
         client.end(|| {
             let how = How::forwarded(&self.teller, self.forwarded);
             let conditional = sealed.as_ref().filter(|_| asked.head || asked.conditions.is_some());

@@ -31,6 +31,8 @@ pub(crate) struct Asked {
     pub(crate) conditions: Option<Box<Conditions>>,
     /// Say the key in `Cache-Status`.
     pub(crate) key: Option<Bytes>,
+    /// It is asked to warm: what ends within this time is replaced.
+    pub(crate) ahead: Option<Millis>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -52,7 +54,7 @@ impl Asked {
                 directives: if honours_directives { RequestDirectives::of(headers) } else { Default::default() },
             })
         });
-        Self { head, conditions, key: None }
+        Self { head, conditions, key: None, ahead: None }
     }
 
     pub(crate) fn directives(&self) -> Option<&RequestDirectives> {
@@ -63,6 +65,11 @@ impl Asked {
     pub(crate) fn is_not_modified(&self, parts: &response::Parts) -> bool {
         let conditions = self.conditions.as_ref().filter(|_| parts.status == StatusCode::OK);
         conditions.is_some_and(|conditions| conditions.preconditions.is_not_modified(&parts.headers))
+    }
+
+    /// Whether an entry that is good is to be replaced before it ends: by chance, or because that is what is asked.
+    pub(crate) fn replaces(&self, entry: &Entry, now: Millis, beta: f64) -> bool {
+        entry.is_due(now, beta) || self.ahead.is_some_and(|ahead| entry.ends_within(ahead, now))
     }
 
     /// Whether the response to this request would be no good for others.

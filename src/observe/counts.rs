@@ -215,7 +215,7 @@ impl Counts {
                 handled.max.fetch_max(nanos, Relaxed);
             }
         }
-        let Served { bytes, saved } = outcome.served;
+        let Served { bytes, saved, .. } = outcome.served;
         shard.bytes[0].fetch_add(bytes, Relaxed);
         if saved > 0 {
             shard.saved.fetch_add(saved.into(), Relaxed);

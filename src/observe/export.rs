@@ -61,6 +61,9 @@ impl Observer {
         }
         let of = [("service", service)];
         told.count("cache_aside_unmapped_writes_total", &of, snapshot.unmapped);
+        for (cause, count) in &snapshot.warmed {
+            told.count("cache_aside_warmed_total", &[("service", service), ("cause", cause)], *count);
+        }
         told.count("cache_aside_overdue_waits_total", &of, snapshot.overdue);
         for (kind, count) in &snapshot.store_errors {
             told.count("cache_aside_store_errors_total", &[("service", service), ("kind", kind)], *count);

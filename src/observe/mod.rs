@@ -12,6 +12,8 @@ mod outcome;
 #[cfg(feature = "stats")]
 mod recent;
 #[cfg(feature = "stats")]
+mod shadow;
+#[cfg(feature = "stats")]
 mod snapshot;
 #[cfg(feature = "stats")]
 mod stats;
@@ -43,7 +45,7 @@ pub use snapshot::Alert;
 #[cfg(feature = "stats")]
 pub(crate) use snapshot::{OfSource, STEP_SECONDS, Snapshot};
 #[cfg(feature = "stats")]
-pub use stats::{Quantiles, Sent, Series, Sizes, SourceStats, Stats, StoreStats, TypeStats};
+pub use stats::{MemoryStats, Popular, Quantiles, Sent, Series, Sizes, SourceStats, Stats, StoreStats, TypeStats};
 pub(crate) use teller::{Found, Teller, Tellers};
 pub(crate) use watch::Watch;
 #[cfg(not(feature = "stats"))]

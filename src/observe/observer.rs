@@ -17,7 +17,8 @@ use super::{
     counts::{Counts, Histogram, NANOS, Reasons, nanos},
     outcome::Handling,
     recent::{Event, Recent, What, name_of, shortened},
-    snapshot::{ByReason, OfType, STEPS, Snapshot},
+    shadow::Shadow,
+    snapshot::{ByReason, OfMemory, OfType, STEPS, Snapshot},
 };
 
 /// So many tenants are told apart, and those that come later are one.
@@ -193,6 +194,7 @@ pub(crate) struct Observer {
     declared: BTreeSet<String>,
     tenants: Tenants,
     pub(crate) recent: Recent,
+    pub(super) shadow: Shadow,
     series: Mutex<[BTreeMap<String, Steps>; 2]>,
     invalidations: [Histogram<14>; CAUSES.len()],
     invalidated: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
@@ -225,6 +227,7 @@ impl Observer {
         types: impl Iterator<Item = &'t str>,
         (rules, labels): (AlertRules, usize),
         declared: impl Iterator<Item = &'t str>,
+        capacity: u64,
     ) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let shards = threads.next_power_of_two().min(8);
@@ -237,6 +240,7 @@ impl Observer {
             types,
             declared: declared.map(str::to_owned).collect(),
             recent: Recent::new(),
+            shadow: Shadow::new(capacity),
             series: Mutex::default(),
             invalidations: CAUSES.map(|_| Histogram::new(&NANOS)),
             invalidated: Mutex::default(),
@@ -395,6 +399,14 @@ impl Observer {
         }
     }
 
+    /// What a cache of another size would do.
+    fn memory(&self) -> Option<OfMemory> {
+        let estimate = self.shadow.estimate();
+        let name = |at: usize| self.types.keys().nth(at).map(|name| name.to_string());
+        let worth = estimate.worth.iter().filter_map(|(at, worth)| Some((name(*at)?, *worth))).collect();
+        (estimate.lookups > 0).then_some(OfMemory { lookups: estimate.lookups, hits: estimate.hits, worth })
+    }
+
     /// Everything that this process has counted, but for what its store knows.
     pub(crate) fn snapshot(&self) -> Snapshot {
         let with_series = |all: BTreeMap<String, OfType>, steps: &BTreeMap<String, Steps>| {
@@ -423,6 +435,7 @@ impl Observer {
             invalidations,
             invalidated: locked(&self.invalidated).clone(),
             audits: locked(&self.audits).clone(),
+            memory: self.memory(),
             unmapped: self.unmapped.load(Relaxed),
             ..Snapshot::default()
         }

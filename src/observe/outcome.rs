@@ -34,6 +34,8 @@ pub(crate) struct Served {
     pub(crate) bytes: u64,
     /// How many milliseconds the inner service took for it once, if it was spared that.
     pub(crate) saved: u32,
+    /// For how many more seconds a hit is fresh; `None` means for ever.
+    pub(crate) ttl: Option<i64>,
 }
 
 /// What became of a request.

@@ -137,6 +137,15 @@ impl OfType {
     }
 }
 
+/// Look-ups of a part of the keys, and how many of them hit: with half the memory, with what there is, with twice as much.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(crate) struct OfMemory {
+    pub(crate) lookups: u64,
+    pub(crate) hits: [u64; 3],
+    /// By type: hits each second for each mebibyte.
+    pub(crate) worth: BTreeMap<String, f64>,
+}
+
 /// A source of events.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct OfSource {
@@ -203,6 +212,14 @@ pub(crate) struct Snapshot {
     /// Sources of events, by name.
     #[serde(default)]
     pub(crate) sources: BTreeMap<String, OfSource>,
+    #[serde(default)]
+    pub(crate) memory: Option<OfMemory>,
+    /// What was loaded before it was asked for, by cause.
+    #[serde(default)]
+    pub(crate) warmed: BTreeMap<String, u64>,
+    /// What is popular: whose, what, and how much.
+    #[serde(default)]
+    pub(crate) popular: Vec<(String, String, f64)>,
     /// Requests that stopped waiting for another's call.
     #[serde(default)]
     pub(crate) overdue: u64,

@@ -42,6 +42,41 @@ pub struct Stats {
     pub audits: BTreeMap<String, u64>,
     /// The sources of events that are followed.
     pub sources: BTreeMap<String, SourceStats>,
+    /// How often something was loaded before it was asked for (`Cache::warm`), by cause: `start`, `expiry`, `refill`, `missing`.
+    pub warmed: BTreeMap<String, u64>,
+    /// What is asked for most, the most popular first.
+    pub popular: Vec<Popular>,
+    /// What the store in process would do with another size; none if there is no such store, or nothing was looked up.
+    pub memory: Option<MemoryStats>,
+}
+
+/// What a store in process would do with half its memory, and with twice as much: an estimate by a part of the keys, usually within
+/// three hundredths.
+#[derive(Clone, Debug, Default, Serialize)]
+#[non_exhaustive]
+pub struct MemoryStats {
+    /// The share of look-ups of the sample that would hit with half the memory.
+    pub half: f64,
+    /// With what there is.
+    pub now: f64,
+    /// With twice as much.
+    pub twice: f64,
+    /// How many look-ups that is told by.
+    pub lookups: u64,
+    /// By data type, hits each second for each mebibyte that its entries take: which are worth their memory.
+    pub hits_per_mib_second: BTreeMap<String, f64>,
+}
+
+/// A request that is asked for often.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Popular {
+    /// Whose it is.
+    pub tenant: String,
+    /// Its method and path.
+    pub request: String,
+    /// How often it is asked, in a sample; that fades.
+    pub score: f64,
 }
 
 /// A source of events that is followed.
@@ -218,6 +253,8 @@ impl Stats {
             overdue_waits += snapshot.overdue;
             store.add(snapshot);
         }
+        let (warmed, popular) = popular(snapshots);
+        let memory = memory(snapshots);
         let mut totals = OfType::default();
         types.values().for_each(|of_type| totals.add(of_type));
         let mut busiest: Vec<_> = tenants.into_iter().collect();
@@ -238,8 +275,43 @@ impl Stats {
             overdue_waits,
             audits,
             sources,
+            warmed,
+            popular,
+            memory,
         }
     }
+}
+
+/// In all processes together.
+fn memory(snapshots: &[Snapshot]) -> Option<MemoryStats> {
+    let (mut all, mut hits) = (MemoryStats::default(), [0; 3]);
+    for of in snapshots.iter().filter_map(|snapshot| snapshot.memory.as_ref()) {
+        all.lookups += of.lookups;
+        hits.iter_mut().zip(of.hits).for_each(|(sum, one)| *sum += one);
+        for (name, worth) in &of.worth {
+            *all.hits_per_mib_second.entry(name.clone()).or_default() += worth;
+        }
+    }
+    [all.half, all.now, all.twice] = hits.map(|hits| hits as f64 / all.lookups.max(1) as f64);
+    (all.lookups > 0).then_some(all)
+}
+
+/// What was loaded before it was asked for, and what is popular, in all processes together.
+fn popular(snapshots: &[Snapshot]) -> (BTreeMap<String, u64>, Vec<Popular>) {
+    let (mut warmed, mut all) = (BTreeMap::new(), BTreeMap::<(String, String), f64>::new());
+    for snapshot in snapshots {
+        for (cause, count) in &snapshot.warmed {
+            *warmed.entry(cause.clone()).or_default() += count;
+        }
+        for (tenant, request, score) in &snapshot.popular {
+            *all.entry((tenant.clone(), request.clone())).or_default() += score;
+        }
+    }
+    let mut popular: Vec<_> =
+        all.into_iter().map(|((tenant, request), score)| Popular { tenant, request, score }).collect();
+    popular.sort_by(|a, b| b.score.total_cmp(&a.score));
+    popular.truncate(SHOWN);
+    (warmed, popular)
 }
 
 impl StoreStats {

@@ -44,6 +44,10 @@ impl Watcher {
     pub(crate) fn loaded(&self, _: bool, _: Duration) {}
 
     pub(crate) fn stored(&self, _: usize) {}
+
+    pub(crate) fn looked(&self, _: &[u8], _: bool) {}
+
+    pub(crate) fn kept(&self, _: &[u8], _: usize) {}
 }
 
 impl Watch {

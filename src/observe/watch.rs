@@ -87,6 +87,20 @@ impl Watcher {
         }
     }
 
+    /// A key was looked up in this process, and there or not.
+    pub(crate) fn looked(&self, key: &[u8], is_hit: bool) {
+        if let Some((_, data_type)) = &self.counts {
+            self.observer.shadow.looked(key, *data_type, is_hit);
+        }
+    }
+
+    /// Something that takes so much was stored under this key.
+    pub(crate) fn kept(&self, key: &[u8], weight: usize) {
+        if let Some((_, data_type)) = &self.counts {
+            self.observer.shadow.stored(key, *data_type, weight as u64);
+        }
+    }
+
     /// Something of this size was stored.
     pub(crate) fn stored(&self, bytes: usize) {
         let Self { counts, observer, .. } = self;
@@ -113,10 +127,10 @@ impl Watch {
         let Some((Outcome { outcome, reason, tier, served, .. }, size)) = outcome else {
             return under.unanswered("error");
         };
-        let Served { bytes, saved } = *served;
+        let Served { bytes, saved, ttl } = *served;
         // What comes from the inner service says how long it is, or does not know.
         let bytes = if bytes == 0 { size.exact().unwrap_or_default() } else { bytes };
-        under.count((*outcome, *reason), *tier, Served { bytes, saved });
+        under.count((*outcome, *reason), *tier, Served { bytes, saved, ttl });
     }
 
     /// The same, of what is no response.

@@ -22,6 +22,12 @@ pub(crate) enum TenantSource {
 }
 
 impl TenantSource {
+    /// The header that names it, if one does.
+    #[cfg(feature = "warm")]
+    pub(crate) fn named_by(&self) -> Option<&HeaderName> {
+        if let Self::Header(name) = self { Some(name) } else { None }
+    }
+
     /// The tenant of a request, or why there is none that the cache may rely on.
     pub(crate) fn tenant<'r>(&'r self, parts: &'r request::Parts) -> Result<Cow<'r, [u8]>, &'static str> {
         match self {

@@ -216,6 +216,12 @@ impl Entry {
         now as f64 + ahead >= self.expires as f64
     }
 
+    /// Whether it ends within this time, or within a quarter of its own, if that is less.
+    pub(crate) fn ends_within(&self, ahead: Millis, now: Millis) -> bool {
+        let life = self.expires.saturating_sub(self.created);
+        self.expires != Millis::MAX && self.expires.saturating_sub(now) < ahead.min(life / 4)
+    }
+
     pub(crate) fn age(&self, now: Millis) -> Duration {
         Duration::from_millis(now.saturating_sub(self.created))
     }

@@ -47,6 +47,8 @@ pub(super) struct Miss {
     pub(super) known: Option<(Box<[HeaderName]>, Millis)>,
     /// What its response becomes a part of, if it is asked for by another load.
     pub(super) whole: Option<Reads>,
+    /// What answers it is to be replaced before it ends.
+    pub(super) due: bool,
 }
 
 /// What is done about an entry that has been served.
@@ -101,7 +103,11 @@ impl<R: Body> Asker for Ask<'_, R> {
         let collapsed = Forwarded { collapsed: true, ..Forwarded::new(miss.reason) };
         let how = How::of(source, &miss.route.teller, miss.core.found_in(), collapsed);
         match serve(entry, now, &miss.asked, how) {
-            Some(response) if source == Source::Stale || miss.asked.accepts(entry, now) => Use::Answer(response),
+            Some(response) if source == Source::Stale || miss.asked.accepts(entry, now) => {
+                let beta = miss.route.policy.early_refresh;
+                miss.due = source == Source::Store && miss.asked.replaces(entry, now, beta);
+                Use::Answer(response)
+            }
             _ => {
                 miss.reason = Reason::Request;
                 Use::Useless
@@ -152,6 +158,10 @@ impl Miss {
         let mut ask = Ask { miss: &mut self, headers: request.headers(), body: PhantomData::<fn() -> R> };
         let obtained = core.engine.obtain(key, &tags, &route.policy, &mut ask).await;
         match obtained {
+            Obtained::Answer(response) if self.due && !self.asked.is_partial() => {
+                self.tags = tags;
+                self.replace(response, inner, request).await
+            }
             #[cfg(feature = "stats")]
             Obtained::Answer(response)
                 if is_hit(&response)
@@ -248,6 +258,34 @@ impl Miss {
             #[cfg(feature = "stats")]
             Behind::Audit => self.audit(inner, request).await,
         }
+    }
+
+    /// What answers it is replaced: behind its reader, unless that is all he asks for.
+    async fn replace<S, B, R>(
+        self,
+        response: Response<CacheBody<R>>,
+        inner: S,
+        request: Request<B>,
+    ) -> Replied<R, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+        R::Error: Send,
+    {
+        let engine = self.core.engine.clone();
+        let waits = self.asked.ahead.is_some();
+        let refreshing = engine.spawn(self.refresh(inner, request).in_current_span());
+        #[cfg(feature = "warm")]
+        let mut response = response;
+        if waits {
+            let _ = refreshing.await;
+            #[cfg(feature = "warm")]
+            response.extensions_mut().insert(crate::layer::sampler::Refreshed);
+        }
+        Ok(response)
     }
 
     /// Replaces what has been served already, unless somebody else does.

@@ -26,6 +26,8 @@ use tower_layer::Layer;
 use tower_service::Service;
 use tracing::Instrument;
 
+#[cfg(feature = "warm")]
+use super::sampler::Warmup;
 use super::{
     body::CacheBody,
     changes::Reads,
@@ -33,6 +35,7 @@ use super::{
     extensions::NoCache,
     future::{self, Finish, ResponseFuture, watched},
     invalidate::{answer as answer_write, mount, unavailable},
+    popular::{Picked, picked},
     request::{Bodies, NoBodies, ReadBody, RequestBody},
     serve::{Asked, How, answer},
     write::Write,
@@ -186,12 +189,15 @@ where
                 return self.pass(Counted::mark(&self.core, Request::from_parts(parts, body)), Some(finish));
             }
         };
-        let Wanted { key, tenant: name, needs_public, .. } = wanted;
-        let looked = |looked: &Looked| route.body.is_none() && looked.has(&self.core, &key);
+        let looked = |looked: &Looked| route.body.is_none() && looked.has(&self.core, &wanted.key);
         if parts.extensions.get().is_some_and(looked) {
             return self.pass(Request::from_parts(parts, body), None);
         }
-        let Held { response, behind, variant, known } = self.held(route, &key, &asked, &parts.headers, whole.as_ref());
+        let held = self.held(route, &wanted.key, &asked, &parts.headers, whole.as_ref());
+        let Held { response, behind, variant, known } = held;
+        let at = At { params: &read.params, mount: read.mount };
+        let picked = picked(&self.core, route, (&place, &at), &parts, (&wanted, variant.as_deref()));
+        let Wanted { key, tenant: name, needs_public, .. } = wanted;
         let watcher = route.teller.watcher();
         let (response, watch) = match response {
             // What the request's map held its extensions in has room for this one.
@@ -203,6 +209,7 @@ where
                 watcher.hit(timer, &outcome, || Some(name.clone()));
                 (Some(with_outcome(response, Extensions::new(), outcome)), None)
             }
+            None if asked.ahead.is_some() => (None, None),
             None => (None, Some(watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri)))),
         };
         let tenant = self.core.space.tenant(&*name);
@@ -211,17 +218,16 @@ where
             whole.add_tags(tags.iter());
         }
         let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
-        let how = route.body;
-        let (teller, route, core) = (route.teller.clone(), route.clone(), self.core.clone());
+        let by_body = route.body.map(|how| (how, route.teller.clone(), picked));
+        let (route, core) = (route.clone(), self.core.clone());
         let miss = move |key: Vec<u8>| {
             let primary = Key::new(key);
             let key = variant.map_or_else(|| primary.clone(), Key::new);
-            Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked, known, whole }
+            Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked, known, whole, due: false }
         };
-        let inner = self.inner.clone();
-        let request = Request::from_parts(parts, body);
-        match (response, how) {
-            (None, Some(how)) => self.answer_body(miss, key, (how, teller), watch, inner, request),
+        let (inner, request) = (self.inner.clone(), Request::from_parts(parts, body));
+        match (response, by_body) {
+            (None, Some(by_body)) => self.answer_body(miss, key, by_body, watch, inner, request),
             (None, None) => ResponseFuture::boxed(Box::pin(watched(watch, miss(key).answer(inner, request)))),
             (Some(response), _) => {
                 let task = miss(key).follow_up(behind, inner, request);
@@ -296,7 +302,7 @@ impl<S, M> CacheAside<S, M> {
             known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
             (variant, entry) = (Some(key), of_variant);
         }
-        let entry = entry.filter(|entry| asked.accepts(entry, now));
+        let entry = entry.filter(|entry| asked.ahead.is_none() && asked.accepts(entry, now));
         let how = How::hit(&route.teller, FoundIn::Process);
         let response = entry.and_then(|entry| {
             let response = answer(&entry, now, asked, how)?;
@@ -305,7 +311,7 @@ impl<S, M> CacheAside<S, M> {
             }
             let behind = match asked.is_partial() {
                 true => Behind::Nothing,
-                false if entry.is_due(now, route.policy.early_refresh) => Behind::Refresh,
+                false if asked.replaces(&entry, now, route.policy.early_refresh) => Behind::Refresh,
                 #[cfg(feature = "stats")]
                 false if miss::audits(&self.core, route, variant.as_deref().unwrap_or(key), headers) => Behind::Audit,
                 false => Behind::Nothing,
@@ -313,6 +319,9 @@ impl<S, M> CacheAside<S, M> {
             let outcome = how.outcome(&entry, now, response.body());
             Some(((response, outcome), behind))
         });
+        if route.body.is_none() && asked.ahead.is_none() {
+            route.teller.watcher().looked(variant.as_deref().unwrap_or(key), response.is_some());
+        }
         let (response, behind) =
             response.map_or((None, Behind::Nothing), |(response, behind)| (Some(response), behind));
         Held { response, behind, variant, known }
@@ -330,7 +339,7 @@ impl<S, M> CacheAside<S, M> {
         &self,
         miss: impl FnOnce(Vec<u8>) -> Miss + Send + 'static,
         mut key: Vec<u8>,
-        (how, teller): (BodyKey, Teller),
+        (how, teller, picked): (BodyKey, Teller, Option<Picked>),
         watch: Option<Watch>,
         mut inner: S,
         request: Request<B>,
@@ -351,6 +360,7 @@ impl<S, M> CacheAside<S, M> {
             let request = Request::from_parts(parts, body);
             if let Some(whole) = whole {
                 how.push(&mut key, request.headers(), &whole);
+                picked.into_iter().for_each(|picked| picked.send_with(&key, &whole));
                 if request.extensions().get().is_some_and(|looked: &Looked| looked.has(&core, &key)) {
                     return future::call(&mut inner, request).await.map(|response| response.map(CacheBody::inner));
                 }
@@ -444,6 +454,10 @@ impl<S, M> CacheAside<S, M> {
         let mut asked = Asked::new(parts, wanted.is_conditional, options.request_directives);
         if asked.directives().is_some_and(|directives| directives.no_store) {
             return Err(Forwarded::because(Reason::Request, "no-store"));
+        }
+        #[cfg(feature = "warm")]
+        if self.core.sampler.get().is_some() {
+            asked.ahead = parts.extensions.get::<Warmup>().map(|warmup| warmup.ahead);
         }
         if options.show_keys {
             asked.key = Some(Bytes::copy_from_slice(&wanted.key));

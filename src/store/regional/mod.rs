@@ -4,6 +4,7 @@
 //! other region a relay, one process at a time, reads that stream, drops the same there, and leaves a fence standing for
 //! [`hold`](RegionalBuilder::hold). No clock is compared with another. [`docs::regions`](crate::docs::regions) has what is guaranteed.
 
+mod peer;
 mod record;
 mod relay;
 
@@ -11,8 +12,8 @@ use std::{
     collections::BTreeMap,
     fmt,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Arc, Weak,
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -24,8 +25,8 @@ use tokio::{
 };
 
 use super::{
-    Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, RedisBuilder, RedisStore, RegionUsage,
-    Search, Store, StoreError, StoreFuture, StreamReader, TagGroup, Usage, wire::check_times,
+    Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, RedisBuilder, RedisStore, Search, Store,
+    StoreError, StoreFuture, StreamReader, TagGroup, Usage, wire::check_times,
 };
 use crate::{
     catalog::Tier,
@@ -34,6 +35,8 @@ use crate::{
     key::{Key, Tag},
     units::duration,
 };
+pub use peer::Wait;
+use peer::{Peer, Shared};
 pub(super) use record::{FIELD, Kind, Record};
 use relay::relay;
 
@@ -50,20 +53,6 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(5);
 
 const DAY: Duration = Duration::from_secs(86_400);
-
-/// When a write is acknowledged.
-///
-/// In a file: `wait = "local"` or `"all"`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum Wait {
-    /// When its own region has dropped what it makes stale; the others do so soon after (the default).
-    #[default]
-    Local,
-    /// When all regions have, or a second is over.
-    All,
-}
 
 /// The Redis of this region, which hears what other regions drop and tells them what is dropped here. Cheap to clone.
 #[derive(Clone)]
@@ -93,94 +82,6 @@ pub struct RegionalBuilder {
     hold: Option<Duration>,
     #[serde(default)]
     wait: Wait,
-}
-
-pub(super) struct Shared {
-    pub(super) local: RedisStore,
-    name: String,
-    peers: Vec<(Arc<Peer>, String)>,
-    pub(super) hold: Duration,
-    wait: Wait,
-    /// Whether its tasks run.
-    runs: Arc<AtomicBool>,
-}
-
-/// Another region.
-pub(super) struct Peer {
-    name: String,
-    known: Mutex<Known>,
-    /// What it has dropped may have been missed: nothing is read.
-    torn: AtomicBool,
-    dropped: AtomicU64,
-    gaps: AtomicU64,
-}
-
-#[derive(Default)]
-struct Known {
-    /// Everything that it had dropped before is dropped here.
-    proven: Option<Instant>,
-    has_begun: bool,
-    trouble: Option<String>,
-}
-
-impl Peer {
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn prove(&self, at: Instant) {
-        let mut known = self.known();
-        if known.trouble.take().is_some() {
-            tracing::info!(region = self.name, "the region is heard again");
-        }
-        known.has_begun = true;
-        known.proven = known.proven.max(Some(at));
-    }
-
-    fn trouble(&self, why: String) {
-        let mut known = self.known();
-        if known.trouble.is_none() {
-            tracing::warn!(region = self.name, why, "a region is not heard");
-        }
-        known.trouble = Some(why);
-    }
-
-    /// What it drops may have been missed; whether this process is the one that drops everything then.
-    fn tear(&self, why: &str, is_ours: bool) {
-        self.torn.store(true, Ordering::Release);
-        let mut known = self.known();
-        known.proven = None;
-        if !is_ours {
-            return;
-        }
-        self.gaps.fetch_add(1, Ordering::Relaxed);
-        match std::mem::replace(&mut known.has_begun, true) {
-            // Nothing was missed that was promised.
-            false => tracing::info!(region = self.name, why, "a region is followed: everything is dropped"),
-            true => tracing::warn!(
-                region = self.name,
-                why,
-                "what a region drops may have been missed: everything is dropped"
-            ),
-        }
-    }
-
-    fn mend(&self) {
-        self.torn.store(false, Ordering::Release);
-    }
-
-    fn count(&self, more: u64) {
-        self.dropped.fetch_add(more, Ordering::Relaxed);
-    }
-
-    /// By whom is held what it drops: the same in all processes, and nobody else.
-    fn writer(&self) -> u128 {
-        (1 << 64) | u128::from(crc32fast::hash(self.name.as_bytes()))
-    }
-
-    fn behind(&self) -> Duration {
-        self.known().proven.map_or(Duration::MAX, |at| at.elapsed())
-    }
 }
 
 impl Regional {
@@ -214,7 +115,7 @@ impl Regional {
     /// Where reads go, unless it is known that what they find may be stale.
     fn reading(&self) -> Result<&RedisStore, StoreError> {
         let local = self.local();
-        match self.0.peers.iter().find(|(peer, _)| peer.torn.load(Ordering::Acquire)) {
+        match self.0.peers.iter().find(|(peer, _)| peer.is_torn()) {
             None => Ok(local),
             Some((peer, _)) => Err(StoreError::away(format!("what region `{}` drops may have been missed", peer.name))),
         }
@@ -305,14 +206,7 @@ impl RegionalBuilder {
         for (peer, url) in peers {
             StreamReader::new(&url, &local.stream_of(&peer), Some(&name), true)
                 .map_err(|error| ConfigError::new(format!("region `{peer}`: {error}")))?;
-            let peer = Peer {
-                name: peer,
-                known: Mutex::default(),
-                torn: AtomicBool::new(false),
-                dropped: AtomicU64::new(0),
-                gaps: AtomicU64::new(0),
-            };
-            known.push((Arc::new(peer), url));
+            known.push((Arc::new(Peer::new(peer)), url));
         }
         let hold = hold.unwrap_or(HOLD);
         Ok(Regional(Arc::new(Shared { local, name, peers: known, hold, wait, runs: Arc::default() })))
@@ -375,8 +269,7 @@ impl Store for Regional {
 
     fn health(&self) -> Health {
         let health = self.local().health();
-        let trouble =
-            |peer: &Peer| Some(format!("region `{}` is not heard: {}", peer.name, peer.known().trouble.clone()?));
+        let trouble = |peer: &Peer| Some(format!("region `{}` is not heard: {}", peer.name, peer.why()?));
         match self.0.peers.iter().find_map(|(peer, _)| trouble(peer)) {
             Some(trouble) if health == Health::Ok => Health::Degraded(trouble.into()),
             _ => health,
@@ -409,14 +302,7 @@ impl Store for Regional {
     }
 
     fn usage(&self) -> Usage {
-        let of = |peer: &Peer| RegionUsage {
-            name: peer.name.clone(),
-            behind: Some(peer.behind()).filter(|behind| *behind < Duration::MAX),
-            trouble: peer.known().trouble.clone(),
-            dropped: peer.dropped.load(Ordering::Relaxed),
-            gaps: peer.gaps.load(Ordering::Relaxed),
-        };
-        Usage { regions: self.0.peers.iter().map(|(peer, _)| of(peer)).collect(), ..self.0.local.usage() }
+        Usage { regions: self.0.peers.iter().map(|(peer, _)| peer.usage()).collect(), ..self.0.local.usage() }
     }
 
     fn drain(&self, within: Duration) -> StoreFuture<'_, usize> {

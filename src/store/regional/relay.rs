@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::time::{sleep, timeout};
 
 use super::{
-    Peer, Shared,
+    peer::{Peer, Shared},
     record::{FIELD, Kind, Record},
 };
 use crate::store::{Fence, Store, StoreError, StreamEntry, StreamRead, StreamReader, TagGroup};

@@ -1,0 +1,109 @@
+//! What is asked for, sampled off the hot path, so that it can be asked for again before anybody does. (Feature `warm`.)
+
+use std::{collections::BTreeMap, sync::Mutex};
+
+use http::Request;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, watch};
+
+use crate::{catalog::Drops, clock::Millis, observe::tag_hash};
+
+/// One request in so many is looked at: by chance, for requests may come in turns.
+const SAMPLED: u8 = 8;
+
+/// What waits for the job; what comes then is not counted.
+const WAITING: usize = 1_024;
+
+/// In the extensions of a request that is asked again by the job: what is good is not answered but replaced, when it ends within this
+/// time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Warmup {
+    pub(crate) ahead: Millis,
+}
+
+/// In the extensions of a response: what was good has been replaced.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Refreshed;
+
+/// A request that anybody in the tenant may ask.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Replay {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    pub(crate) headers: Vec<(String, Vec<u8>)>,
+    pub(crate) body: Option<Vec<u8>>,
+}
+
+/// A request that was asked.
+#[derive(Clone, Debug)]
+pub(crate) struct Seen {
+    /// What tells it from others: its key, that of its variant if that is known.
+    pub(crate) id: u64,
+    pub(crate) tenant: Box<[u8]>,
+    /// The tags that its path names, hashed.
+    pub(crate) tags: Box<[u64]>,
+    pub(crate) replay: Replay,
+}
+
+pub(crate) enum Sighting {
+    Asked(Box<Seen>),
+    /// These tags, hashed, were dropped.
+    Dropped(Box<[u64]>),
+    /// Everything was.
+    Cleared,
+}
+
+/// Where it is told.
+#[derive(Debug)]
+pub(crate) struct Sampler {
+    tx: mpsc::Sender<Sighting>,
+    pub(crate) state: WarmState,
+}
+
+/// What the job says of itself.
+#[derive(Debug)]
+pub(crate) struct WarmState {
+    /// Whether what was popular before has been asked.
+    pub(crate) warmed: watch::Sender<bool>,
+    /// What has been loaded, by cause.
+    pub(crate) loaded: Mutex<BTreeMap<&'static str, u64>>,
+    /// Whose, what, and how popular: the first of the list.
+    pub(crate) popular: Mutex<Vec<(Vec<u8>, String, f64)>>,
+}
+
+impl Sampler {
+    pub(crate) fn new() -> (Self, mpsc::Receiver<Sighting>) {
+        let (tx, rx) = mpsc::channel(WAITING);
+        let state = WarmState { warmed: watch::channel(false).0, loaded: Mutex::default(), popular: Mutex::default() };
+        (Self { tx, state }, rx)
+    }
+
+    /// Whether this request is to be looked at.
+    pub(super) fn picks() -> bool {
+        rand::random::<u8>().is_multiple_of(SAMPLED)
+    }
+
+    pub(super) fn asked(&self, seen: Box<Seen>) {
+        let _ = self.tx.try_send(Sighting::Asked(seen));
+    }
+
+    pub(super) fn dropped(&self, drops: &Drops) {
+        let tags = drops.groups.iter().flat_map(|group| &group.tags).map(|tag| tag_hash(tag.as_bytes())).collect();
+        let _ = self.tx.try_send(Sighting::Dropped(tags));
+    }
+
+    pub(super) fn cleared(&self) {
+        let _ = self.tx.try_send(Sighting::Cleared);
+    }
+}
+
+impl Replay {
+    /// As a request; `None` if it is none.
+    pub(crate) fn request<B>(&self, body: B) -> Option<Request<B>> {
+        let mut request = Request::builder().method(self.method.as_str()).uri(self.path.as_str());
+        for (name, value) in &self.headers {
+            request = request.header(name, value.as_slice());
+        }
+        request.body(body).ok()
+    }
+}
