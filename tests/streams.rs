@@ -82,7 +82,7 @@ impl Reader {
                 let row = |event: &Event| event.values("row").first().and_then(|row| row.parse::<u64>().ok());
                 self.rows.extend(batch.events().iter().filter_map(row));
                 self.events += batch.events().len();
-                self.skipped.extend(batch.skipped().iter().cloned());
+                self.skipped.extend(batch.reasons().iter().cloned());
                 self.largest = self.largest.max(batch.events().len());
             }
             Received::Gap(why) => self.gaps.push(why.clone()),

@@ -90,9 +90,15 @@ impl Batch {
         &self.events
     }
 
-    /// Why something is no event, for each such thing, for tests of a source. (Feature `testing`.)
+    /// Whether it is [early](Self::early). (Feature `testing`.)
     #[cfg(feature = "testing")]
-    pub fn skipped(&self) -> &[String] {
+    pub fn is_early(&self) -> bool {
+        self.early
+    }
+
+    /// What was said of what is [unreadable](Self::unreadable), for tests of a source. (Feature `testing`.)
+    #[cfg(feature = "testing")]
+    pub fn reasons(&self) -> &[String] {
         &self.unreadable
     }
 }
