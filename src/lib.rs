@@ -66,6 +66,7 @@
 //! - `redis`: `store::RedisStore`, the shared store of a fleet, with a coherent tier in each process.
 //! - `memcached`: `store::MemcachedStore`, the same over memcached.
 //! - `redis-cluster`, `redis-tls`: clusters, `rediss://`.
+//! - `postgres`: `postgres`, the changes of its rows as events.
 //! - `grpc`: `GrpcLayer`, for unary calls of tonic services.
 //! - `axum`: which route a request is, and under which prefix, as axum's router says.
 //! - `stats`: `Cache::stats`, alerts and the audit.
@@ -120,6 +121,8 @@ pub use clock::TimeSource;
 pub use config::{Config, OnUnreachable};
 pub use engine::Invalidated;
 pub use error::ConfigError;
+#[cfg(feature = "postgres")]
+pub use events::postgres;
 pub use events::{Batch, Event, EventChange, EventPolicy, EventSource, Notes, Received, SourceError, SourceFuture};
 #[cfg(feature = "redis")]
 pub use events::{RedisStream, RedisStreamBuilder};

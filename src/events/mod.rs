@@ -4,6 +4,8 @@
 mod event;
 mod followed;
 mod policy;
+#[cfg(feature = "postgres")]
+pub mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
 mod source;
