@@ -8,7 +8,7 @@ use http::{HeaderName, header, request};
 
 use super::{
     core::Core,
-    sampler::{Replay, Sampler, Seen, Warmup},
+    sampler::{Replay, Seen, Warmup},
 };
 use crate::{
     observe::tag_hash,
@@ -56,8 +56,8 @@ pub(super) fn picked(
     parts: &request::Parts,
     (wanted, variant): (&Wanted<'_>, Option<&[u8]>),
 ) -> Option<Picked> {
-    core.sampler.get()?;
-    if !Sampler::picks() || parts.extensions.get::<Warmup>().is_some() {
+    let sampler = core.sampler.get()?;
+    if !sampler.picks() || parts.extensions.get::<Warmup>().is_some() {
         return None;
     }
     let is_private = |name: &HeaderName| core.identity.is_credential(name);

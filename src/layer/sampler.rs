@@ -1,15 +1,18 @@
 //! What is asked for, sampled off the hot path, so that it can be asked for again before anybody does. (Feature `warm`.)
 
-use std::{collections::BTreeMap, sync::Mutex};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use http::Request;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 
 use crate::{catalog::Drops, clock::Millis, observe::tag_hash};
-
-/// One request in so many is looked at: by chance, for requests may come in turns.
-const SAMPLED: u8 = 8;
 
 /// What waits for the job; what comes then is not counted.
 const WAITING: usize = 1_024;
@@ -57,6 +60,9 @@ pub(crate) enum Sighting {
 #[derive(Debug)]
 pub(crate) struct Sampler {
     tx: mpsc::Sender<Sighting>,
+    /// One request in so many is looked at.
+    one_in: u64,
+    requests: AtomicU64,
     pub(crate) state: WarmState,
 }
 
@@ -72,15 +78,18 @@ pub(crate) struct WarmState {
 }
 
 impl Sampler {
-    pub(crate) fn new() -> (Self, mpsc::Receiver<Sighting>) {
+    pub(crate) fn new(one_in: u8) -> (Self, mpsc::Receiver<Sighting>) {
         let (tx, rx) = mpsc::channel(WAITING);
         let state = WarmState { warmed: watch::channel(false).0, loaded: Mutex::default(), popular: Mutex::default() };
-        (Self { tx, state }, rx)
+        (Self { tx, one_in: u64::from(one_in), requests: AtomicU64::new(0), state }, rx)
     }
 
     /// Whether this request is to be looked at.
-    pub(super) fn picks() -> bool {
-        rand::random::<u8>().is_multiple_of(SAMPLED)
+    pub(super) fn picks(&self) -> bool {
+        // As if by chance, for requests may come in turns (Weyl's sequence, mixed as in SplitMix64).
+        let nth = self.requests.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
+        let mixed = (nth ^ (nth >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        (mixed >> 32).is_multiple_of(self.one_in)
     }
 
     pub(super) fn asked(&self, seen: Box<Seen>) {

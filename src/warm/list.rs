@@ -135,11 +135,11 @@ impl List {
         let mut all: Vec<(f64, Place)> = vec![];
         for (tenant, known) in &self.tenants {
             let mut own: Vec<_> = known.iter().map(|(id, known)| (known.score, (tenant.clone(), *id))).collect();
-            own.sort_by(|a, b| b.0.total_cmp(&a.0));
+            own.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
             own.truncate((most / SHARE).max(1));
             all.extend(own);
         }
-        all.sort_by(|a, b| b.0.total_cmp(&a.0));
+        all.sort_by(|a, b| b.0.total_cmp(&a.0).then_with(|| a.1.cmp(&b.1)));
         all.truncate(most);
         let before: HashSet<Place> = std::mem::take(&mut self.ranked).into_iter().collect();
         self.ranked = all.into_iter().map(|(_, place)| place).collect();

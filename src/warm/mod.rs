@@ -38,7 +38,7 @@ impl Cache {
     /// whole service, with the cache's layers around it, so that all that is true of other requests is true of these; `body` makes the
     /// body of a request. (Feature `warm`.)
     ///
-    /// - What is popular is found in a sample of one request in eight. Never any with credentials, nor what is a user's own.
+    /// - What is popular is found in a sample of requests. Never any with credentials, nor what is a user's own.
     /// - At start what was popular before is loaded, from the list that the fleet keeps ([`warmed`](Self::warmed) waits for that);
     ///   then what is about to end is replaced, as by [`early_refresh`](crate::DataType::early_refresh); and what a write of this
     ///   process has dropped is loaded at once, so that its next reader need not.
@@ -57,7 +57,7 @@ impl Cache {
         warm.check()?;
         let no_runtime = |_| ConfigError::new("warm: there is no runtime to do it in; call it within one");
         let runtime = Handle::try_current().map_err(no_runtime)?;
-        let (sampler, sightings) = Sampler::new();
+        let (sampler, sightings) = Sampler::new(warm.sample);
         if self.0.sampler.set(sampler).is_err() {
             return Err(ConfigError::new("warm: this cache is warmed already; call it once"));
         }

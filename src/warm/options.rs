@@ -20,6 +20,7 @@ pub struct Warm {
     pub(super) concurrency: usize,
     pub(super) budget: u32,
     pub(super) ahead: Duration,
+    pub(super) sample: u8,
     pub(super) saves: Duration,
     pub(super) file: Option<PathBuf>,
 }
@@ -31,6 +32,7 @@ impl Default for Warm {
             concurrency: 4,
             budget: 1_200,
             ahead: Duration::from_secs(10),
+            sample: 8,
             saves: Duration::from_secs(60),
             file: None,
         }
@@ -68,6 +70,12 @@ impl Warm {
         self
     }
 
+    /// Looks at one request in so many; by default 8. One that is looked at takes about a microsecond longer.
+    pub fn sample(mut self, one_in: u8) -> Self {
+        self.sample = one_in;
+        self
+    }
+
     /// How often the list is written down; by default every minute.
     pub fn saves(mut self, every: Duration) -> Self {
         self.saves = every;
@@ -85,6 +93,9 @@ impl Warm {
         let wrong = |what: &str| Err(ConfigError::new(format!("warm: {what}")));
         if self.requests == 0 || self.requests > MOST {
             return wrong("there may be 1 to 10,000 `requests`");
+        }
+        if self.sample == 0 {
+            return wrong("a `sample` of one in zero is none; 1 looks at every request");
         }
         if self.concurrency == 0 || self.budget == 0 {
             return wrong("a `concurrency` or `budget` of zero warms nothing; leave `Cache::warm` out instead");

@@ -337,6 +337,7 @@ impl Node {
                 out.extend_from_slice(format!("*{}\r\n", args.len()).as_bytes());
                 args.iter().for_each(|key| self.say(now, key, out));
             }
+            "GET" => self.say(now, &args[0], out),
             "SET" => self.set(now, args, out),
             "UNLINK" | "DEL" => {
                 args.iter().for_each(|key| self.put(now, key, None));

@@ -20,7 +20,7 @@ use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use tower::{Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_cache_aside::{
     Cache, CacheBuilder, CacheTags, Cascade, Coalesce, DataType, Invalidated, Mutation, OnUnreachable, Route, Source,
-    changed,
+    Warm, changed,
     store::{Guard, MemoryStore, RedisStore},
 };
 
@@ -172,6 +172,10 @@ impl Process {
         let since = world.dice.now();
         let place = Place { world: world.clone(), slot, is_new, is_dead: is_dead.clone() };
         let web = web(&cache, place);
+        if world.warms {
+            // What is asked twice is popular, and is asked again whatever else goes on.
+            cache.warm(web.clone(), Full::from, Warm::new().sample(1).concurrency(2).budget(1_000_000)).unwrap();
+        }
         let (own, busy) = (Mutex::default(), AtomicUsize::new(0));
         let (world, is_stopping) = (world.clone(), AtomicBool::new(false));
         Arc::new(Self { slot, is_new, cache, since, web, world, own, is_dead, is_stopping, busy })

@@ -35,6 +35,8 @@ pub struct World {
     pub mode: Mode,
     pub over: Over,
     pub replicas: u32,
+    /// What is popular is kept warm.
+    pub warms: bool,
     pub server: Server,
     pub redis: Redis,
     pub sabotage: Sabotage,
@@ -112,6 +114,7 @@ impl World {
             mode: plan.mode,
             over: plan.over,
             replicas: plan.replicas.into(),
+            warms: plan.seed % 4 == 3,
             server: Server::new(sabotage, cascades),
             redis: Redis::default(),
             sabotage,
