@@ -192,4 +192,8 @@ pub mod docs {
     #[cfg(feature = "testing")]
     #[doc = include_str!("../docs/testing.md")]
     pub mod testing {}
+
+    #[cfg(feature = "warm")]
+    #[doc = include_str!("../docs/warming.md")]
+    pub mod warming {}
 }

@@ -126,7 +126,8 @@ async fn rules_and_dashboards_find_their_data() {
     std::fs::write(&table, forgetful).unwrap();
     let redis = redis::Redis::start(&[]);
     let args = ["--redis", &redis.url(), "--config", table.to_str().unwrap(), "--audit", "1", "--metrics-tenants", "3"];
-    let service = Service::start(&[&args[..], &["--origin-delay-ms", "30", "--l1", "on"]].concat());
+    let more = ["--origin-delay-ms", "30", "--l1", "on", "--outbox", "on", "--warm", "on"];
+    let service = Service::start(&[&args[..], &more].concat());
     let target = service.url.strip_prefix("http://").unwrap();
     let text = format!(
         "global: {{scrape_interval: 1s, evaluation_interval: 1s}}\nrule_files: ['{}']\nscrape_configs: \
