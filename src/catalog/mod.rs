@@ -3,6 +3,7 @@
 //! Everything here is plain data that says *what*, from code or from a file; the engine and the layers compile it once,
 //! when the cache is built, and refuse what cannot work.
 
+mod adaptive;
 mod cascade;
 mod cascades;
 mod change;
@@ -13,6 +14,7 @@ mod resolver;
 mod ttl;
 mod types;
 
+pub(crate) use adaptive::{Bounds, Learned};
 pub use cascade::Cascade;
 pub(crate) use cascades::{By, Cascades, FenceTimes, Named, Reached};
 pub(crate) use change::Change;

@@ -1,6 +1,6 @@
 //! What a data type says about how its entries are kept.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use serde::{Deserialize, Deserializer};
 
@@ -52,6 +52,9 @@ pub(crate) struct Policy {
     pub(crate) stores_cookies: bool,
     #[serde(default)]
     pub(crate) loads_whole: bool,
+    /// Response headers that say nothing of whether it is another.
+    #[serde(default)]
+    pub(crate) ignored_headers: Arc<[String]>,
     /// The share of hits that are compared with the inner service.
     #[serde(default)]
     pub(crate) audit: Option<f64>,
@@ -75,6 +78,7 @@ impl From<Ttl> for Policy {
             negative: None,
             stores_cookies: false,
             loads_whole: false,
+            ignored_headers: Arc::default(),
             audit: None,
         }
     }
@@ -105,10 +109,15 @@ impl Policy {
         Self { tier: self.tier.or(Some(tier)), ..self }
     }
 
-    /// The TTL, shortened by a random part of the jitter.
+    /// The TTL, shortened by a random part of the jitter. What is learned is shortened when it is known.
     pub(crate) fn jittered(&self) -> Option<Duration> {
         let ttl = self.ttl.duration()?;
-        Some(if self.jitter > 0.0 { ttl.mul_f64(1.0 - self.jitter * rand::random::<f64>()) } else { ttl })
+        Some(if self.ttl.bounds().is_some() { ttl } else { self.shortened(ttl) })
+    }
+
+    /// Shorter by a random part of the jitter.
+    pub(crate) fn shortened(&self, ttl: Duration) -> Duration {
+        if self.jitter > 0.0 { ttl.mul_f64(1.0 - self.jitter * rand::random::<f64>()) } else { ttl }
     }
 }
 
@@ -258,6 +267,14 @@ impl DataType {
     #[must_use]
     pub fn loads_whole(mut self) -> Self {
         self.policy.loads_whole = true;
+        self
+    }
+
+    /// Response headers that say nothing of whether a reload is another response, besides `Date`, `Age` and others that say when
+    /// and how (a request's id, a trace): for [adaptive TTLs](Ttl::adaptive), and for what is counted as drift.
+    #[must_use]
+    pub fn ignored_headers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.policy.ignored_headers = names.into_iter().map(Into::into).collect();
         self
     }
 

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
+use http::HeaderName;
+
 use super::{
+    adaptive::Bounds,
     policy::{Coalesce, DataType, Freshness, Policy, Tier},
     ttl::Ttl,
 };
@@ -113,6 +116,7 @@ fn check_policy(name: &str, policy: &Policy) -> Result<(), ConfigError> {
              give it a longer one, or take its routes out"
         )));
     }
+    check_adaptive(name, policy)?;
     if !(0.0..1.0).contains(&policy.jitter) {
         return Err(ConfigError::new(format!(
             "data type `{name}`: a jitter of {} is no share of the TTL; choose one from 0 to below 1",
@@ -146,6 +150,31 @@ fn check_policy(name: &str, policy: &Policy) -> Result<(), ConfigError> {
         )));
     }
     Ok(())
+}
+
+/// That what is to be learned can be.
+fn check_adaptive(name: &str, policy: &Policy) -> Result<(), ConfigError> {
+    if policy.negative.as_ref().is_some_and(|negative| negative.ttl.bounds().is_some()) {
+        return Err(ConfigError::new(format!(
+            "data type `{name}`: the TTL of `negative` is not learned; give it a fixed one"
+        )));
+    }
+    if let Some(header) = policy.ignored_headers.iter().find(|header| HeaderName::try_from(&***header).is_err()) {
+        return Err(ConfigError::new(format!(
+            "data type `{name}`: `{header}` in `ignored_headers` is not a header name; no response has it: mend the name"
+        )));
+    }
+    let Some(Bounds { min, max, risk }) = policy.ttl.bounds() else { return Ok(()) };
+    let mend = if !(risk > 0.0 && risk < 1.0) {
+        format!("a risk of {risk} is no probability of a change within the TTL; choose one above 0 and below 1, such as 0.05")
+    } else if min < Duration::from_millis(1) {
+        "a `min` of zero (or under a millisecond) would never hit; 30 s is a good start".to_owned()
+    } else if min > max {
+        format!("its `min` of {min:?} is longer than its `max` of {max:?}; exchange them")
+    } else {
+        return Ok(());
+    };
+    Err(ConfigError::new(format!("data type `{name}`: its adaptive TTL: {mend}")))
 }
 
 #[cfg(test)]

@@ -72,16 +72,16 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Verdict
         (ttl, says) => ttl.or(says),
     };
     let negative = policy.negative.as_ref().filter(|negative| negative.statuses.contains(&status.as_u16()));
-    let fresh = match (says, negative) {
-        (Some(says), _) if by_response => Some(says),
-        (_, Some(negative)) => stricter(negative.ttl.duration()),
+    let (fresh, is_mapped) = match (says, negative) {
+        (Some(says), _) if by_response => (Some(says), false),
+        (_, Some(negative)) => (stricter(negative.ttl.duration()), true),
         _ if by_response => match heuristic(exchange, status, headers, &directives) {
             None if !status.is_success() => return unstored(names),
-            None => own,
-            Some(heuristic) => Some(heuristic),
+            None => (own, true),
+            Some(heuristic) => (Some(heuristic), false),
         },
         _ if !status.is_success() => return unstored(names),
-        _ => stricter(own),
+        _ => (stricter(own), true),
     };
     let age = age(headers, exchange.now);
     let fresh = if directives.no_cache { Some(Duration::ZERO) } else { fresh };
@@ -101,6 +101,7 @@ pub(crate) fn judge(exchange: &Exchange<'_>, parts: &response::Parts) -> Verdict
         on_error: window(policy.stale_if_error, directives.stale_if_error),
         validate: if by_response && has_validator { VALIDATE } else { Duration::ZERO },
         load: exchange.took,
+        is_mapped: is_mapped && !directives.no_cache,
     };
     let is_stale = fresh.is_some_and(|fresh| fresh <= age);
     if is_stale && status.is_server_error() {

@@ -239,7 +239,7 @@ impl Read {
             None if parts.headers.contains_key(header::VARY) => Verdict::Alone("vary"),
             None => {
                 let life = Lifetime::fresh_for(self.route.policy.jittered());
-                Verdict::Store(Lifetime { load: exchange.took, ..life }, Box::default())
+                Verdict::Store(Lifetime { load: exchange.took, is_mapped: true, ..life }, Box::default())
             }
         }
     }
