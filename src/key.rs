@@ -230,6 +230,11 @@ impl Tag {
         Self(buf.into())
     }
 
+    /// Whether it is of all entries of its type. (No id is spelled like that.)
+    pub(crate) fn is_all(&self) -> bool {
+        self.0.last() == Some(&b'*')
+    }
+
     /// The canonical bytes: printable ASCII that begins with `service{tenant}:`.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0

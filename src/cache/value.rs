@@ -374,8 +374,7 @@ impl Fill {
                 let refresh = if keep.is_some() { self.kept.refresh } else { Duration::ZERO };
                 let size = bytes.len();
                 let fresh = keep.unwrap_or(Some(Duration::ZERO));
-                let life =
-                    Lifetime { refresh, load: took, is_mapped: keep.is_some(), ..Lifetime::fresh_for(fresh) };
+                let life = Lifetime { refresh, load: took, is_mapped: keep.is_some(), ..Lifetime::fresh_for(fresh) };
                 let sealed = leader.seal(Payload::Value(Bytes::from(bytes)), late, life, None).await;
                 if let Some(sealed) = sealed.filter(|_| keep.is_some()) {
                     self.teller.watcher().stored(size);

@@ -148,3 +148,188 @@ fn until_change(changes: f64, exposure: f64, interval: f64) -> f64 {
         _ => 1.0 / rate - interval / expected.exp_m1(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+    use super::*;
+
+    const DAY: f64 = 86_400.0;
+
+    fn bounds(risk: f64) -> Bounds {
+        Bounds { min: Duration::from_secs(30), max: Duration::from_secs(86_400), risk }
+    }
+
+    fn seconds(seconds: f64) -> Duration {
+        Duration::from_secs_f64(seconds)
+    }
+
+    /// But for the rounding of numbers.
+    fn no_longer(one: Duration, other: Duration) -> bool {
+        one <= other + other / 500_000 + Duration::from_millis(1)
+    }
+
+    /// Any state that polls lead to.
+    fn learned() -> impl Strategy<Value = Learned> {
+        let poll = (any::<bool>(), 1e-3..1e7);
+        (proptest::collection::vec(poll, 0..60), 1e-4..0.999, 0.0..1e8).prop_map(|(polls, risk, seed)| {
+            let seed = Learned { polls: ENOUGH, changes: 1.0, exposure: seed as f32, surprise: 0.0 }.seed();
+            polls.iter().fold(seed, |state, (changed, after)| state.polled(*changed, seconds(*after), &bounds(risk)))
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+        #[test]
+        fn a_change_never_lengthens_and_no_change_never_shortens(
+            state in learned(), after in 1e-3..1e7, more in 0.0..1e7, risk in 1e-4..0.999,
+        ) {
+            let bounds = bounds(risk);
+            let ttl = |changed, after| state.polled(changed, seconds(after), &bounds).ttl(&bounds);
+            prop_assert!(no_longer(ttl(true, after), state.ttl(&bounds)));
+            prop_assert!(no_longer(ttl(true, after), ttl(false, after)));
+            prop_assert!(no_longer(state.ttl(&bounds), ttl(false, after)));
+            prop_assert!(no_longer(ttl(false, after), ttl(false, after + more)));
+            let pooled = |changed, after| state.pooled(changed, seconds(after), &bounds).ttl(&bounds);
+            prop_assert!(no_longer(pooled(true, after), state.ttl(&bounds)));
+            prop_assert!(no_longer(pooled(true, after), pooled(false, after)));
+            prop_assert!(no_longer(pooled(false, after), pooled(false, after + more)));
+        }
+
+        #[test]
+        fn a_higher_risk_never_shortens(state in learned(), risk in 1e-4..0.5, more in 0.0..0.499) {
+            prop_assert!(no_longer(state.ttl(&bounds(risk)), state.ttl(&bounds(risk + more))));
+        }
+
+        /// Whatever comes from a store, and whatever a file says.
+        #[test]
+        fn it_stays_within_its_bounds(
+            numbers in proptest::array::uniform4(0.0..f32::MAX), polls in proptest::collection::vec((any::<bool>(), any::<u64>()), 0..20),
+            ms in (1u64.., 1u64..), risk in prop_oneof![0.0..1.0, Just(f64::MIN_POSITIVE), Just(1.0 - f64::EPSILON)],
+        ) {
+            prop_assume!(risk > 0.0);
+            let (min, max) = (ms.0.min(ms.1), ms.0.max(ms.1));
+            let bounds = Bounds { min: Duration::from_millis(min), max: Duration::from_millis(max), risk };
+            let [polls_, changes, exposure, surprise] = numbers;
+            let mut state = Learned { polls: polls_, changes, exposure, surprise };
+            for (changed, after) in polls {
+                state = state.polled(changed, Duration::from_millis(after.max(1)), &bounds);
+                let ttl = state.ttl(&bounds);
+                prop_assert!(bounds.min <= ttl && ttl <= bounds.max);
+                let Learned { polls, changes, exposure, surprise } = state;
+                prop_assert!([polls, changes, exposure, surprise].iter().all(|n| n.is_finite() && n.is_sign_positive()), "{state:?}");
+            }
+        }
+
+        /// At equal intervals it is the estimator of the paper, but for the order in which the changes come.
+        #[test]
+        fn it_is_that_of_the_paper(polls in proptest::collection::vec(any::<bool>(), 4..30), after in 1.0..1e5) {
+            let interval = seconds(after);
+            let state = polls.iter().fold(Learned::default(), |state, changed| state.counted(*changed, interval));
+            let (n, x) = (polls.len() as f64, polls.iter().filter(|changed| **changed).count() as f64);
+            prop_assume!(x > 0.0 && x < n - 1.0);
+            let theirs = -((n - x + 0.5) / (n + 0.5)).ln() / millis(interval);
+            let own = state.rate().unwrap();
+            prop_assert!(own > theirs * 0.7 && own < theirs * 1.4, "{own} {theirs} {polls:?}");
+        }
+    }
+
+    #[test]
+    fn a_burst_shortens_within_a_few_reloads_and_fades() {
+        let bounds = bounds(0.05);
+        let mut state = Learned::default();
+        for _ in 0..300 {
+            state = state.polled(false, state.ttl(&bounds), &bounds);
+        }
+        assert_eq!(state.ttl(&bounds), bounds.max);
+        let before = state.ttl(&bounds);
+        for _ in 0..3 {
+            state = state.polled(true, state.ttl(&bounds), &bounds);
+        }
+        assert!(state.ttl(&bounds) < before / 20, "{:?}", state.ttl(&bounds));
+        let reloads = (0..1_000).position(|_| {
+            state = state.polled(false, state.ttl(&bounds), &bounds);
+            state.ttl(&bounds) > before / 2
+        });
+        assert!(reloads.is_some_and(|reloads| reloads < 200), "{reloads:?}");
+    }
+
+    #[test]
+    fn a_new_key_is_like_its_type_once_that_is_known() {
+        let bounds = bounds(0.05);
+        let mut of_type = Learned::default();
+        assert_eq!(of_type.seed(), Learned::default());
+        for i in 0..40 {
+            of_type = of_type.pooled(i % 20 == 0, seconds(600.0), &bounds);
+        }
+        assert!(of_type.is_enough());
+        let [own, seeded] = [of_type, of_type.seed()].map(|state| state.ttl(&bounds).as_secs_f64());
+        assert!((own - seeded).abs() < 1.0 && own > 300.0, "{own} {seeded}");
+        // Three changes outweigh it.
+        let fast = (0..3).fold(of_type.seed(), |state, _| state.polled(true, seconds(60.0), &bounds));
+        assert_eq!(fast.ttl(&bounds), bounds.min);
+    }
+
+    /// When the next event of a Poisson process comes.
+    fn next(random: &mut StdRng, mean: f64) -> f64 {
+        -(1.0 - random.random::<f64>()).ln() * mean
+    }
+
+    /// Four weeks of one key: the shares of all requests that were stale, and hits.
+    fn four_weeks(seed: u64, risk: f64, writes: f64, reads: f64) -> [f64; 2] {
+        let (mut random, bounds) = (StdRng::seed_from_u64(seed), bounds(risk));
+        let (mut now, mut written, mut to_come) = (0.0, 0.0, next(&mut random, writes));
+        let (mut state, mut held) = (Learned::default(), None::<(f64, f64)>);
+        let [mut requests, mut stale, mut hits] = [0.0; 3];
+        while now < 28.0 * DAY {
+            now += next(&mut random, reads);
+            while to_come <= now {
+                (written, to_come) = (to_come, to_come + next(&mut random, writes));
+            }
+            requests += 1.0;
+            match held {
+                Some((loaded, until)) if now < until => {
+                    hits += 1.0;
+                    stale += f64::from(u8::from(written > loaded));
+                }
+                _ => {
+                    if let Some((loaded, _)) = held {
+                        state = state.polled(written > loaded, seconds(now - loaded), &bounds);
+                    }
+                    held = Some((now, now + state.ttl(&bounds).as_secs_f64()));
+                }
+            }
+        }
+        [stale / requests, hits / requests]
+    }
+
+    /// Against the fixed TTL of that risk of who knows the rate: −ln(1 − r)/λ, within the same bounds.
+    #[test]
+    fn it_keeps_the_risk_and_hits_like_who_knows_the_rate() {
+        println!("risk  writes  reads  stale      of risk  hits    best fixed  difference");
+        let mut wrong = vec![];
+        for risk in [0.01, 0.05, 0.1, 0.2, 0.5] {
+            for writes in [600.0, 3_600.0, 6.0 * 3_600.0, DAY] {
+                for reads in [60.0, 600.0] {
+                    let all: Vec<_> = (0..8).map(|seed| four_weeks(seed, risk, writes, reads)).collect();
+                    let [stale, hits] = [0, 1].map(|i| all.iter().map(|one| one[i]).sum::<f64>() / all.len() as f64);
+                    let best = (bounds(risk).share() * writes).clamp(30.0, DAY);
+                    let fixed = best / (best + reads);
+                    let line = format!(
+                        "{risk:<5} {writes:<7} {reads:<6} {stale:.5}    {:.2}     {hits:.4}  {fixed:.4}      {:+.4}",
+                        stale / risk,
+                        hits - fixed
+                    );
+                    println!("{line}");
+                    if stale > 1.2 * risk || hits < 0.98 * fixed - 0.002 {
+                        wrong.push(line);
+                    }
+                }
+            }
+        }
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
+}

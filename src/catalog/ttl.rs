@@ -112,7 +112,9 @@ impl<'de> Deserialize<'de> for Ttl {
             type Value = Ttl;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a TTL (short, standard, extended, permanent, \"5m\") or a table { min = …, max = …, risk = … }")
+                f.write_str(
+                    "a TTL (short, standard, extended, permanent, \"5m\") or a table { min = …, max = …, risk = … }",
+                )
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Ttl, E> {

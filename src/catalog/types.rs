@@ -166,7 +166,9 @@ fn check_adaptive(name: &str, policy: &Policy) -> Result<(), ConfigError> {
     }
     let Some(Bounds { min, max, risk }) = policy.ttl.bounds() else { return Ok(()) };
     let mend = if !(risk > 0.0 && risk < 1.0) {
-        format!("a risk of {risk} is no probability of a change within the TTL; choose one above 0 and below 1, such as 0.05")
+        format!(
+            "a risk of {risk} is no probability of a change within the TTL; choose one above 0 and below 1, such as 0.05"
+        )
     } else if min < Duration::from_millis(1) {
         "a `min` of zero (or under a millisecond) would never hit; 30 s is a good start".to_owned()
     } else if min > max {

@@ -1,6 +1,6 @@
 //! The one who loads a key: what came of it is given to those who wait, and stored.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use http::HeaderName;
 use tokio::runtime::Handle;
@@ -8,10 +8,11 @@ use tokio::runtime::Handle;
 use super::{
     Engine, Inside,
     flight::{Flight, Landed},
+    learned::{Poll, is_same},
     stale::Stale,
 };
 use crate::{
-    catalog::{Lifetime, Policy},
+    catalog::{Learned, Lifetime, Policy},
     clock::Millis,
     key::{Key, Tag},
     store::{Entry, Mark, Payload, Stamp},
@@ -30,6 +31,8 @@ pub(crate) struct Leader {
     pub(super) parts: Vec<Stamp>,
     /// How many of the flight's tags the request names; the rest an earlier response declared.
     pub(super) named: usize,
+    /// The origin has said that what was stored is still what it would say.
+    pub(super) confirmed: bool,
     pub(super) mark: Mark,
     pub(super) policy: Box<Policy>,
     /// What was stored when it began, if anything was.
@@ -57,6 +60,12 @@ impl Leader {
     /// The result is made of values that were stored under these generations.
     pub(crate) fn made_of(mut self, parts: Vec<Stamp>) -> Self {
         self.parts = parts;
+        self
+    }
+
+    /// The origin has confirmed what was stored.
+    pub(crate) fn confirmed(mut self) -> Self {
+        self.confirmed = true;
         self
     }
 
@@ -95,10 +104,12 @@ impl Leader {
         if self.parts.iter().any(is_older) {
             return None;
         }
+        let poll = self.poll(&payload, &life, varied.as_ref().map(|(_, key)| key));
+        let (life, learned) = self.learn(poll.as_ref(), life);
         let entry = Entry::new(payload, stamps.into(), self.flight.began(), life);
-        let entry = Arc::new(Entry { varied, ..entry });
+        let entry = Arc::new(Entry { varied, learned, ..entry });
         self.flight.land(Landed::Done(entry.clone()));
-        Some(Sealed { entry, leader: self })
+        Some(Sealed { entry, drifted: poll.and_then(|poll| poll.change), leader: self })
     }
 
     /// The response is its own request's alone: the followers call the origin at once, each for itself.
@@ -129,6 +140,42 @@ impl Leader {
     }
 }
 
+impl Leader {
+    /// What this load says of what it replaces, if anything: of the same variant, and not dropped.
+    pub(super) fn poll(&self, payload: &Payload, life: &Lifetime, varied: Option<&Key>) -> Option<Poll> {
+        let stale = self.stale.as_ref().filter(|stale| life.is_mapped && !stale.invalidated)?;
+        if varied.is_some_and(|key| *key != self.key) || self.flight.is_fenced() {
+            return None;
+        }
+        let made = self.flight.began().saturating_sub(u64::try_from(life.age.as_millis()).unwrap_or(Millis::MAX));
+        // The same moment, or an earlier one, is no second look.
+        let interval = made.checked_sub(stale.entry.created).filter(|interval| *interval > 0)?;
+        let is_same = self.confirmed || is_same(&stale.entry.payload, payload, &self.policy.ignored_headers)?;
+        let change = (!is_same).then(|| stale.entry.clone());
+        Some(Poll { interval: Duration::from_millis(interval), change })
+    }
+
+    /// How long to keep what is loaded, and what is known of its key: what was known, and what this load tells. A write that
+    /// dropped it says nothing of other changes, and nothing is forgotten for it.
+    pub(super) fn learn(&self, poll: Option<&Poll>, life: Lifetime) -> (Lifetime, Option<Learned>) {
+        let Some(bounds) = self.policy.ttl.bounds().filter(|_| life.is_mapped) else { return (life, None) };
+        let types = &self.engine.types;
+        let of = self.tags().find(|tag| tag.is_all());
+        let known = self.stale.as_ref().and_then(|stale| stale.entry.learned).filter(|known| known.polls > 0.0);
+        let mut learned = known.unwrap_or_else(|| types.seed(of));
+        if let Some(poll) = poll {
+            learned = learned.polled(poll.change.is_some(), poll.interval, &bounds);
+            types.add(of, poll, &bounds);
+        }
+        let ttl = learned.ttl(&bounds);
+        // Else nothing would be learned of what is asked for less often than it expires.
+        let kept = bounds.max.saturating_sub(ttl).max(ttl);
+        let own = self.policy.shortened(ttl);
+        let fresh = Some(life.fresh.map_or(own, |fresh| fresh.min(own)));
+        (Lifetime { fresh, validate: life.validate.max(kept), ..life }, Some(learned))
+    }
+}
+
 impl Drop for Leader {
     fn drop(&mut self) {
         self.land(Landed::Failed);
@@ -138,6 +185,9 @@ impl Drop for Leader {
 /// An entry that has been shared and not yet stored. The flight goes on until it is, so that nobody falls between.
 pub(crate) struct Sealed {
     pub(crate) entry: Arc<Entry>,
+    /// What it replaces, if that was another although no write had dropped it.
+    #[cfg_attr(not(feature = "stats"), allow(dead_code, reason = "only who counts asks"))]
+    drifted: Option<Arc<Entry>>,
     leader: Leader,
 }
 
@@ -146,6 +196,14 @@ impl Sealed {
     pub(crate) fn key(&self) -> &[u8] {
         let varied = self.entry.varied.as_ref().map(|(_, key)| key);
         varied.unwrap_or(&self.leader.key).as_bytes()
+    }
+
+    /// Where it differs from what it replaces: tells whether that is still so when no news of a write can be on its way any more.
+    #[cfg(feature = "stats")]
+    pub(crate) fn drift(&self) -> Option<impl Future<Output = bool> + Send + use<>> {
+        let (old, engine) = (self.drifted.clone()?, self.leader.engine.clone());
+        let stamps = old.stamps.clone();
+        Some(async move { engine.stays_current(&stamps).await })
     }
 
     /// Whether it will be stored: not while a write is under way, nor when it took longer to load than it may be kept.

@@ -6,6 +6,8 @@ use std::{
 };
 
 use tokio::time::Instant;
+#[cfg(feature = "stats")]
+use tokio::time::sleep;
 
 use super::{
     Engine, Inside, MAX_ATTEMPTS,
@@ -21,6 +23,10 @@ use crate::{
 
 /// Nobody waits longer for another's call.
 const MAX_WAIT: Duration = Duration::from_secs(86_400);
+
+/// So long after an entry was found not to be what the origin says, and again after that, it must still be valid.
+#[cfg(feature = "stats")]
+const GRACE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
 
 /// What a request has to do.
 pub(super) enum Begin {
@@ -123,6 +129,7 @@ impl Engine {
             primary: key.clone(),
             flight,
             parts: vec![],
+            confirmed: false,
             inside: Inside::current(),
             named: tags.len(),
             mark,
@@ -220,11 +227,18 @@ impl Found {
 
 #[cfg(feature = "stats")]
 impl Engine {
-    /// Whether no tag of an entry has been dropped since its load began.
-    pub(crate) async fn is_current(&self, key: &Key, entry: &Entry, policy: &Policy) -> bool {
-        let tags: Vec<_> = entry.stamps.iter().map(|stamp| stamp.tag.clone()).collect();
-        let found = self.store.lookup(self.look(key, &tags, policy)).await;
-        found.is_ok_and(|found| matches!(validity(entry, &[], &tags, &found.generations), Validity::Valid))
+    /// Whether no tag of an entry has been dropped since its load began, and none is for as long as news of a write, or a write
+    /// itself that works on after its commit, may take.
+    pub(crate) async fn stays_current(&self, stamps: &[Stamp]) -> bool {
+        let tags: Vec<_> = stamps.iter().map(|stamp| stamp.tag.clone()).collect();
+        for grace in GRACE {
+            sleep(grace).await;
+            let now = self.store.open(&tags).await;
+            if !now.is_ok_and(|now| now.generations.iter().eq(stamps.iter().map(|stamp| &stamp.generation))) {
+                return false;
+            }
+        }
+        true
     }
 
     /// Of who looks on: what is found is not held in this process for requests, which may need tags that nobody asks for here.

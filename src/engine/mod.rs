@@ -9,6 +9,7 @@ mod fleet;
 mod flight;
 mod invalidated;
 mod leader;
+mod learned;
 mod lookup;
 mod obtain;
 mod stale;
@@ -36,6 +37,7 @@ use crate::{
 use flight::{Flight, Flights};
 pub use invalidated::Invalidated;
 pub(crate) use leader::{Leader, Sealed};
+use learned::Types;
 #[cfg(feature = "admin")]
 pub(crate) use lookup::Found;
 pub(crate) use obtain::{Asker, Obtained, Source, Use};
@@ -90,6 +92,7 @@ pub(crate) struct Engine {
     /// How many requests have stopped waiting for another's call.
     overdue: AtomicU64,
     memos: Memo<Key, Arc<KeyMemo>, Weight>,
+    types: Types,
     clock: Clock,
     /// Loads, writes and fills that go on without their clients.
     tasks: TaskTracker,
@@ -122,7 +125,15 @@ impl Engine {
         let tasks = TaskTracker::new();
         // Whoever waits, waits until there are none; that is no reason to take no more.
         tasks.close();
-        Self { store, flights: Flights::default(), overdue: AtomicU64::new(0), memos, clock, tasks }
+        Self {
+            store,
+            flights: Flights::default(),
+            overdue: AtomicU64::new(0),
+            memos,
+            types: Types::new(),
+            clock,
+            tasks,
+        }
     }
 
     pub(crate) fn now(&self) -> Millis {

@@ -101,7 +101,8 @@ pub(super) fn config(data: &[u8]) {
     }
     if let Some((name, policy)) = ttls.first() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-        let is_short = policy.ttl.duration().is_some_and(|ttl| ttl.as_secs() < 60) || policy.jitter > 0.5;
+        let shortest = policy.ttl.bounds().map_or_else(|| policy.ttl.duration(), |bounds| Some(bounds.min));
+        let is_short = shortest.is_some_and(|ttl| ttl.as_secs() < 60) || policy.jitter > 0.5;
         // What its entities' ids are like.
         let is_id = cache.0.cascades.entities.id(cache.0.cascades.entities.of_type(name), b"1").is_some();
         runtime.block_on(works(&cache, name, is_on && is_id && !is_short && policy.early_refresh == 0.0));

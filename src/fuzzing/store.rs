@@ -18,7 +18,7 @@ use crate::{
     mux::Framing,
     store::{
         Entry, Frame, FrameKind, Frames, MemoryStore, Payload, Store,
-        codec::{decode, encode, sealed},
+        codec::{VERSIONS, decode, encode, sealed},
         fuzzed::{Held, Identity, Trouble, claim, name_in, node, parse_generation, slot, time},
     },
 };
@@ -46,7 +46,7 @@ fn is_same(a: &Entry, b: &Entry) -> bool {
         }
         _ => false,
     };
-    payload && a.stamps == b.stamps && times(a) == times(b) && a.load == b.load
+    payload && a.stamps == b.stamps && times(a) == times(b) && a.load == b.load && a.learned == b.learned
 }
 
 /// Whatever can be read is an entry, and what that is written as is the same entry.
@@ -56,7 +56,12 @@ pub(super) fn entry(data: &[u8]) {
     let longest = (longest > 0).then(|| Duration::from_secs(longest.into()));
     // As it comes: the checksum is seldom right.
     let _ = decode(Bytes::copy_from_slice(input.0), shift, longest);
-    let bytes = sealed(input.0);
+    for version in VERSIONS {
+        sealed_entry(sealed(version, input.0), shift, longest);
+    }
+}
+
+fn sealed_entry(bytes: Bytes, shift: i64, longest: Option<Duration>) {
     let read = decode(bytes.clone(), 0, None);
     let shifted = decode(bytes, shift, longest);
     assert_eq!(read.is_ok(), shifted.is_ok());

@@ -41,10 +41,6 @@ const FIELDS: usize = 20;
 /// So deep they are looked for.
 const DEPTH: usize = 32;
 
-/// So long after it was found, and again after that, an entry must still be valid: news of a write, or a write itself that works on
-/// after its commit, takes no longer.
-pub(super) const GRACE: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(4)];
-
 /// How long nothing is compared after the inner service was slow.
 const PAUSE: Duration = Duration::from_secs(10);
 

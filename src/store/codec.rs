@@ -3,6 +3,7 @@
 //! ```text
 //! version u8 · crc32 u32 (of all that follows) · flags u8
 //! created u64 · expires u64 · refresh_until u64 · on_error_until u64 · keep_until u64 · load u32
+//! learned polls f32 · changes f32 · exposure f32 · surprise f32, in version 4 only
 //! stamps  u16 × (tag: u16 length + bytes · generation u128)
 //! status  u16 · headers u16 × (name: u16 length + bytes · value: u32 length + bytes) · trailers likewise
 //! body    all the rest; LZ4 with its size in front, if the flags say so
@@ -11,7 +12,8 @@
 //! Times are told by a clock that all processes share, which the store knows: see [`Clocks`]. A list of header names that
 //! responses vary by is stored as headers without values. Numbers are little-endian. A value (of the cache-aside function)
 //! has no status, headers or trailers. Reading copies nothing but header names: the body and the header values are slices of
-//! what the store returned. Whatever cannot be read (foreign, truncated, corrupt, another version) is [`Unreadable`], which
+//! what the store returned. An entry whose TTL is not learned is of version 3, so that processes which know no other read it.
+//! Whatever cannot be read (foreign, truncated, corrupt, another version) is [`Unreadable`], which
 //! the store counts and treats as a miss.
 
 use std::{error::Error as StdError, fmt, time::Duration};
@@ -20,9 +22,12 @@ use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 
 use super::{Entry, Generation, Payload, Stamp, StoredResponse};
-use crate::{clock::Millis, key::Tag};
+use crate::{catalog::Learned, clock::Millis, key::Tag};
 
+/// Without and with what was learned of its key.
 const VERSION: u8 = 3;
+const LEARNED: u8 = 4;
+pub(crate) const VERSIONS: [u8; 2] = [VERSION, LEARNED];
 /// The version and the checksum.
 const HEAD: usize = 5;
 
@@ -134,13 +139,16 @@ pub(crate) fn encode(entry: &Entry, shift: i64) -> Result<Encoded, TooLarge> {
     let tail: &[u8] = packed.as_deref().unwrap_or(body);
     let mut flags = if packed.is_some() { LZ4 } else { 0 };
     let mut out = Vec::with_capacity(HEAD + entry.weight() - body.len() + tail.len());
-    out.put_u8(VERSION);
+    out.put_u8(if entry.learned.is_some() { LEARNED } else { VERSION });
     out.put_u32_le(0);
     out.put_u8(0);
     for time in [entry.created, entry.expires, entry.refresh_until, entry.on_error_until, entry.keep_until] {
         out.put_u64_le(shifted(time, shift));
     }
     out.put_u32_le(entry.load);
+    if let Some(Learned { polls, changes, exposure, surprise }) = entry.learned {
+        [polls, changes, exposure, surprise].into_iter().for_each(|number| out.put_f32_le(number));
+    }
     put_count(&mut out, entry.stamps.len())?;
     for Stamp { tag, generation } in &entry.stamps {
         put_count(&mut out, tag.as_bytes().len())?;
@@ -172,9 +180,10 @@ pub(crate) fn encode(entry: &Entry, shift: i64) -> Result<Encoded, TooLarge> {
 /// it may be fresh at most, whatever its writer thought.
 pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Result<Entry, Unreadable> {
     let mut rest = bytes;
-    if rest.len() <= HEAD || rest[0] != VERSION {
+    if rest.len() <= HEAD || !VERSIONS.contains(&rest[0]) {
         return Err(Unreadable);
     }
+    let has_learned = rest[0] == LEARNED;
     let crc = u32::from_le_bytes([rest[1], rest[2], rest[3], rest[4]]);
     rest.advance(HEAD);
     let flags = rest[0];
@@ -187,6 +196,7 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
     let longest = longest.map_or(Millis::MAX, |longest| longest.as_millis() as Millis);
     let expires = expires.min(created.saturating_add(longest));
     let load = rest.try_get_u32_le().map_err(|_| Unreadable)?;
+    let learned = if has_learned { Some(take_learned(&mut rest)?) } else { None };
     let count = rest.try_get_u16_le().map_err(|_| Unreadable)?;
     let mut stamps = Vec::with_capacity(usize::from(count).min(rest.len() / 18));
     for _ in 0..count {
@@ -224,9 +234,19 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
         on_error_until,
         keep_until,
         load,
+        learned,
         varied: None,
         replay: Default::default(),
     })
+}
+
+/// Numbers that are none would be read as another TTL each time.
+fn take_learned(rest: &mut Bytes) -> Result<Learned, Unreadable> {
+    let mut number = || {
+        let number = rest.try_get_f32_le().map_err(|_| Unreadable)?;
+        if number.is_finite() && number.is_sign_positive() { Ok(number) } else { Err(Unreadable) }
+    };
+    Ok(Learned { polls: number()?, changes: number()?, exposure: number()?, surprise: number()? })
 }
 
 fn put_count(out: &mut Vec<u8>, count: usize) -> Result<(), TooLarge> {
@@ -324,8 +344,8 @@ fn unpack(_: &[u8]) -> Result<Bytes, Unreadable> {
 
 /// Bytes with a right checksum, which may still make no sense.
 #[cfg(any(test, fuzzing))]
-pub(crate) fn sealed(rest: &[u8]) -> Bytes {
-    [&[VERSION], &crc32fast::hash(rest).to_le_bytes()[..], rest].concat().into()
+pub(crate) fn sealed(version: u8, rest: &[u8]) -> Bytes {
+    [&[version], &crc32fast::hash(rest).to_le_bytes()[..], rest].concat().into()
 }
 
 #[cfg(test)]
@@ -360,10 +380,13 @@ mod tests {
             on_error_until: 3,
             keep_until: 4,
             load: 5,
+            learned: None,
             varied: None,
             replay: Default::default(),
         }
     }
+
+    const LEARNT: Learned = Learned { polls: 40.5, changes: 2.25, exposure: 3_600_000.0, surprise: 0.5 };
 
     fn same(a: &Entry, b: &Entry) -> bool {
         format!("{a:?}") == format!("{b:?}")
@@ -373,9 +396,9 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(500))]
 
         #[test]
-        fn what_is_written_is_read(body in proptest::collection::vec(0u8..4, 0..5_000), response: bool) {
+        fn what_is_written_is_read(body in proptest::collection::vec(0u8..4, 0..5_000), response: bool, learned: bool) {
             let headers = [("x-a", "1"), ("x-a", "2"), ("content-type", "text/plain")];
-            let entry = entry(body, &headers, response);
+            let entry = Entry { learned: learned.then_some(LEARNT), ..entry(body, &headers, response) };
             let read = decode(encode(&entry, 7).unwrap().bytes.into(), -7, None).unwrap();
             prop_assert!(same(&entry, &read));
         }
@@ -425,7 +448,7 @@ mod tests {
         for (size, is_read) in [(2_000, true), (1_999, false), (2_001, false), (100_000_000, false), (u32::MAX, false)]
         {
             bytes[at..at + 4].copy_from_slice(&size.to_le_bytes());
-            assert_eq!(decode(sealed(&bytes[HEAD..]), 0, None).is_ok(), is_read, "{size}");
+            assert_eq!(decode(sealed(VERSION, &bytes[HEAD..]), 0, None).is_ok(), is_read, "{size}");
         }
     }
 
@@ -436,7 +459,7 @@ mod tests {
         for at in HEAD + 1..good.len().min(300) {
             let mut bytes = good.clone();
             bytes[at..at + 2].copy_from_slice(&u16::MAX.to_le_bytes());
-            refused += usize::from(decode(sealed(&bytes[HEAD..]), 0, None).is_err());
+            refused += usize::from(decode(sealed(VERSION, &bytes[HEAD..]), 0, None).is_err());
         }
         assert!(refused > 20, "{refused}");
         // More headers than a map may hold, all of them there: the count of none is the last of this one.
@@ -449,7 +472,7 @@ mod tests {
             many.put_slice(name.as_bytes());
             many.put_u32_le(0);
         }
-        assert!(decode(sealed(&many[HEAD..]), 0, None).is_err());
+        assert!(decode(sealed(VERSION, &many[HEAD..]), 0, None).is_err());
     }
 
     #[test]
@@ -508,6 +531,7 @@ mod tests {
                 ("vary", Entry { payload: Payload::Vary(names), ..plain(false) }),
                 ("lz4", timed(entry(vec![b'a'; 4_000], &headers, true))),
                 ("permanent", Entry { expires: Millis::MAX, keep_until: Millis::MAX, ..plain(true) }),
+                ("learned", Entry { learned: Some(LEARNT), ..plain(true) }),
             ]
         }
 
@@ -518,7 +542,8 @@ mod tests {
         #[test]
         fn what_this_version_wrote_is_read_as_it_was() {
             for (name, entry) in entries() {
-                let file = format!("v{VERSION}-{name}.bin");
+                let version = if entry.learned.is_some() { LEARNED } else { VERSION };
+                let file = format!("v{version}-{name}.bin");
                 let is_packed = name == "lz4";
                 if env::var_os("WRITE_FIXTURES").is_some() && !dir().join(&file).exists() {
                     fs::write(dir().join(&file), entry.encode(CLOCKS).unwrap()).unwrap();
@@ -548,6 +573,23 @@ mod tests {
                 for end in 0..bytes.len() {
                     assert_eq!(Entry::decode(bytes.slice(..end), CLOCKS, None).err(), Some(Unreadable), "{file}");
                 }
+            }
+        }
+    }
+
+    /// Nothing is learned of numbers that are none, and what is learned costs the others nothing.
+    #[test]
+    fn what_was_learned_is_sixteen_bytes_of_numbers() {
+        let plain = encode(&entry(vec![], &[], true), 0).unwrap().bytes;
+        let good = Entry { learned: Some(LEARNT), ..entry(vec![], &[], true) };
+        let good = encode(&good, 0).unwrap().bytes;
+        assert_eq!((plain[0], good[0], good.len()), (VERSION, LEARNED, plain.len() + 16));
+        for (number, is_read) in [(1.0, true), (f32::NAN, false), (f32::INFINITY, false), (-1.0, false), (-0.0, false)]
+        {
+            for at in (HEAD + 45..HEAD + 61).step_by(4) {
+                let mut bytes = good.clone();
+                bytes[at..at + 4].copy_from_slice(&number.to_le_bytes());
+                assert_eq!(decode(sealed(LEARNED, &bytes[HEAD..]), 0, None).is_ok(), is_read, "{number}");
             }
         }
     }

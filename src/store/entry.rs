@@ -14,7 +14,7 @@ use http::{HeaderMap, HeaderName, StatusCode};
 
 use super::Generation;
 use crate::{
-    catalog::Lifetime,
+    catalog::{Learned, Lifetime},
     clock::Millis,
     key::{Key, Tag},
 };
@@ -66,6 +66,8 @@ pub struct Entry {
     pub(crate) keep_until: Millis,
     /// How long it took to load, in milliseconds.
     pub(crate) load: u32,
+    /// What reloads have told of its key, where its type's TTL is learned.
+    pub(crate) learned: Option<Learned>,
     /// The request headers it is the answer to, and the key they give. Known to those who waited for it, until it is
     /// stored under that key.
     pub(crate) varied: Option<(Box<[HeaderName]>, Key)>,
@@ -129,6 +131,7 @@ impl Entry {
             on_error_until,
             keep_until: refresh_until.max(on_error_until).max(expires.saturating_add(millis(life.validate))),
             load: u32::try_from(life.load.as_millis()).unwrap_or(u32::MAX),
+            learned: None,
             varied: None,
             replay: Replay::default(),
         }
@@ -149,6 +152,7 @@ impl Entry {
             refresh_until: until,
             on_error_until: until,
             keep_until: until,
+            learned: None,
             varied: None,
             ..self.clone()
         }

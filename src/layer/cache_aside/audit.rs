@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Instant};
 use bytes::Bytes;
 use http::{Request, Response, uri::PathAndQuery};
 use http_body::Body;
-use tokio::{sync::oneshot, time::sleep};
+use tokio::sync::oneshot;
 use tower_service::Service;
 
 use super::miss::{Miss, stored};
@@ -13,7 +13,7 @@ use crate::{
     engine::Inside,
     http::cache_status::Reason,
     layer::{
-        audit::{GRACE, Suspect, differences, is_same, values},
+        audit::{Suspect, differences, is_same, values},
         core::Core,
     },
     observe::{Event, What, name_of, shortened, tag_hash},
@@ -78,11 +78,8 @@ impl Miss {
                 "not_reproducible"
             }
             Compared::Stale(suspect) => {
-                for grace in GRACE {
-                    sleep(grace).await;
-                    if !core.engine.is_current(&key, &suspect.old, &route.policy).await {
-                        return;
-                    }
+                if !core.engine.stays_current(&suspect.old.stamps).await {
+                    return;
                 }
                 stale(&core, &route, (&path, &tenant.name), &suspect);
                 "stale"

@@ -214,7 +214,7 @@ impl Miss {
         let engine = &self.core.engine;
         let life = kept.as_ref().map_or_else(Lifetime::default, |kept| kept.life);
         let sealed = match kept.filter(|_| forwarded.stored) {
-            Some(Kept { leader, late, life, varied }) => leader.seal(payload.clone(), late, life, varied).await,
+            Some(Kept { leader, late, life, varied }) => leader.confirmed().seal(payload.clone(), late, life, varied).await,
             None => None,
         };
         forwarded.stored = sealed.as_ref().is_some_and(Sealed::is_kept);
