@@ -94,6 +94,8 @@ pub(super) fn settle(
 pub(super) struct Reading {
     pub(super) leader: Leader,
     pub(super) teller: Teller,
+    /// What people call the route.
+    pub(super) route: String,
     pub(super) late: Vec<Tag>,
     /// What it depends on, and how much of that is among its tags: its body may say more.
     pub(super) known: (Reads, usize),
@@ -229,6 +231,9 @@ impl Reading {
         if let Some(sealed) = sealed.as_ref().filter(|_| self.forwarded.stored) {
             self.teller.watcher().kept(sealed.key(), sealed.entry.weight());
         }
+        if let Some(sealed) = &sealed {
+            tell_drift(sealed, &self.teller, self.route);
+        }
         client.end(|| {
             let how = How::forwarded(&self.teller, self.forwarded);
             let conditional = sealed.as_ref().filter(|_| asked.head || asked.conditions.is_some());
@@ -275,6 +280,22 @@ impl Reading {
         drop(self.leader);
         client.finish(copy, last, |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
     }
+}
+
+/// Says so if what was loaded is another than what it replaces, though no write has dropped that: when it is sure that none was on
+/// its way.
+fn tell_drift(sealed: &Sealed, teller: &Teller, route: String) {
+    #[cfg(feature = "stats")]
+    if let Some(drift) = sealed.drift() {
+        let watcher = teller.watcher().clone();
+        tokio::spawn(async move {
+            if drift.await {
+                watcher.drifted(&route);
+            }
+        });
+    }
+    #[cfg(not(feature = "stats"))]
+    let _ = (sealed, teller, route);
 }
 
 /// Whether what a response says of its length is so.

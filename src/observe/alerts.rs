@@ -10,7 +10,7 @@ use super::{
     snapshot::{Alert, OfSource, OfType, STEP_SECONDS, Snapshot},
 };
 
-/// How long something that has happened once is remembered: a large entry, an unmapped write, what an audit found.
+/// How long something that has happened once is remembered: a large entry, an unmapped write, what an audit found, drift.
 const REMEMBERED: u64 = 15 * 60 * 1_000;
 
 /// A store that is not well for one look may be about to connect.
@@ -96,6 +96,10 @@ impl Raised {
 
     pub(super) fn audit(&mut self, data_type: &str, route: &str, now: u64) {
         self.remember(("audit", Some(data_type.to_owned())), json!(route), now);
+    }
+
+    pub(super) fn drift(&mut self, data_type: &str, route: &str, now: u64) {
+        self.remember(("drift", Some(data_type.to_owned())), json!(route), now);
     }
 
     pub(super) fn large(&mut self, data_type: &str, bytes: u64, now: u64) {

@@ -181,6 +181,7 @@ pub(crate) struct Counts {
     bytes: Histogram<8>,
     pub(super) invalidations: AtomicU64,
     pub(super) invalidated: AtomicU64,
+    pub(super) drift: AtomicU64,
 }
 
 impl Counts {
@@ -193,6 +194,7 @@ impl Counts {
             bytes: Histogram::new(&BYTES),
             invalidations: AtomicU64::new(0),
             invalidated: AtomicU64::new(0),
+            drift: AtomicU64::new(0),
         }
     }
 
@@ -269,6 +271,7 @@ impl Counts {
         self.bytes.read(&mut of_type.bytes);
         of_type.invalidations = self.invalidations.load(Relaxed);
         of_type.invalidated = self.invalidated.load(Relaxed);
+        of_type.drift = self.drift.load(Relaxed);
         of_type
     }
 }

@@ -128,6 +128,7 @@ fn export_type(told: &mut Told, service: &str, data_type: &str, of_type: &OfType
     let of = [("service", service), ("data_type", data_type)];
     told.histogram("cache_aside_entry_bytes", &of, &of_type.bytes, &BYTES, 1.0);
     told.count("cache_aside_origin_seconds_saved_total", &of, of_type.saved_ms / 1_000);
+    told.count("cache_aside_drift_total", &of, of_type.drift);
     for (tier, count) in ["process", "store"].iter().zip(of_type.found()) {
         let of = [("service", service), ("data_type", data_type), ("tier", tier)];
         told.count("cache_aside_hits_total", &of, count);

@@ -200,6 +200,8 @@ pub(crate) struct Observer {
     invalidated: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
     audits: Mutex<BTreeMap<String, BTreeMap<String, u64>>>,
     unmapped: AtomicU64,
+    /// Routes that were warned of: there are only so many.
+    drifting: Mutex<BTreeSet<String>>,
     pub(super) rules: AlertRules,
     pub(super) raised: Mutex<Raised>,
     started: AtomicBool,
@@ -246,6 +248,7 @@ impl Observer {
             invalidated: Mutex::default(),
             audits: Mutex::default(),
             unmapped: AtomicU64::new(0),
+            drifting: Mutex::default(),
             rules,
             raised: Mutex::default(),
             started: AtomicBool::new(false),
@@ -364,6 +367,12 @@ impl Observer {
     /// An audit has found something stale.
     pub(crate) fn stale(&self, data_type: &str, route: &str) {
         locked(&self.raised).audit(data_type, route, now());
+    }
+
+    /// A reload of this route was another, and no write was told of. Whether that is new.
+    pub(super) fn drifted(&self, data_type: &str, route: &str) -> bool {
+        locked(&self.raised).drift(data_type, route, now());
+        locked(&self.drifting).insert(route.to_owned())
     }
 
     /// How an audit ended.

@@ -70,6 +70,8 @@ pub(crate) struct OfType {
     pub(crate) bytes: OfHistogram,
     pub(crate) invalidations: u64,
     pub(crate) invalidated: u64,
+    #[serde(default)]
+    pub(crate) drift: u64,
     /// Requests that were not bypassed, and hits, of the last steps.
     pub(crate) series: [Vec<u64>; 2],
 }
@@ -127,6 +129,7 @@ impl OfType {
         self.bytes.add(&other.bytes);
         self.invalidations += other.invalidations;
         self.invalidated += other.invalidated;
+        self.drift += other.drift;
         for (sum, one) in self.series.iter_mut().zip(&other.series) {
             // The last steps are the same time.
             let longer = one.len().saturating_sub(sum.len());
@@ -161,7 +164,7 @@ pub(crate) struct OfSource {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Alert {
-    /// `hit_ratio`, `large_entry`, `store`, `audit`, `unmapped` or `events`.
+    /// `hit_ratio`, `large_entry`, `store`, `audit`, `drift`, `unmapped` or `events`.
     pub kind: String,
     /// The data type that it is about, if it is about one.
     #[serde(rename = "type")]

@@ -174,7 +174,8 @@ pub struct TypeStats {
     pub invalidations: u64,
     /// Entries that they dropped.
     pub invalidated: u64,
-    /// Reloads that differ from what expired, though no write dropped it.
+    /// Reloads that differ from what was stored, though no write dropped it: somebody writes and does not say so. Of tenants it is
+    /// not counted.
     pub drift: u64,
     /// The last five minutes.
     pub series: Series,
@@ -355,7 +356,7 @@ impl TypeStats {
             bytes: Sizes { p50: of_type.bytes.quantile(0.5, &BYTES), max: of_type.bytes.max },
             invalidations: of_type.invalidations,
             invalidated: of_type.invalidated,
-            drift: 0,
+            drift: of_type.drift,
             series: Series { step_s: STEP_SECONDS, requests, hits },
         }
     }

@@ -2,7 +2,7 @@
 
 use std::{
     borrow::Cow,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -98,6 +98,21 @@ impl Watcher {
     pub(crate) fn kept(&self, key: &[u8], weight: usize) {
         if let Some((_, data_type)) = &self.counts {
             self.observer.shadow.stored(key, *data_type, weight as u64);
+        }
+    }
+
+    /// A reload was another, though no write had dropped what was stored.
+    pub(crate) fn drifted(&self, route: &str) {
+        let Self { counts, observer, data_type } = self;
+        if let Some((counts, _)) = counts {
+            counts.drift.fetch_add(1, Relaxed);
+        }
+        if observer.drifted(data_type, route) {
+            tracing::warn!(
+                route,
+                data_type = &**data_type,
+                "drift: a reload differs from what was stored, and no write was told of: a mutation or events are missing"
+            );
         }
     }
 

@@ -135,10 +135,22 @@ impl Miss {
         let is_plain = parts.status == StatusCode::OK && !parts.headers.contains_key(header::ETAG);
         let adds_tag = self.core.options.entity_tags && is_plain;
         let accepts = |_: &Bytes, _: Option<&HeaderMap>| Ok(());
-        let date = self.core.date();
-        let teller = self.route.teller.clone();
-        let reading =
-            Reading { leader, teller, late, known, parts, date, forwarded, life, varied, adds_tag, limit, accepts };
+        let (date, teller, route) = (self.core.date(), self.route.teller.clone(), self.route.what());
+        let reading = Reading {
+            leader,
+            teller,
+            route,
+            late,
+            known,
+            parts,
+            date,
+            forwarded,
+            life,
+            varied,
+            adds_tag,
+            limit,
+            accepts,
+        };
         reads.scope(reading.read(body, &self.asked, reply)).await;
     }
 
@@ -214,7 +226,9 @@ impl Miss {
         let engine = &self.core.engine;
         let life = kept.as_ref().map_or_else(Lifetime::default, |kept| kept.life);
         let sealed = match kept.filter(|_| forwarded.stored) {
-            Some(Kept { leader, late, life, varied }) => leader.confirmed().seal(payload.clone(), late, life, varied).await,
+            Some(Kept { leader, late, life, varied }) => {
+                leader.confirmed().seal(payload.clone(), late, life, varied).await
+            }
             None => None,
         };
         forwarded.stored = sealed.as_ref().is_some_and(Sealed::is_kept);

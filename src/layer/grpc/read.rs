@@ -201,6 +201,7 @@ impl Read {
         let reading = Reading {
             leader,
             teller: self.route.teller.clone(),
+            route: format!("gRPC method {}", self.route.path),
             late,
             known,
             parts,
