@@ -28,6 +28,7 @@ const GOOD: &str = r#"
     agent_config = "1h 30m"
     agents_list = { ttl = "250ms" }
     conversation = "permanent"
+    page = { ttl = { min = "30s", max = "24h", risk = 0.05 }, ignored_headers = ["x-request-id"] }
 
     [[routes]]
     path = "/agents/{agent_id}"
@@ -93,6 +94,8 @@ async fn a_file_says_the_same_as_code() {
             DataType::new("agent_config", Duration::from_secs(5_400)),
             DataType::new("agents_list", Duration::from_millis(250)),
             DataType::new("conversation", Ttl::Permanent),
+            DataType::new("page", Ttl::adaptive(Duration::from_secs(30), Duration::from_secs(86_400), 0.05))
+                .ignored_headers(["x-request-id"]),
         ]
     );
     assert_eq!(config.routes[1], Route::new("/agents", "agents_list").query(Query::only(["limit", "offset"])));
@@ -119,6 +122,9 @@ fn every_mistake_is_refused_with_its_place_and_mend() {
         GOOD.replacen(from, to, 1)
     };
     let add = |text: &str| format!("{GOOD}\n{text}");
+    let adaptive = |ttl: &str| replace("agent = \"standard\"", &format!("agent = {{ ttl = {{ {ttl} }} }}"));
+    let learned = "{ min = \"30s\", max = \"24h\", risk = 0.05 }";
+    let negative = format!("agent = {{ ttl = \"5m\", negative = {{ statuses = [404], ttl = {learned} }} }}");
     for (text, names, says) in [
         (replace("type = \"agent\"", "type = \"agnet\""), "/agents/{agent_id}", "unknown data type `agnet`"),
         (
@@ -153,6 +159,19 @@ fn every_mistake_is_refused_with_its_place_and_mend() {
         (add("[[cascades]]\ntype = \"agent\""), "agent", ""),
         (replace("agent = \"standard\"", "agent = \"0s\""), "agent", "zero"),
         (replace("agent = \"standard\"", "agent = \"soon\""), "agent", "soon"),
+        (adaptive("min = \"30s\", max = \"24h\", risk = 0.0"), "`agent`", "above 0 and below 1"),
+        (adaptive("min = \"30s\", max = \"24h\", risk = 1.0"), "`agent`", "above 0 and below 1"),
+        (adaptive("min = \"30s\", max = \"24h\", risk = nan"), "`agent`", "above 0 and below 1"),
+        (adaptive("min = \"1us\", max = \"24h\", risk = 0.05"), "`agent`", "zero"),
+        (adaptive("min = \"25h\", max = \"24h\", risk = 0.05"), "`agent`", "exchange"),
+        (adaptive("min = \"30s\", risk = 0.05"), "agent", "max"),
+        (adaptive("min = \"30s\", max = \"24h\", risk = 0.05, jitter = 0.1"), "agent", "jitter"),
+        (
+            replace("agent = \"standard\"", "agent = { ttl = \"5m\", ignored_headers = [\"x y\"] }"),
+            "`x y`",
+            "header name",
+        ),
+        (replace("agent = \"standard\"", &negative), "`agent`", "`negative` is not learned"),
         (replace("agent = \"standard\"", "agent = 5"), "agent", ""),
         (replace("agent = \"standard\"", "agent = { ttl = \"5m\", ttll = 1 }"), "agent", "ttll"),
         (replace("agent = \"standard\"", "agent = \"standard\"\nagent = \"short\""), "agent", "duplicate"),

@@ -33,7 +33,7 @@ use tonic::{
 use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
     Cache, Canonical, Cascade, Changes, Credentials, DataType, GrpcMethod, GrpcTarget, NoCache, OnUnmapped, Ttl,
-    changed, depends_on,
+    changed, depends_on, testing::Clock,
 };
 
 fn cache() -> Cache {
@@ -87,6 +87,34 @@ async fn a_hit_is_the_same_and_costs_no_call() {
         names
     };
     assert_eq!(names(hit.metadata()), names(miss.metadata()), "headers and trailers");
+}
+
+/// How long calls are kept is learned of their reloads, as it is of HTTP's.
+#[tokio::test]
+async fn an_adaptive_ttl_is_learned_of_calls() {
+    let (agents, clock) = (Agents::default(), Clock::new());
+    let min = Duration::from_secs(30);
+    let get = GrpcMethod::read(GET, "agent").message(|bytes| Some(GrpcTarget::new(GetAgent::decode(bytes).ok()?.id)));
+    let ttl = Ttl::adaptive(min, Duration::from_secs(86_400), 0.5);
+    let builder = Cache::builder("test").tenant_header("x-tenant-id").data_type(DataType::new("agent", ttl));
+    let update = GrpcMethod::mutation(UPDATE, "agent")
+        .message(|bytes| Some(GrpcTarget::new(UpdateAgent::decode(bytes).ok()?.id)));
+    let cache = builder.clock(clock.clone()).grpc(get).grpc(update).build().unwrap();
+    let endpoint = serve(&cache, &agents).await;
+    let mut client = AgentsClient::new(connect(&endpoint).await, "t");
+    client.update("1", "first").await.unwrap();
+    let mut last = min;
+    for _ in 0..10 {
+        client.get("1").await.unwrap();
+        cache.settled().await;
+        let hit = status(client.get("1").await.unwrap().metadata());
+        let ttl = Duration::from_secs(hit.strip_prefix("hit; ttl=").unwrap().parse().unwrap());
+        assert!(ttl >= last, "{ttl:?}");
+        clock.advance(ttl + Duration::from_secs(1));
+        last = ttl;
+    }
+    assert!(last > 10 * min, "{last:?}");
+    assert_eq!(cache.stats().types["agent"].drift, 0);
 }
 
 #[tokio::test]

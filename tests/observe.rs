@@ -382,6 +382,7 @@ async fn metrics_are_exact() {
         (format!("cache_aside_invalidated_entries_total{{{all},data_type=\"agents_list\",source=\"route\"}}"), "1"),
         (format!("cache_aside_store_up{{{all}}}"), "1"),
         (format!("cache_aside_overdue_waits_total{{{all}}}"), "0"),
+        (format!("cache_aside_drift_total{{{all},data_type=\"agents_list\"}}"), "0"),
         (format!("cache_aside_hits_total{{{all},data_type=\"agents_list\",tier=\"process\"}}"), "7"),
         (format!("cache_aside_hits_total{{{all},data_type=\"agents_list\",tier=\"store\"}}"), "0"),
         (format!("cache_aside_evicted_misses_total{{{all}}}"), "0"),
