@@ -115,10 +115,10 @@ impl<N: Into<String>> From<N> for Table {
 pub fn install_sql<T: Into<Table>>(tables: impl IntoIterator<Item = T>) -> String {
     let mut body = format!(
         "BEGIN\n\
-         \x20 IF to_regnamespace('{SCHEMA}') IS NULL THEN\n\
+         \x20 IF pg_catalog.to_regnamespace('{SCHEMA}') IS NULL THEN\n\
          \x20   CREATE SCHEMA {SCHEMA};\n\
          \x20 END IF;\n\
-         \x20 IF NOT EXISTS (SELECT FROM pg_publication WHERE pubname = '{PUBLICATION}') THEN\n\
+         \x20 IF NOT EXISTS (SELECT FROM pg_catalog.pg_publication WHERE pubname = '{PUBLICATION}') THEN\n\
          \x20   CREATE PUBLICATION {PUBLICATION};\n\
          \x20 END IF;\n"
     );
@@ -144,7 +144,8 @@ pub fn uninstall_sql<T: Into<Table>>(tables: impl IntoIterator<Item = T>) -> Str
     }
     let _ = write!(
         body,
-        "  IF NOT EXISTS (SELECT FROM pg_proc WHERE pronamespace = to_regnamespace('{SCHEMA}')) THEN\n\
+        "  IF NOT EXISTS (SELECT FROM pg_catalog.pg_proc\n\
+         \x20     WHERE pronamespace = pg_catalog.to_regnamespace('{SCHEMA}')) THEN\n\
          \x20   DROP SCHEMA IF EXISTS {SCHEMA};\n\
          \x20   DROP PUBLICATION IF EXISTS {PUBLICATION};\n\
          \x20 END IF;\n\
