@@ -58,7 +58,7 @@ impl Following {
 impl Cache {
     /// Drops what the source's events make stale, by the [policies](crate::CacheBuilder::event) that read them, from now on and until
     /// the cache is dropped; acknowledges each when the store has acknowledged that. Errors are logged and tried again, and show in
-    /// [`Cache::stats`]. Within a runtime.
+    /// `Cache::stats` (feature `stats`). Within a runtime.
     ///
     /// While it is not known for a type's [`max_lag`](crate::DataType::max_lag) that everything was read, the type's requests go to the
     /// inner service.

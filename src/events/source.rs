@@ -16,8 +16,8 @@ pub type SourceFuture<'a, T> = Pin<Box<dyn Future<Output = Result<T, SourceError
 /// and not [acknowledged](Self::ack) is given again, also after an error or to another process, and where some may have been
 /// missed, a [gap](Received::Gap) is given.
 ///
-/// Each call is awaited before the next one is made. After an error of any of them `next` is called again, some time later, and
-/// begins with what has not been acknowledged.
+/// Each call is awaited before the next one is made. After an error of `next` or `ack` it is `next` that is called again, some
+/// time later, and begins with what has not been acknowledged; after one of [`visible`](Self::visible) that is, until it succeeds.
 pub trait EventSource: Send + 'static {
     /// What it is called in logs, metrics and the fleet's notes; unique among the sources of a service.
     fn name(&self) -> &str;
@@ -33,7 +33,7 @@ pub trait EventSource: Send + 'static {
     fn next(&mut self) -> SourceFuture<'_, Received>;
 
     /// Completes when whoever reads from now on sees the changes of the [early](Batch::early) batch that was given last. It may be
-    /// dropped half-way, and called again.
+    /// dropped half-way, or fail, and is called again, as what it is about stays fenced meanwhile.
     fn visible(&mut self) -> SourceFuture<'_, ()> {
         Box::pin(ready(Ok(())))
     }
