@@ -153,7 +153,7 @@ enum Failure {
 
 impl From<tokio_postgres::Error> for Failure {
     fn from(error: tokio_postgres::Error) -> Self {
-        Self::Unavailable(error.to_string())
+        Self::Unavailable(with_cause(&error))
     }
 }
 
