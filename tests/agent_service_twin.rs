@@ -10,6 +10,8 @@ mod cli;
 #[allow(dead_code)]
 #[path = "../examples/agent_service/database.rs"]
 mod database;
+#[path = "../examples/agent_service/outbox.rs"]
+mod outbox;
 #[path = "../examples/agent_service/routes.rs"]
 mod routes;
 

@@ -214,7 +214,8 @@ async fn what_the_outbox_has_forgotten_is_a_gap() {
         program.execute("UPDATE agents SET name = ?1 WHERE id = 'agent-1'", [round.to_string()]).unwrap();
         program.execute_batch(forget).unwrap();
         service.signal("-CONT");
-        until(&client, "/agents/agent-1", forget, |_, v| v["name"] == round.to_string()).await;
+        let name = round.to_string();
+        until(&client, "/agents/agent-1", forget, |_, v| v["name"] == *name).await;
         assert_eq!(source(&service).await["gaps"], gaps + 1);
     }
     // It forgets by itself, and not what is young.
