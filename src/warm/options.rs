@@ -7,7 +7,7 @@ use crate::error::ConfigError;
 /// How many requests may be on the list at most.
 const MOST: usize = 10_000;
 
-/// How popular requests are [warmed](Cache::warm).
+/// How popular requests are [warmed](crate::Cache::warm).
 ///
 /// ```
 /// # use tower_cache_aside::Warm;
