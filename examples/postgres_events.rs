@@ -12,6 +12,8 @@
 //! Stop PostgreSQL: after `--max-lag-ms` nothing that was cached is answered any more (`fwd=bypass; detail=events-behind`), since
 //! nobody knows what has changed. Start it, and it goes on. With `--redis URL` several processes share what is cached, and the slot:
 //! one of them reads the log, and all are fresh.
+//!
+//! When you are done: `SELECT pg_drop_replication_slot('postgres_events')`. A slot that nobody reads keeps the server's log.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 use std::{net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
