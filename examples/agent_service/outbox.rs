@@ -79,6 +79,10 @@ pub struct Outbox {
     /// And up to this, when what was given last has been.
     given: i64,
     proven: Option<Instant>,
+    /// What is proven when what was given last has been dropped.
+    proves: Option<Instant>,
+    /// What is proven, and not said yet.
+    due: Option<Instant>,
 }
 
 /// What there is after a position.
@@ -96,7 +100,15 @@ impl Outbox {
         transaction.execute_batch(&schema())?;
         transaction.commit()?;
         database.pragma_update(None, "query_only", true)?;
-        Ok(Self { database: Arc::new(Mutex::new(database)), notes: None, read: None, given: 0, proven: None })
+        Ok(Self {
+            database: Arc::new(Mutex::new(database)),
+            notes: None,
+            read: None,
+            given: 0,
+            proven: None,
+            proves: None,
+            due: None,
+        })
     }
 
     async fn rows(&self, after: i64) -> Result<Rows, SourceError> {
@@ -114,6 +126,10 @@ impl Outbox {
     }
 
     async fn look(&mut self) -> Result<Option<Received>, SourceError> {
+        if let Some(now) = self.due.take() {
+            self.proven = Some(now);
+            return Ok(Some(Received::Proof(now)));
+        }
         if self.read.is_none() {
             self.read = self.remembered().await?;
         }
@@ -127,10 +143,12 @@ impl Outbox {
             Some(_) => None,
         };
         if let Some(why) = why {
-            self.given = rows.kept.1;
+            (self.given, self.proves) = (rows.kept.1, None);
             return Ok(Some(Received::Gap(why.to_owned())));
         }
         if !rows.events.is_empty() {
+            // What this read has found is all that there was, if it is not more than it may find.
+            self.proves = (rows.events.len() < AT_ONCE as usize).then_some(now);
             self.given = rows.last;
             return Ok(Some(Received::Events(Batch::new(rows.events))));
         }
@@ -168,6 +186,7 @@ impl EventSource for Outbox {
                 notes.write(self.given.to_string().as_bytes()).await?;
             }
             self.read = Some(self.given);
+            self.due = self.proves.take();
             Ok(())
         })
     }

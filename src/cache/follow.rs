@@ -102,7 +102,7 @@ struct Follower {
 
 impl Drop for Follower {
     fn drop(&mut self) {
-        self.state.lose();
+        self.state.end();
         self.state.trouble(Some("it is not followed any more".to_owned()));
     }
 }
@@ -255,6 +255,17 @@ impl Follower {
             self.state.trouble(Some("the store is down, and cannot be told of a gap".to_owned()));
             sleep(PAUSES.0).await;
         }
+        self.clear().await?;
+        // And once more when replicas have heard of what was missed: what is stored meanwhile may be from before.
+        let hold = self.core()?.longest_hold();
+        if !hold.is_zero() {
+            sleep(hold).await;
+            self.clear().await?;
+        }
+        Ok(())
+    }
+
+    async fn clear(&mut self) -> Result<(), Gone> {
         let what = format!("gap in {}", self.state.name);
         loop {
             let cleared = self.core()?.clear(&Blame { by: By::Event, what: &what, tenant: None }).await;

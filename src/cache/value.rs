@@ -219,7 +219,7 @@ impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
             Payload::Value(bytes) => bytes.len() as u64,
             _ => 0,
         };
-        self.found = (source, Served { bytes, saved: entry.load, ttl: None });
+        self.found = (source, Served { bytes, saved: entry.load, ..Served::default() });
         if let Some(whole) = &self.whole {
             whole.add_stamps(&entry.stamps);
             if source == engine::Source::Stale {

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -38,6 +38,8 @@ pub(crate) struct Followed {
     proven: AtomicU64,
     /// What is wrong with it.
     trouble: Mutex<Option<String>>,
+    /// It is not followed any more, and another of its name may be.
+    has_ended: AtomicBool,
     became: [AtomicU64; BECAME.len()],
 }
 
@@ -81,14 +83,16 @@ impl Sources {
     /// Adds a source, unless there is one of this name.
     pub(crate) fn add(&self, name: &str) -> Option<Arc<Followed>> {
         let mut all = locked(&self.0.all);
-        if all.iter().any(|source| source.name == name) {
+        if all.iter().any(|source| source.name == name && !source.has_ended.load(Ordering::Acquire)) {
             return None;
         }
+        all.retain(|source| source.name != name);
         let source = Arc::new(Followed {
             name: name.to_owned(),
             sources: self.0.clone(),
             proven: AtomicU64::new(0),
             trouble: Mutex::default(),
+            has_ended: AtomicBool::new(false),
             became: Default::default(),
         });
         all.push(source.clone());
@@ -127,6 +131,12 @@ impl Followed {
     pub(crate) fn lose(&self) {
         self.proven.store(0, Ordering::Release);
         self.sources.settle();
+    }
+
+    /// Nobody follows it any more.
+    pub(crate) fn end(&self) {
+        self.lose();
+        self.has_ended.store(true, Ordering::Release);
     }
 
     /// How far behind it may be; `None` if that is not known.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Batch, Event, EventSource, Received, SourceError, SourceFuture};
+use super::{Batch, Event, EventSource, Notes, Received, SourceError, SourceFuture};
 use crate::{
     error::ConfigError,
     store::{StreamEntry, StreamRead, StreamReader},
@@ -84,6 +84,18 @@ impl fmt::Debug for RedisStreamBuilder {
 impl EventSource for RedisStream {
     fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What one service has dropped, another has not: its group is its own.
+    fn start(&mut self, notes: Notes) {
+        let mend = match (self.reader.joins(notes.service()), notes.are_shared()) {
+            (true, false) => "each process has a store of its own, and one of the group reads: leave the group out",
+            (false, true) => {
+                "the store is shared, and each process drops for all, beginning with a gap: give it a group"
+            }
+            _ => return,
+        };
+        tracing::warn!(source = self.name, mend, "a stream is not read as its store is shared");
     }
 
     fn next(&mut self) -> SourceFuture<'_, Received> {

@@ -111,6 +111,16 @@ pub struct Notes {
 }
 
 impl Notes {
+    /// The service that they are of.
+    pub(crate) fn service(&self) -> &str {
+        self.name.split("{*}").next().unwrap_or_default()
+    }
+
+    /// Whether other processes see them, and the entries.
+    pub(crate) fn are_shared(&self) -> bool {
+        self.store.is_shared()
+    }
+
     /// What was written last; `None` if nothing was, or it was lost.
     ///
     /// # Errors

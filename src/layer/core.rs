@@ -137,7 +137,8 @@ impl Core {
         let lags =
             [self.sources.behind().or_else(|| self.sources.any().then_some(Duration::MAX)), self.engine.behind()];
         // Where nothing at all says what happens elsewhere, nothing is known of it.
-        let behind = lags.into_iter().flatten().max().unwrap_or_else(|| {
+        // What comes late to another region is told late to this one: they add up.
+        let behind = lags.into_iter().flatten().reduce(Duration::saturating_add).unwrap_or_else(|| {
             if self.warnings.is_new("max-lag", data_type) {
                 tracing::warn!(
                     data_type,
@@ -149,12 +150,12 @@ impl Core {
         (behind > most).then_some("events-behind")
     }
 
-    /// Whether a request of another method than `GET` is a read.
+    /// Whether a request is a read that a route knows.
     #[cfg(feature = "warm")]
     pub(crate) fn reads(&self, request: &http::Request<()>) -> bool {
         let place = crate::route::Place::new(request.uri(), request.extensions(), None);
         let read = self.routes.read(request.method(), &place);
-        read.is_some_and(|read| read.route.is_some_and(|route| route.body.is_some()))
+        read.is_some_and(|read| read.route.is_some())
     }
 
     /// What identifies a request besides its route.
@@ -192,6 +193,12 @@ impl Core {
         let times = types.filter_map(|t| self.cascades.fence(t).or(self.options.fence));
         let all = times.reduce(|a, b| FenceTimes { lease: a.lease.max(b.lease), hold: a.hold.max(b.hold) })?;
         Some(Fence::new(all.lease, all.hold))
+    }
+
+    /// How long what is dropped is held, for any type: for replicas.
+    pub(crate) fn longest_hold(&self) -> Duration {
+        let all = self.catalogue.known().filter_map(|data_type| self.cascades.fence(data_type)).map(|times| times.hold);
+        all.max().unwrap_or_default()
     }
 
     /// Invalidates, and tells who wants to know. Where any fences are used at all, those of other writers are respected.

@@ -44,6 +44,6 @@ pub(crate) use grpc::{accepts, message};
 pub use invalidate::{Invalidate, InvalidateBody, InvalidateLayer};
 pub use request::{Bodies, NoBodies, ReadBody, RequestBody};
 #[cfg(feature = "warm")]
-pub(crate) use sampler::{Refreshed, Replay, Sampler, Seen, Sighting, Warmup};
+pub(crate) use sampler::{Replay, Sampler, Seen, Sighting, Warmup};
 pub(crate) use warnings::Warnings;
 pub(crate) use writing::{Due, Writing};

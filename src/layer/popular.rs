@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{HeaderName, header, request};
+use http::{HeaderName, Method, header, request};
 
 use super::{
     core::Core,
@@ -21,8 +21,16 @@ const LONGEST_VALUE: usize = 256;
 const LARGEST_BODY: usize = 4_096;
 
 /// What of a request its response may depend on, besides what its route says.
-const KEPT: [HeaderName; 5] =
-    [header::HOST, header::ACCEPT, header::ACCEPT_ENCODING, header::ACCEPT_LANGUAGE, header::CONTENT_TYPE];
+static KEPT: [HeaderName; 8] = [
+    header::HOST,
+    header::FORWARDED,
+    HeaderName::from_static("x-forwarded-host"),
+    HeaderName::from_static("x-forwarded-proto"),
+    header::ACCEPT,
+    header::ACCEPT_ENCODING,
+    header::ACCEPT_LANGUAGE,
+    header::CONTENT_TYPE,
+];
 
 /// A request that is picked, without its body.
 pub(super) struct Picked {
@@ -57,18 +65,28 @@ pub(super) fn picked(
     (wanted, variant): (&Wanted<'_>, Option<&[u8]>),
 ) -> Option<Picked> {
     let sampler = core.sampler.get()?;
-    if !sampler.picks() || parts.extensions.get::<Warmup>().is_some() {
+    // What only a `HEAD` asks for stores nothing.
+    if !sampler.picks() || parts.method == Method::HEAD || parts.extensions.get::<Warmup>().is_some() {
         return None;
     }
     let is_private = |name: &HeaderName| core.identity.is_credential(name);
-    if route.is_of_users() || wanted.needs_public || parts.headers.keys().any(is_private) {
+    // Of a header that a route varies by nobody knows whose it is.
+    let is_plain = |name: &HeaderName| KEPT.contains(name) || core.tenants.named_by() == Some(name);
+    let varies = !route.vary.iter().all(is_plain);
+    if varies || route.is_of_users() || wanted.needs_public || parts.headers.keys().any(is_private) {
         return None;
     }
-    let path = match parts.uri.query() {
-        Some(query) => format!("{}?{query}", place.full()),
-        None => place.full().to_owned(),
+    // No more of it than counts.
+    let query = parts.uri.query().map(|query| route.counted_query(query)).filter(|query| !query.is_empty());
+    let from = match (parts.uri.scheme_str(), parts.uri.authority()) {
+        (Some(scheme), Some(authority)) => format!("{scheme}://{authority}"),
+        _ => String::new(),
     };
-    let names = KEPT.iter().chain(&route.vary).chain(core.tenants.named_by());
+    let path = match query {
+        Some(query) => format!("{from}{}?{query}", place.full()),
+        None => format!("{from}{}", place.full()),
+    };
+    let names = KEPT.iter().chain(core.tenants.named_by());
     let mut headers: Vec<(String, Vec<u8>)> = vec![];
     for name in names {
         let own = || (name.as_str().to_owned(), parts.headers.get(name).map(|value| value.as_bytes().to_vec()));
@@ -77,9 +95,6 @@ pub(super) fn picked(
         {
             headers.push((name, value));
         }
-    }
-    if let Some(authority) = parts.uri.authority().filter(|_| !parts.headers.contains_key(header::HOST)) {
-        headers.push((header::HOST.as_str().to_owned(), authority.as_str().as_bytes().to_vec()));
     }
     if path.len() > LONGEST_PATH || headers.iter().any(|(_, value)| value.len() > LONGEST_VALUE) {
         return None;

@@ -24,10 +24,6 @@ pub(crate) struct Warmup {
     pub(crate) ahead: Millis,
 }
 
-/// In the extensions of a response: what was good has been replaced.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Refreshed;
-
 /// A request that anybody in the tenant may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Replay {

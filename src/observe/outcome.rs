@@ -36,6 +36,8 @@ pub(crate) struct Served {
     pub(crate) saved: u32,
     /// For how many more seconds a hit is fresh; `None` means for ever.
     pub(crate) ttl: Option<i64>,
+    /// What came from the inner service has been stored.
+    pub(crate) kept: bool,
 }
 
 /// What became of a request.

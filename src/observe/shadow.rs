@@ -99,8 +99,9 @@ impl Shadow {
     /// A key was looked up in this process, and there or not.
     pub(super) fn looked(&self, key: &[u8], data_type: usize, is_hit: bool) {
         let Some((hash, inner)) = self.picks(key) else { return };
+        // Nobody waits for it: what comes meanwhile is not looked at.
+        let Ok(mut inner) = inner.try_lock() else { return };
         self.lookups.fetch_add(1, Relaxed);
-        let mut inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
         let Inner { caches, hits, real, .. } = &mut *inner;
         let had = caches.each_ref().map(|cache| cache.get(&hash).is_some());
         if is_hit {

@@ -74,7 +74,8 @@ impl Teller {
         };
         let saved = found.filter(|_| handling != Handling::Miss).map_or(0, |found| found.load);
         let ttl = if let Handled::Hit { ttl } = handled { ttl } else { None };
-        let served = Served { bytes: found.map_or(0, |found| found.bytes), saved, ttl };
+        let kept = matches!(handled, Handled::Forwarded(forwarded) if forwarded.stored);
+        let served = Served { bytes: found.map_or(0, |found| found.bytes), saved, ttl, kept };
         let found = found.filter(|_| matches!(handled, Handled::Hit { .. }));
         let handling = if found.is_some_and(|found| found.is_stale) { Handling::Stale } else { handling };
         let data_type = self.0.data_type.clone();

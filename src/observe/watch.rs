@@ -142,10 +142,10 @@ impl Watch {
         let Some((Outcome { outcome, reason, tier, served, .. }, size)) = outcome else {
             return under.unanswered("error");
         };
-        let Served { bytes, saved, ttl } = *served;
+        let Served { bytes, .. } = *served;
         // What comes from the inner service says how long it is, or does not know.
         let bytes = if bytes == 0 { size.exact().unwrap_or_default() } else { bytes };
-        under.count((*outcome, *reason), *tier, Served { bytes, saved, ttl });
+        under.count((*outcome, *reason), *tier, Served { bytes, ..*served });
     }
 
     /// The same, of what is no response.

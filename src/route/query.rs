@@ -38,6 +38,22 @@ impl Query {
         Self::Only(names.into_iter().map(Into::into).collect())
     }
 
+    /// As much of a query as is a part of the key, as it was sent.
+    #[cfg(feature = "warm")]
+    pub(crate) fn counted(&self, query: &str) -> String {
+        match self {
+            Self::All | Self::Exact => query.to_owned(),
+            Self::Ignore => String::new(),
+            Self::Only(names) => {
+                let counts = |part: &&str| {
+                    let name = decode_name(part.split_once('=').map_or(*part, |(name, _)| name));
+                    names.iter().any(|counted| counted.as_bytes() == &*name)
+                };
+                query.split('&').filter(counts).collect::<Vec<_>>().join("&")
+            }
+        }
+    }
+
     pub(crate) fn push(&self, buf: &mut KeyBuf, query: &str) {
         if *self == Self::Exact {
             buf.push(b'?');

@@ -318,6 +318,12 @@ impl ReadRoute {
         matches!(self.credentials, Credential::PerUser(_) | Credential::User)
     }
 
+    /// As much of a query as is a part of the key.
+    #[cfg(feature = "warm")]
+    pub(crate) fn counted_query(&self, query: &str) -> String {
+        self.query.counted(query)
+    }
+
     pub(crate) fn id(&self) -> &[u8] {
         &self.id
     }

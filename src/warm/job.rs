@@ -2,6 +2,7 @@
 
 use std::{
     future::poll_fn,
+    panic::AssertUnwindSafe,
     path::Path,
     pin::{Pin, pin},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
@@ -9,7 +10,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderName, Method, Request, Response};
+use futures_util::FutureExt;
+use http::{HeaderName, Request, Response};
 use http_body::Body;
 use tokio::{
     sync::{mpsc, oneshot},
@@ -24,7 +26,7 @@ use super::{
 };
 use crate::{
     clock::Millis,
-    layer::{Core, Refreshed, Replay, Sampler, Sighting, Warmup},
+    layer::{Core, Replay, Sampler, Sighting, Warmup},
     observe::{Handling, Outcome},
     store::Store,
 };
@@ -64,8 +66,8 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(super) enum Answer {
     /// It was there, for so many seconds more.
     There(Option<i64>),
-    /// The inner service was called.
-    Loaded { is_ok: bool, took: Duration },
+    /// The inner service was called; and whether what it said was stored.
+    Loaded { is_ok: bool, kept: bool, took: Duration },
     /// Another request had it called.
     Shared,
     /// The cache keeps out of it.
@@ -94,8 +96,10 @@ where
         Box::pin(async move {
             let Some(mut request) = request else { return Answer::Nothing };
             request.extensions_mut().insert(Warmup { ahead });
-            let failed = Answer::Loaded { is_ok: false, took: PATIENCE };
-            timeout(PATIENCE, ask(service, request)).await.unwrap_or(failed)
+            let failed = Answer::Loaded { is_ok: false, kept: false, took: PATIENCE };
+            // A handler may panic.
+            let asking = AssertUnwindSafe(timeout(PATIENCE, ask(service, request))).catch_unwind();
+            asking.await.map_or(failed, |asked| asked.unwrap_or(failed))
         })
     })
 }
@@ -106,7 +110,7 @@ where
     R: Body,
 {
     let start = Instant::now();
-    let failed = |took| Answer::Loaded { is_ok: false, took };
+    let failed = |took| Answer::Loaded { is_ok: false, kept: false, took };
     if poll_fn(|cx| service.poll_ready(cx)).await.is_err() {
         return failed(start.elapsed());
     }
@@ -116,12 +120,13 @@ where
     let mut body = pin!(body);
     while let Some(Ok(_)) = poll_fn(|cx| body.as_mut().poll_frame(cx)).await {}
     let took = start.elapsed();
-    let loaded = Answer::Loaded { is_ok: !parts.status.is_server_error(), took };
+    let is_ok = !parts.status.is_server_error();
     match parts.extensions.get::<Outcome>() {
-        Some(_) if parts.extensions.get::<Refreshed>().is_some() => loaded,
         Some(outcome) => match outcome.outcome {
             Handling::Hit => Answer::There(outcome.served.ttl),
-            Handling::Miss | Handling::Stale => loaded,
+            Handling::Miss => Answer::Loaded { is_ok, kept: outcome.served.kept, took },
+            // What is stale is served here only where the inner service fails.
+            Handling::Stale => failed(took),
             Handling::Coalesced => Answer::Shared,
             Handling::Bypass => Answer::Nothing,
         },
@@ -177,6 +182,26 @@ impl Pace {
     }
 }
 
+/// What the job is told.
+pub(super) enum Command {
+    /// Writes the list down.
+    Save(oneshot::Sender<()>),
+    Stop,
+}
+
+/// Whatever ended the job: nobody waits for it.
+struct Ended(Weak<Core>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        if let Some(core) = self.0.upgrade()
+            && let Some(Sampler { state, .. }) = core.sampler.get()
+        {
+            state.warmed.send_replace(true);
+        }
+    }
+}
+
 pub(super) struct Job {
     core: Weak<Core>,
     warm: Warm,
@@ -188,20 +213,17 @@ pub(super) struct Job {
     asking: JoinSet<(Place, Cause, Answer)>,
     /// What is left of what was popular before.
     before: usize,
+    _ended: Ended,
 }
 
 impl Job {
     pub(super) fn new(core: Weak<Core>, warm: Warm, asks: Asks) -> Self {
-        let (pace, budget) = (Pace::new(warm.concurrency), warm.budget);
-        Self { core, warm, asks, list: List::default(), pace, budget, asking: JoinSet::new(), before: 0 }
+        let (pace, budget, ended) = (Pace::new(warm.concurrency), warm.budget, Ended(core.clone()));
+        Self { _ended: ended, core, warm, asks, list: List::default(), pace, budget, asking: JoinSet::new(), before: 0 }
     }
 
     /// Until the cache is gone.
-    pub(super) async fn run(
-        mut self,
-        mut sightings: mpsc::Receiver<Sighting>,
-        mut commands: mpsc::Receiver<oneshot::Sender<()>>,
-    ) {
+    pub(super) async fn run(mut self, mut sightings: mpsc::Receiver<Sighting>, mut commands: mpsc::Receiver<Command>) {
         let every = |period| {
             let mut every = interval(period);
             every.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -218,16 +240,22 @@ impl Job {
                 Some(sighting) = sightings.recv() => self.sighted(sighting),
                 Some(Ok((place, cause, answer))) = self.asking.join_next() => self.answered(&place, cause, answer),
                 _ = looks.tick() => {}
-                _ = ranks.tick() => self.list.rank(self.warm.requests, Instant::now()),
+                _ = ranks.tick() => {
+                    self.list.rank(self.warm.requests, Instant::now());
+                    self.show();
+                }
                 _ = minutes.tick() => {
                     self.budget = self.warm.budget;
                     self.list.fade();
                 }
                 _ = saves.tick() => self.save().await,
-                Some(done) = commands.recv() => {
-                    self.save().await;
-                    let _ = done.send(());
-                }
+                Some(command) = commands.recv() => match command {
+                    Command::Stop => return,
+                    Command::Save(done) => {
+                        self.save().await;
+                        let _ = done.send(());
+                    }
+                },
                 () = sleep_until(ready), if self.before > 0 => self.before = 0,
             }
             let Some(core) = self.core.upgrade() else { return };
@@ -268,13 +296,17 @@ impl Job {
             Answer::Loaded { is_ok: false, .. } => CHECKS,
             Answer::Nothing => MINUTE,
         };
-        self.list.done(place, Some(again), now);
+        match answer {
+            Answer::Loaded { is_ok: true, kept: false, .. } => self.list.in_vain(place, now),
+            _ => self.list.done(place, again, now),
+        }
         if cause == Cause::Start {
             self.before = self.before.saturating_sub(1);
         }
-        let Answer::Loaded { is_ok, took } = answer else {
-            // The inner service was not called.
-            self.budget = (self.budget + 1).min(self.warm.budget);
+        let Answer::Loaded { is_ok, took, .. } = answer else {
+            // The inner service was not called. (Where the cache keeps out of it, it was.)
+            let back = u32::from(!matches!(answer, Answer::Nothing));
+            self.budget = (self.budget + back).min(self.warm.budget);
             return;
         };
         self.pace.loaded(is_ok, took, now);
@@ -295,7 +327,15 @@ impl Job {
         if self.before == 0 && !*state.warmed.borrow() {
             state.warmed.send_replace(true);
         }
-        *locked(&state.popular) = self.list.first(SHOWN);
+    }
+
+    /// For those who look on.
+    fn show(&self) {
+        if let Some(core) = self.core.upgrade()
+            && let Some(Sampler { state, .. }) = core.sampler.get()
+        {
+            *locked(&state.popular) = self.list.first(SHOWN);
+        }
     }
 
     /// What was popular before.
@@ -325,7 +365,11 @@ impl Job {
             listed.truncate(listed.len() / 2);
         };
         if let Err(error) = self.write(bytes).await {
-            tracing::debug!(%error, "the list of what is popular is not written");
+            let core = self.core.upgrade();
+            match core.is_some_and(|core| core.warnings.is_new("warm", "list")) {
+                true => tracing::warn!(error, "the list of what is popular is not written: a restart begins cold"),
+                false => tracing::debug!(error, "the list of what is popular is not written"),
+            }
         }
     }
 
@@ -370,15 +414,19 @@ fn is_harmless(core: &Core, replay: &Replay) -> bool {
     let Some(request) = replay.request(()) else { return false };
     let is_private =
         |name: &HeaderName| core.identity.is_credential(name) && core.tenants.named_by().is_none_or(|own| own != name);
-    let is_read = *request.method() == Method::GET || core.reads(&request);
-    is_read && !request.headers().keys().any(is_private)
+    core.reads(&request) && !request.headers().keys().any(is_private)
 }
 
 /// A file is there whole, or as it was.
 fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut beside = path.as_os_str().to_owned();
-    beside.push(format!(".{}", std::process::id()));
-    std::fs::write(&beside, bytes)?;
+    beside.push(format!(".{:08x}", rand::random::<u32>()));
+    let mut options = std::fs::OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    // It says who asks what.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    std::io::Write::write_all(&mut options.open(&beside)?, bytes)?;
     std::fs::rename(&beside, path)
 }
 

@@ -29,6 +29,9 @@ const FADES: f64 = 0.8;
 /// Counts below this are forgotten.
 const LEAST: f64 = 1.0;
 
+/// What was loaded and is not stored is left alone for so long, at first.
+const VAIN: Duration = Duration::from_secs(60);
+
 /// Why something is asked again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Cause {
@@ -53,6 +56,8 @@ pub(super) struct Known {
     tags: Box<[u64]>,
     /// When it is to be asked again, and why; `None` while it is.
     next: Option<(Instant, Cause)>,
+    /// How often it was loaded and not stored, in a row.
+    vain: u32,
 }
 
 /// As it is told to other processes, and to the next that is started.
@@ -86,8 +91,7 @@ impl List {
     pub(super) fn seen(&mut self, seen: Seen) {
         let Seen { id, tenant, tags, replay } = seen;
         let place = self.place(&tenant);
-        let known = self.tenants.entry(place).or_default();
-        if let Some(known) = known.get_mut(&id) {
+        if let Some(known) = self.tenants.get_mut(&place).and_then(|known| known.get_mut(&id)) {
             known.score += 1.0;
             known.tags = tags;
             return;
@@ -100,7 +104,8 @@ impl List {
             return;
         }
         self.once.remove(&id);
-        known.insert(id, Known { replay, score: 2.0, tags, next: None });
+        let known = self.tenants.entry(place).or_default();
+        known.insert(id, Known { replay, score: 2.0, tags, next: None, vain: 0 });
         if known.len() > COUNTED {
             purge(known);
         }
@@ -121,7 +126,10 @@ impl List {
             return;
         }
         let next = now.map(|now| (now, Cause::Start));
-        known.insert(listed.id, Known { replay: listed.replay, score: listed.score, tags: Box::default(), next });
+        known.insert(listed.id, {
+            let Listed { replay, score, .. } = listed;
+            Known { replay, score, tags: Box::default(), next, vain: 0 }
+        });
     }
 
     /// A minute is over.
@@ -159,10 +167,11 @@ impl List {
 
     /// Those of these tags were dropped, or all: they are asked at once.
     pub(super) fn dropped(&mut self, tags: Option<&[u64]>, now: Instant) {
+        let tags: Option<HashSet<u64>> = tags.map(|tags| tags.iter().copied().collect());
         for (tenant, id) in &self.ranked {
             let known = self.tenants.get_mut(tenant).and_then(|known| known.get_mut(id));
             if let Some(known) =
-                known.filter(|known| tags.is_none_or(|tags| known.tags.iter().any(|t| tags.contains(t))))
+                known.filter(|known| tags.as_ref().is_none_or(|tags| known.tags.iter().any(|t| tags.contains(t))))
             {
                 known.next = Some((now, Cause::Refill));
             }
@@ -186,9 +195,18 @@ impl List {
     }
 
     /// It was asked, and is good for so long. What has been dropped meanwhile is asked again at once.
-    pub(super) fn done(&mut self, place: &Place, again: Option<Duration>, now: Instant) {
+    pub(super) fn done(&mut self, place: &Place, again: Duration, now: Instant) {
         let Some(known) = self.get(place).filter(|known| known.next.is_none()) else { return };
-        known.next = again.map(|again| (now + again, Cause::Expiry));
+        known.vain = 0;
+        known.next = Some((now + again, Cause::Expiry));
+    }
+
+    /// It was loaded, and is not stored: each time it is left alone for twice as long.
+    pub(super) fn in_vain(&mut self, place: &Place, now: Instant) {
+        let Some(known) = self.get(place).filter(|known| known.next.is_none()) else { return };
+        let again = VAIN.saturating_mul(1 << known.vain.min(6));
+        known.vain += 1;
+        known.next = Some((now + again, Cause::Missing));
     }
 
     /// As it is told to others.
@@ -202,8 +220,11 @@ impl List {
 
     /// The first of it, for those who look on: whose, what, and how popular.
     pub(super) fn first(&self, most: usize) -> Vec<(Vec<u8>, String, f64)> {
-        let listed = self.listed().into_iter().take(most);
-        listed.map(|one| (one.tenant, format!("{} {}", one.replay.method, one.replay.path), one.score)).collect()
+        let first = |(tenant, id): &Place| {
+            let known = self.tenants.get(tenant)?.get(id)?;
+            Some((tenant.to_vec(), format!("{} {}", known.replay.method, known.replay.path), known.score))
+        };
+        self.ranked.iter().take(most).filter_map(first).collect()
     }
 }
 
@@ -296,14 +317,14 @@ mod tests {
         all.sort_unstable();
         assert_eq!(all, [0, 1, 2].map(|id| (id, Cause::Missing)));
         for id in 0..3 {
-            list.done(&(b"acme"[..].into(), id), Some(Duration::from_secs(60)), now);
+            list.done(&(b"acme"[..].into(), id), Duration::from_secs(60), now);
         }
         assert_eq!(order(&mut list), []);
         list.dropped(Some(&[1]), now);
         let (place, cause, _) = list.due(now).unwrap();
         assert_eq!((place.1, cause), (1, Cause::Refill));
         list.dropped(Some(&[1, 2]), now);
-        list.done(&place, Some(Duration::from_secs(60)), now);
+        list.done(&place, Duration::from_secs(60), now);
         let mut all = order(&mut list);
         all.sort_unstable();
         assert_eq!(all, [(1, Cause::Refill), (2, Cause::Refill)], "it was dropped while it was asked");

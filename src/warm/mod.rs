@@ -16,25 +16,34 @@ use tokio::{
 use tower_service::Service;
 
 use crate::{Cache, error::ConfigError, layer::Sampler};
-use job::{Job, asker};
+use job::{Command, Job, asker};
 pub use options::Warm;
 
-/// A cache that is [warmed](Cache::warm). It is for as long as there is the cache, also when this is dropped.
+/// Nobody waits longer for what was popular before.
+const MINUTE: std::time::Duration = std::time::Duration::from_secs(60);
+
+/// A cache that is [warmed](Cache::warm), until it is [stopped](Self::stop); also when this is dropped.
 #[derive(Clone, Debug)]
-pub struct Warming(mpsc::Sender<oneshot::Sender<()>>);
+pub struct Warming(mpsc::Sender<Command>);
 
 impl Warming {
     /// Writes the list down now: to be awaited at shutdown, for the process that is started next.
     pub async fn save(&self) {
         let (done, is_done) = oneshot::channel();
-        if self.0.send(done).await.is_ok() {
+        if self.0.send(Command::Save(done)).await.is_ok() {
             let _ = is_done.await;
         }
+    }
+
+    /// Warms it no longer. The job holds the service, and so the cache: without this it goes on for as long as its runtime.
+    pub async fn stop(&self) {
+        let _ = self.0.send(Command::Stop).await;
+        self.0.closed().await;
     }
 }
 
 impl Cache {
-    /// Keeps what is popular warm, from now on and until the cache is dropped: asks it of `service` before anybody does. That is the
+    /// Keeps what is popular warm, from now on and until it is [stopped](Warming::stop): asks it of `service` before anybody does. That is the
     /// whole service, with the cache's layers around it, so that all that is true of other requests is true of these; `body` makes the
     /// body of a request. (Feature `warm`.)
     ///
@@ -71,6 +80,8 @@ impl Cache {
     /// [`warm`](Self::warm) it does not wait. (Feature `warm`.)
     pub async fn warmed(&self) {
         let Some(sampler) = self.0.sampler.get() else { return };
-        let _ = sampler.state.warmed.subscribe().wait_for(|warmed| *warmed).await;
+        let mut warmed = sampler.state.warmed.subscribe();
+        // The runtime of the job may have ended before it began.
+        let _ = tokio::time::timeout(MINUTE, warmed.wait_for(|warmed| *warmed)).await;
     }
 }

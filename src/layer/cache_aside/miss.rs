@@ -103,6 +103,8 @@ impl<R: Body> Asker for Ask<'_, R> {
         let collapsed = Forwarded { collapsed: true, ..Forwarded::new(miss.reason) };
         let how = How::of(source, &miss.route.teller, miss.core.found_in(), collapsed);
         match serve(entry, now, &miss.asked, how) {
+            // Who warms wants it replaced.
+            _ if source == Source::Stale && miss.asked.ahead.is_some() => Use::Useless,
             Some(response) if source == Source::Stale || miss.asked.accepts(entry, now) => {
                 let beta = miss.route.policy.early_refresh;
                 miss.due = source == Source::Store && miss.asked.replaces(entry, now, beta);
@@ -260,9 +262,9 @@ impl Miss {
         }
     }
 
-    /// What answers it is replaced: behind its reader, unless that is all he asks for.
+    /// What answers it is replaced: behind its reader, unless that is all he asks for; then what replaces it is the answer.
     async fn replace<S, B, R>(
-        self,
+        mut self,
         response: Response<CacheBody<R>>,
         inner: S,
         request: Request<B>,
@@ -276,16 +278,16 @@ impl Miss {
         R::Error: Send,
     {
         let engine = self.core.engine.clone();
-        let waits = self.asked.ahead.is_some();
-        let refreshing = engine.spawn(self.refresh(inner, request).in_current_span());
-        #[cfg(feature = "warm")]
-        let mut response = response;
-        if waits {
-            let _ = refreshing.await;
-            #[cfg(feature = "warm")]
-            response.extensions_mut().insert(crate::layer::sampler::Refreshed);
+        if self.asked.ahead.is_none() {
+            engine.spawn(self.refresh(inner, request).in_current_span());
+            return Ok(response);
         }
-        Ok(response)
+        let Some(leader) = engine.lead_refresh(&self.key, &self.tags, &self.route.policy).await else {
+            return Ok(response);
+        };
+        (self.reason, self.whole) = (Reason::Stale, None);
+        let (task, replied) = self.spawn_load(inner, request, Some(leader));
+        future::replied(replied.await, task).await
     }
 
     /// Replaces what has been served already, unless somebody else does.

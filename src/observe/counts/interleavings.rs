@@ -20,7 +20,12 @@ fn reasons(read: &OfType) -> u64 {
 /// As [`Counts::request`] does, or the wrong way round.
 fn count(counts: &Counts, reason_first: bool) {
     if reason_first {
-        return counts.request((WHY.0, Some(WHY.1)), None, Duration::ZERO, Served { bytes: 1, saved: 1, ttl: None });
+        return counts.request(
+            (WHY.0, Some(WHY.1)),
+            None,
+            Duration::ZERO,
+            Served { bytes: 1, saved: 1, ..Served::default() },
+        );
     }
     counts.shard().handled[WHY.0 as usize].record(0);
     counts.reasons.add(WHY);

@@ -52,6 +52,9 @@ const SAID: Duration = Duration::from_secs(60);
 /// How long a note is kept that nobody writes again.
 const NOTED: Duration = Duration::from_secs(30 * 86_400);
 
+/// So many tags are dropped or fenced by one script, and told by one entry: others wait meanwhile.
+const AT_ONCE: usize = 1_000;
+
 /// So many entries of a region's stream are kept, about: whoever is further behind has a gap.
 const TOLD: usize = 100_000;
 
@@ -115,7 +118,11 @@ impl Tells {
 
     fn has(&self, reply: Option<&Value>) {
         let id = reply.and_then(|reply| String::from_redis_value_ref(reply).ok());
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = id;
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        // Another's may have been answered first.
+        if id.as_deref().map(Id::of) > last.as_deref().map(Id::of) {
+            *last = id;
+        }
     }
 }
 
@@ -242,14 +249,17 @@ impl Remote {
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
             let counted = self.push_counts(&mut pipeline, groups.len(), &tags);
-            if let Some(tells) = tells {
-                let (hold, tags) = (fence.map_or(Duration::ZERO, |fence| fence.hold), tags.iter().map(|(_, tag)| *tag));
-                tells.push(&mut pipeline, &Record::encode(Kind::Drop, fence, hold, tags));
+            let hold = fence.map_or(Duration::ZERO, |fence| fence.hold);
+            let told = counted.len() + tags.len().div_ceil(AT_ONCE) - 1;
+            for (tells, tags) in tells.iter().flat_map(|tells| tags.chunks(AT_ONCE).map(move |tags| (tells, tags))) {
+                tells.push(&mut pipeline, &Record::encode(Kind::Drop, fence, hold, tags.iter().map(|(_, tag)| *tag)));
             }
             match fence {
                 Some(fence) => {
-                    let of_tenant = tags.iter().map(|(_, tag)| *tag);
-                    self.push_fence(&mut pipeline, &server, tenant, of_tenant, fence, fence.hold);
+                    for tags in tags.chunks(AT_ONCE) {
+                        let of_tenant = tags.iter().map(|(_, tag)| *tag);
+                        self.push_fence(&mut pipeline, &server, tenant, of_tenant, fence, fence.hold);
+                    }
                     let counters = pipeline.cmd("UNLINK");
                     for (_, tag) in &tags {
                         counters.arg(self.name("c:", tag.as_bytes()));
@@ -263,7 +273,7 @@ impl Remote {
                 }
             }
             let replies = self.acknowledged(&server, Step::Other, pipeline, counted.len()).await?;
-            tells.into_iter().for_each(|tells| tells.has(replies.get(counted.len())));
+            tells.into_iter().for_each(|tells| tells.has(replies.get(told)));
             for (i, reply) in counted.into_iter().zip(&replies) {
                 if let Value::Int(count) = reply {
                     counts[i] += u64::try_from(*count).unwrap_or(0);
@@ -281,11 +291,13 @@ impl Remote {
             }
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
-            let tags = || tags.iter().map(|(_, tag)| *tag);
-            if let Some(tells) = tells {
-                tells.push(&mut pipeline, &Record::encode(Kind::Fence, Some(fence), fence.lease, tags()));
+            for tags in tags.chunks(AT_ONCE) {
+                let tags = || tags.iter().map(|(_, tag)| *tag);
+                if let Some(tells) = tells {
+                    tells.push(&mut pipeline, &Record::encode(Kind::Fence, Some(fence), fence.lease, tags()));
+                }
+                self.push_fence(&mut pipeline, &server, tenant, tags(), fence, fence.lease);
             }
-            self.push_fence(&mut pipeline, &server, tenant, tags(), fence, fence.lease);
             self.acknowledged(&server, Step::Other, pipeline, 0).await?;
         }
         Ok(())

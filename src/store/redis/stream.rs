@@ -100,6 +100,13 @@ struct Group {
     me: String,
 }
 
+impl Group {
+    fn new(stream: &str, name: String) -> Self {
+        let [reader, place] = ["reader", "place"].map(|what| beside(stream, &name, what));
+        Self { name, reader, place, me: format!("{:032x}", rand::random::<u128>()) }
+    }
+}
+
 /// How far it was read.
 #[derive(Clone, Debug)]
 struct Place {
@@ -171,12 +178,7 @@ impl StreamReader {
             let what = if stream.is_empty() { "a stream has no name" } else { "its group has no name" };
             return Err(ConfigError::new(format!("stream `{stream}`: {what}; give it one")));
         }
-        let group = group.map(|name| Group {
-            name: name.to_owned(),
-            reader: beside(stream, name, "reader"),
-            place: beside(stream, name, "place"),
-            me: format!("{:032x}", rand::random::<u128>()),
-        });
+        let group = group.map(|name| Group::new(stream, name.to_owned()));
         Ok(Self {
             of: Arc::new(Of { address, stream: stream.to_owned(), group }),
             beats,
@@ -191,6 +193,15 @@ impl StreamReader {
             proof: None,
             proven: None,
         })
+    }
+
+    /// Reads for a service of the group alone; whether there is a group. Before the first read.
+    pub(crate) fn joins(&mut self, service: &str) -> bool {
+        let Some(group) = &self.of.group else { return false };
+        let name = format!("{}:{service}", group.name);
+        let group = Group::new(&self.of.stream, name);
+        self.of = Arc::new(Of { address: self.of.address.clone(), stream: self.of.stream.clone(), group: Some(group) });
+        true
     }
 
     /// Waits for what comes next; a proof comes several times a second while the server answers. What was not acknowledged is

@@ -17,6 +17,12 @@ use crate::store::{Fence, Store, StoreError, StreamEntry, StreamRead, StreamRead
 /// A peer whose stream says nothing for so long is asked anew.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// So many tags are dropped in one step: it has to be over in time.
+const MOST: usize = 1_000;
+
+/// No fence of another region stands longer.
+const LONGEST: Duration = Duration::from_secs(86_400);
+
 /// How long is waited after an error, the first time and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -100,7 +106,19 @@ impl Relay {
     /// Something may have been missed: nothing is read until everything is dropped.
     async fn all_of_it(&mut self, why: &str) -> Result<(), Gone> {
         self.peer.tear(why, true);
-        self.until(&Step::Everything).await
+        self.everything().await
+    }
+
+    /// And once more when the replica has heard of it, too: what is stored meanwhile may be from before.
+    async fn everything(&mut self) -> Result<(), Gone> {
+        self.until(&Step::Everything).await?;
+        let hold = self.shared()?.hold;
+        if !hold.is_zero() {
+            sleep(hold).await;
+            self.until(&Step::Everything).await?;
+        }
+        self.peer.mend();
+        Ok(())
     }
 
     async fn take(&mut self, entries: Vec<StreamEntry>) -> Result<(), Gone> {
@@ -108,8 +126,10 @@ impl Relay {
         for step in steps(&entries, self.peer.writer(), hold) {
             if matches!(step, Step::Everything) {
                 self.peer.tear("it has dropped everything, or says what is not understood here", true);
+                self.everything().await?;
+            } else {
+                self.until(&step).await?;
             }
-            self.until(&step).await?;
             self.peer.count(1);
         }
         Ok(())
@@ -148,7 +168,7 @@ fn steps(entries: &[StreamEntry], own: u128, hold: Duration) -> Vec<Step> {
             steps.push(Step::Everything);
             continue;
         };
-        let group = TagGroup::new("region", tags);
+        let (stands, group) = (stands.min(LONGEST), TagGroup::new("region", tags));
         // What nobody fenced is held for nobody else to lift.
         let writer = if writer == Fence::NOBODY.writer { own } else { writer };
         match kind {
@@ -158,7 +178,10 @@ fn steps(entries: &[StreamEntry], own: u128, hold: Duration) -> Vec<Step> {
             Kind::Drop => {
                 let fence = Fence { writer, lease: Duration::ZERO, hold: hold.max(stands) };
                 match steps.last_mut() {
-                    Some(Step::Drop(last, tags)) if (last.writer, last.hold) == (fence.writer, fence.hold) => {
+                    Some(Step::Drop(last, tags))
+                        if (last.writer, last.hold) == (fence.writer, fence.hold)
+                            && tags.tags.len() + group.tags.len() <= MOST =>
+                    {
                         tags.tags.extend(group.tags);
                     }
                     _ => steps.push(Step::Drop(fence, group)),
