@@ -4,8 +4,10 @@
 use std::{
     fmt,
     sync::Arc,
-    time::{SystemTime, UNIX_EPOCH},
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
+
+use tokio::time::Instant;
 
 /// Milliseconds since the Unix epoch, as the engine's clock tells them.
 pub type Millis = u64;
@@ -46,6 +48,25 @@ impl Clock {
 impl fmt::Debug for Clock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Clock({})", self.now())
+    }
+}
+
+/// A time in the past: by the clock of tasks, and by the one that goes on while the machine sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Moment {
+    at: Instant,
+    uptime: Millis,
+}
+
+impl Moment {
+    pub(crate) fn of(at: Instant) -> Self {
+        let ago = at.elapsed().as_millis() as Millis;
+        Self { at, uptime: uptime().saturating_sub(ago) }
+    }
+
+    /// How long ago it is, by the clock that says more.
+    pub(crate) fn elapsed(self) -> Duration {
+        self.at.elapsed().max(Duration::from_millis(uptime().saturating_sub(self.uptime)))
     }
 }
 

@@ -33,7 +33,7 @@ const ROOMS: &[(&str, &[&str])] = &[
     ),
     ("layer", &["events", "http", "observe", "route", "engine", "store", "catalog", "key", "clock", "error"]),
     ("config", &["route", "store", "catalog", "events", "error", "units"]),
-    ("events", &["store", "catalog", "error"]),
+    ("events", &["store", "catalog", "clock", "error"]),
     ("engine", &["store", "catalog", "key", "clock", "error", "sync"]),
     ("store", &["catalog", "key", "clock", "error", "units", "sync", "mux"]),
     ("route", &["observe", "catalog", "key", "error"]),

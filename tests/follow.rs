@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, advance, sleep, timeout},
 };
 use tower_cache_aside::{
-    Batch, Cache, CacheBuilder, DataType, Event, EventChange, EventPolicy, EventSource, Notes, Received, Route,
+    Batch, Cache, CacheBuilder, DataType, Event, EventChange, EventPolicy, EventSource, Notes, Received, Route, Source,
     SourceError, SourceFuture, Ttl,
     store::{Guard, MemoryStore},
     testing::{Faults, Faulty},
@@ -314,6 +314,33 @@ async fn what_has_a_bound_bypasses_the_cache_while_nothing_is_proven() {
     assert!(!is_behind().await);
     following.stop().await;
     assert!(is_behind().await, "it is not followed any more");
+}
+
+/// Values have the same bound, as it is when they are awaited.
+#[tokio::test(start_paused = true)]
+async fn values_have_the_same_bound() {
+    let bounded = DataType::new("agent", Ttl::Standard).max_lag(Duration::from_secs(5));
+    let cache = Cache::builder("test").data_type(bounded).event(EventPolicy::on("agents").mutated("agent", "id"));
+    let cache = cache.build().unwrap();
+    let (teller, source) = source("told");
+    cache.follow(source).unwrap();
+    let fetch = || {
+        let entry = cache.entry::<u32>("agent", "1").tenant("acme");
+        entry.fetch(|| async { Ok::<_, SourceError>(Some(7)) }).unwrap()
+    };
+    let from_cache = async || fetch().await.unwrap().1.source == Source::Cache;
+    assert!(!from_cache().await && !from_cache().await, "nothing is proven");
+    teller.prove(Instant::now()).await;
+    assert!(!from_cache().await && from_cache().await);
+    let early = fetch();
+    advance(Duration::from_secs(6)).await;
+    assert_eq!(
+        early.await.unwrap().1.source,
+        Source::Origin,
+        "asked before, and awaited when nothing is proven any more"
+    );
+    teller.prove(Instant::now()).await;
+    assert!(from_cache().await);
 }
 
 /// An error is no end, and neither is silence.

@@ -137,8 +137,7 @@ impl<T, C: Codec> EntryBuilder<T, C> {
             )));
         }
         let tenant = core.space.tenant(core.tenants.by_hand(self.tenant.as_deref())?);
-        let place =
-            self.place(&tenant).filter(|_| core.keeps_out(&self.data_type, &core.policy(&self.data_type)).is_none());
+        let place = self.place(&tenant);
         Ok(Fetch { entry: self, tenant, place, fetch })
     }
 

@@ -276,6 +276,7 @@ where
     let policy = sought.core.policy(&sought.data_type);
     let kept = sought.kept(&policy);
     let Sought { core, data_type, resource, tenant, place, .. } = sought;
+    let place = place.filter(|_| core.keeps_out(&data_type, &policy).is_none());
     let report = |loaded: Option<&Loaded<V>>, lookup| Report {
         source: loaded.map_or(Source::Cache, |l| l.source),
         data_type,

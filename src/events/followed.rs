@@ -10,6 +10,8 @@ use std::{
 
 use tokio::time::Instant;
 
+use crate::clock::Moment;
+
 /// What became of an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Became {
@@ -34,8 +36,8 @@ pub(crate) const BECAME: [(Became, &str); 5] = [
 pub(crate) struct Followed {
     pub(crate) name: String,
     sources: Arc<Shared>,
-    /// In milliseconds since the beginning, plus one; 0: nothing is proven.
-    proven: AtomicU64,
+    /// Everything that changed before has been dropped; `None`: that is not known.
+    proven: Mutex<Option<Moment>>,
     /// What is wrong with it.
     trouble: Mutex<Option<String>>,
     /// It is not followed any more, and another of its name may be.
@@ -45,10 +47,9 @@ pub(crate) struct Followed {
 
 #[derive(Debug)]
 struct Shared {
-    began: Instant,
     all: Mutex<Vec<Arc<Followed>>>,
-    /// What is proven of each of them. As in [`Followed::proven`].
-    proven: AtomicU64,
+    /// What is proven of each of them.
+    proven: Mutex<Option<Moment>>,
 }
 
 /// All sources that a cache follows.
@@ -61,21 +62,16 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Default for Sources {
     fn default() -> Self {
-        Self(Arc::new(Shared { began: Instant::now(), all: Mutex::default(), proven: AtomicU64::new(0) }))
+        Self(Arc::new(Shared { all: Mutex::default(), proven: Mutex::default() }))
     }
 }
 
 impl Shared {
-    fn since(&self, proven: u64) -> Option<Duration> {
-        let at = self.began + Duration::from_millis(proven.checked_sub(1)?);
-        Some(Instant::now().saturating_duration_since(at))
-    }
-
     /// What is proven is what is proven of all.
     fn settle(&self) {
         let all = locked(&self.all);
-        let least = all.iter().map(|source| source.proven.load(Ordering::Acquire)).min();
-        self.proven.store(least.unwrap_or_default(), Ordering::Release);
+        let least = all.iter().map(|source| *locked(&source.proven)).min();
+        *locked(&self.proven) = least.flatten();
     }
 }
 
@@ -90,7 +86,7 @@ impl Sources {
         let source = Arc::new(Followed {
             name: name.to_owned(),
             sources: self.0.clone(),
-            proven: AtomicU64::new(0),
+            proven: Mutex::default(),
             trouble: Mutex::default(),
             has_ended: AtomicBool::new(false),
             became: Default::default(),
@@ -104,7 +100,7 @@ impl Sources {
     /// How far behind the worst of them may be: everything that changed before has been dropped. `None` if that is not known, or
     /// nothing is followed.
     pub(crate) fn behind(&self) -> Option<Duration> {
-        self.0.since(self.0.proven.load(Ordering::Acquire))
+        locked(&self.0.proven).map(Moment::elapsed)
     }
 
     /// Whether any is followed.
@@ -121,15 +117,15 @@ impl Sources {
 impl Followed {
     /// Everything that changed before has been dropped.
     pub(crate) fn prove(&self, at: Instant) {
-        let since = at.saturating_duration_since(self.sources.began);
-        let proven = u64::try_from(since.as_millis()).unwrap_or(u64::MAX - 1) + 1;
-        self.proven.fetch_max(proven, Ordering::AcqRel);
+        let mut proven = locked(&self.proven);
+        *proven = (*proven).max(Some(Moment::of(at)));
+        drop(proven);
         self.sources.settle();
     }
 
     /// Nothing is proven any more.
     pub(crate) fn lose(&self) {
-        self.proven.store(0, Ordering::Release);
+        *locked(&self.proven) = None;
         self.sources.settle();
     }
 
@@ -142,7 +138,7 @@ impl Followed {
     /// How far behind it may be; `None` if that is not known.
     #[cfg_attr(not(feature = "stats"), allow(dead_code))]
     pub(crate) fn behind(&self) -> Option<Duration> {
-        self.sources.since(self.proven.load(Ordering::Acquire))
+        locked(&self.proven).map(Moment::elapsed)
     }
 
     /// What is wrong, or that nothing is any more. Whether that is news.

@@ -354,11 +354,14 @@ impl<S, M> CacheAside<S, M> {
         R::Error: Send,
     {
         let (core, bodies, part_of) = (self.core.clone(), self.bodies.clone(), Reads::current());
+        let policy = core.policy(teller.data_type());
         ResponseFuture::boxed(Box::pin(watched(watch, async move {
             let (parts, body) = request.into_parts();
             let (whole, body) = bodies.read(body, core.options.body_limit).await;
             let request = Request::from_parts(parts, body);
-            if let Some(whole) = whole {
+            // It may have taken long.
+            let kept_out = core.keeps_out(teller.data_type(), &policy);
+            if let (Some(whole), None) = (whole, kept_out) {
                 how.push(&mut key, request.headers(), &whole);
                 picked.into_iter().for_each(|picked| picked.send_with(&key, &whole));
                 if request.extensions().get().is_some_and(|looked: &Looked| looked.has(&core, &key)) {
@@ -367,7 +370,8 @@ impl<S, M> CacheAside<S, M> {
                 return miss(key).answer(inner, request).await;
             }
             let response = future::call(&mut inner, request).await?;
-            let told = Some((Forwarded::because(Reason::Bypass, "request-body"), teller, None));
+            let why = kept_out.unwrap_or("request-body");
+            let told = Some((Forwarded::because(Reason::Bypass, why), teller, None));
             let finish = Finish { told, tag_header: core.options.tag_header.clone(), whole: part_of };
             Ok(finish.finish(response).map(CacheBody::inner))
         })))

@@ -108,7 +108,9 @@ impl Read {
     {
         let (parts, body) = request.into_parts();
         let body = RequestBody::read(body, self.core.options.body_limit).await;
-        let wanted = self.wanted(&parts, body.whole().as_ref());
+        // Its message may have taken long.
+        let kept_out = self.core.keeps_out(&self.route.data_type, &self.route.policy);
+        let wanted = kept_out.map_or_else(|| self.wanted(&parts, body.whole().as_ref()), Err);
         let request = Request::from_parts(parts, body);
         let GrpcWanted { key, needs_public, tags } = match wanted {
             Ok(wanted) => wanted,

@@ -11,7 +11,10 @@ use std::{
 use serde::Deserialize;
 use tokio::time::Instant;
 
-use crate::store::{RedisStore, RegionUsage};
+use crate::{
+    clock::Moment,
+    store::{RedisStore, RegionUsage},
+};
 
 /// When a write is acknowledged.
 ///
@@ -50,7 +53,7 @@ pub(super) struct Peer {
 #[derive(Default)]
 struct Known {
     /// Everything that it had dropped before is dropped here.
-    proven: Option<Instant>,
+    proven: Option<Moment>,
     has_begun: bool,
     trouble: Option<String>,
 }
@@ -66,7 +69,7 @@ impl Peer {
             tracing::info!(region = self.name, "the region is heard again");
         }
         known.has_begun = true;
-        known.proven = known.proven.max(Some(at));
+        known.proven = known.proven.max(Some(Moment::of(at)));
     }
 
     pub(super) fn trouble(&self, why: String) {
@@ -111,7 +114,7 @@ impl Peer {
     }
 
     pub(super) fn behind(&self) -> Duration {
-        self.known().proven.map_or(Duration::MAX, |at| at.elapsed())
+        self.known().proven.map_or(Duration::MAX, Moment::elapsed)
     }
 }
 
