@@ -482,7 +482,6 @@ fn every_mistake_on_the_command_line_is_one_clear_line() {
         (&["--db", "/nowhere/at/all.db"], "--db"),
         (&["--config", "/nowhere.toml"], "--config"),
         (&["--config", config], "agent"),
-        (&["--warm", "on"], "not built yet"),
     ] {
         let output = Command::new(example("agent_service")).args(args).output().unwrap();
         let stderr = String::from_utf8(output.stderr).unwrap();
