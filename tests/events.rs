@@ -285,6 +285,8 @@ async fn the_agent_service_follows_a_stream() {
                 }
             }
         }
+        // It is counted after it was dropped.
+        tokio::time::sleep(std::time::Duration::from_millis(500)).await;
         let mut applied = vec![];
         for service in &services {
             let admin = support::Http::anonymous(&service.url).with("authorization", "Bearer secret");
