@@ -112,11 +112,13 @@ pub struct Notes {
 
 impl Notes {
     /// The service that they are of.
+    #[cfg(feature = "redis")]
     pub(crate) fn service(&self) -> &str {
         self.name.split("{*}").next().unwrap_or_default()
     }
 
     /// Whether other processes see them, and the entries.
+    #[cfg(feature = "redis")]
     pub(crate) fn are_shared(&self) -> bool {
         self.store.is_shared()
     }
