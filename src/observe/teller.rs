@@ -29,11 +29,6 @@ impl Teller {
         Self(Arc::new(OfType { data_type: data_type.into(), name: name.cloned(), watcher }))
     }
 
-    /// Of this type.
-    pub(crate) fn data_type(&self) -> &str {
-        &self.0.data_type
-    }
-
     /// Who counts them.
     pub(crate) fn watcher(&self) -> &Watcher {
         &self.0.watcher

@@ -44,7 +44,7 @@ use crate::{
     clock::Millis,
     http::cache_status::{Forwarded, Handled, Reason},
     key::Key,
-    observe::{FoundIn, Outcome, Teller, Timer, Watch},
+    observe::{FoundIn, Outcome, Timer, Watch},
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
     store::Payload,
 };
@@ -218,7 +218,7 @@ where
             whole.add_tags(tags.iter());
         }
         let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
-        let by_body = route.body.map(|how| (how, route.teller.clone(), picked));
+        let by_body = route.body.map(|how| (how, route.clone(), picked));
         let (route, core) = (route.clone(), self.core.clone());
         let miss = move |key: Vec<u8>| {
             let primary = Key::new(key);
@@ -339,7 +339,7 @@ impl<S, M> CacheAside<S, M> {
         &self,
         miss: impl FnOnce(Vec<u8>) -> Miss + Send + 'static,
         mut key: Vec<u8>,
-        (how, teller, picked): (BodyKey, Teller, Option<Picked>),
+        (how, route, picked): (BodyKey, Arc<ReadRoute>, Option<Picked>),
         watch: Option<Watch>,
         mut inner: S,
         request: Request<B>,
@@ -354,13 +354,12 @@ impl<S, M> CacheAside<S, M> {
         R::Error: Send,
     {
         let (core, bodies, part_of) = (self.core.clone(), self.bodies.clone(), Reads::current());
-        let policy = core.policy(teller.data_type());
         ResponseFuture::boxed(Box::pin(watched(watch, async move {
             let (parts, body) = request.into_parts();
             let (whole, body) = bodies.read(body, core.options.body_limit).await;
             let request = Request::from_parts(parts, body);
             // It may have taken long.
-            let kept_out = core.keeps_out(teller.data_type(), &policy);
+            let kept_out = core.keeps_out(route.data_type(), &route.policy);
             if let (Some(whole), None) = (whole, kept_out) {
                 how.push(&mut key, request.headers(), &whole);
                 picked.into_iter().for_each(|picked| picked.send_with(&key, &whole));
@@ -371,7 +370,7 @@ impl<S, M> CacheAside<S, M> {
             }
             let response = future::call(&mut inner, request).await?;
             let why = kept_out.unwrap_or("request-body");
-            let told = Some((Forwarded::because(Reason::Bypass, why), teller, None));
+            let told = Some((Forwarded::because(Reason::Bypass, why), route.teller.clone(), None));
             let finish = Finish { told, tag_header: core.options.tag_header.clone(), whole: part_of };
             Ok(finish.finish(response).map(CacheBody::inner))
         })))
