@@ -16,6 +16,7 @@ use load::Load;
 use redis::{RedisCluster, Sentinels};
 use serde_json::json;
 use support::{Fleet, Http, until_hit};
+use tower_cache_aside::store::{Health, RedisStore, Store as _};
 
 /// What the docs say: two heartbeats.
 const BOUND: Duration = Duration::from_millis(500);
@@ -52,6 +53,20 @@ async fn a_cluster_serves_tenants_from_all_its_nodes() {
     }
     let used = cluster.nodes.iter().filter(|node| !node.keys("cas:e:agent_service*").is_empty()).count();
     assert!(used >= 3, "all masters hold something");
+}
+
+/// Each asks all nodes first, replicas too, and forgets those in the midst of their answers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn whoever_connects_to_a_cluster_is_well_soon() {
+    let cluster = RedisCluster::start();
+    for _ in 0..3 {
+        let stores: Vec<_> = (0..50).map(|_| RedisStore::builder([cluster.url()]).build().unwrap()).collect();
+        let start = Instant::now();
+        while let Some(ill) = stores.iter().find(|store| store.health() != Health::Ok) {
+            assert!(start.elapsed() < Duration::from_secs(20), "{}", ill.health());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

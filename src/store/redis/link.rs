@@ -227,12 +227,15 @@ impl Link {
         self.publish(&nodes, true);
     }
 
-    /// The address is no master's any more.
+    /// Forgets who is no master any more.
     #[cfg(feature = "redis-cluster")]
-    pub(super) fn forget(&self, address: &str) {
+    pub(super) fn keep(&self, masters: &std::collections::BTreeSet<String>) {
         let mut nodes = self.nodes();
-        nodes.remove(address);
-        self.publish(&nodes, true);
+        let known = nodes.len();
+        nodes.retain(|address, _| masters.contains(address));
+        if nodes.len() < known {
+            self.publish(&nodes, true);
+        }
     }
 
     /// All connections are gone.

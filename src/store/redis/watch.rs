@@ -89,10 +89,11 @@ async fn cluster(link: Weak<Link>, seeds: Vec<ConnectionInfo>) {
             let is_wanted = wanted.contains(address);
             if !is_wanted {
                 task.abort();
-                strong.forget(address);
             }
             is_wanted
         });
+        // Each time: a task that is stopped in the midst of something may still tell of its node afterwards.
+        strong.keep(&wanted);
         while all.try_join_next().is_some() {}
         let pause = strong.terms.heartbeat.min(RECONNECT.0);
         drop(strong);
