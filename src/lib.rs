@@ -98,7 +98,11 @@ pub mod fuzzing;
 mod http;
 mod key;
 mod layer;
-#[cfg(feature = "memcached")]
+#[cfg(any(feature = "memcached", feature = "redis"))]
+#[cfg_attr(
+    not(all(feature = "memcached", feature = "redis")),
+    allow(dead_code, reason = "each protocol has its own way to tell whose a reply is")
+)]
 mod mux;
 mod observe;
 mod route;

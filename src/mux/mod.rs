@@ -22,6 +22,7 @@ use std::{
 
 use bytes::BytesMut;
 use futures_util::task::AtomicWaker;
+use smallvec::SmallVec;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::oneshot,
@@ -38,8 +39,8 @@ const CALLS: usize = 1 << 16;
 /// Replies to one call that do not say to which of its commands, at most.
 const OTHERS: usize = 1_000;
 
-/// Room made for what is read.
-const ROOM: usize = 16 << 10;
+/// Room made for what is read: the replies to all who ask at once.
+const ROOM: usize = 64 << 10;
 
 /// How replies are told apart, and whose they are.
 pub(crate) trait Framing: Send + Unpin + 'static {
@@ -68,6 +69,8 @@ pub(crate) struct Asked {
 pub(crate) enum Place {
     /// It answers this command of the call.
     Command(usize),
+    /// It answers the first command of the call that has no answer yet; with the last of them the call ends.
+    Next,
     /// It answers one of the call's commands, and does not say which.
     Some,
     /// It ends the call, and says nothing.
@@ -80,7 +83,7 @@ pub(crate) enum Place {
 #[derive(Debug)]
 pub(crate) struct Answer<R> {
     /// The reply to each command, as far as there is one.
-    pub(crate) replies: Vec<Option<R>>,
+    pub(crate) replies: SmallVec<[Option<R>; 1]>,
     /// Replies that do not say to what.
     pub(crate) others: Vec<R>,
 }
@@ -131,6 +134,8 @@ struct Queue<R> {
 struct Call<R> {
     asked: Asked,
     answer: Answer<R>,
+    /// How many commands were answered in their order.
+    answered: usize,
     /// How long it waits at most before its connection is given up.
     until: Instant,
     caller: oneshot::Sender<Answer<R>>,
@@ -180,6 +185,7 @@ impl<F: Framing> Mux<F> {
             output: BytesMut::new(),
             input: BytesMut::new(),
             sent: VecDeque::new(),
+            gathers: false,
             overdue: Box::pin(sleep(patience)),
             patience,
         };
@@ -197,6 +203,11 @@ impl<F: Framing> Mux<F> {
             let why = self.0.shared.queue().end.clone();
             Broken::Unanswered(why.unwrap_or_else(|| "the connection is gone".into()))
         })
+    }
+
+    /// Whether nothing is sent any more.
+    pub(crate) fn is_over(&self) -> bool {
+        self.0.shared.queue().end.is_some()
     }
 
     /// Gives the connection up: whoever waits is told why.
@@ -223,7 +234,7 @@ impl<F: Framing> Mux<F> {
         queue.next = queue.next.wrapping_add(count);
         write(&mut queue.bytes, asked.first);
         let answer = Answer { replies: (0..count).map(|_| None).collect(), others: vec![] };
-        queue.calls.push_back(Call { asked, answer, until: Instant::now() + *patience, caller });
+        queue.calls.push_back(Call { asked, answer, answered: 0, until: Instant::now() + *patience, caller });
         shared.waiting.fetch_add(1, Ordering::Relaxed);
         drop(queue);
         shared.task.wake();
@@ -250,6 +261,8 @@ struct Serving<S, F: Framing> {
     input: BytesMut,
     /// Who waits behind what has been written, the oldest first.
     sent: VecDeque<Call<F::Reply>>,
+    /// Whether it has let others go first, and writes next time.
+    gathers: bool,
     overdue: Pin<Box<Sleep>>,
     patience: Duration,
 }
@@ -276,8 +289,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
         if let Some(why) = &self.guard.0.queue().end {
             return Err(why.clone());
         }
-        self.write(cx).map_err(|error| error.to_string())?;
         self.read(cx)?;
+        if !self.waits_for_more(cx) {
+            self.write(cx).map_err(|error| error.to_string())?;
+        }
         while self.overdue.as_mut().poll(cx).is_ready() {
             let now = Instant::now();
             let oldest = self.sent.front().map_or(now + self.patience, |call| call.until);
@@ -287,6 +302,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
             self.overdue.as_mut().reset(oldest);
         }
         Ok(())
+    }
+
+    /// Whether those who run now may ask first, so that all is written at once: each that asks wakes this task, which would
+    /// else run before the others.
+    fn waits_for_more(&mut self, cx: &Context<'_>) -> bool {
+        let others = self.guard.0.waiting.load(Ordering::Relaxed) > 1;
+        self.gathers = others && !self.gathers && self.output.is_empty() && !self.guard.0.queue().bytes.is_empty();
+        if self.gathers {
+            cx.waker().wake_by_ref();
+        }
+        self.gathers
     }
 
     /// Writes what there is, for as long as it is taken.
@@ -331,8 +357,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
         let Some(call) = oldest.filter(|_| place != Place::Stray) else {
             return Err("a reply that nobody has asked for".into());
         };
-        let is_last = place == Place::End;
+        let next = call.answered;
+        let is_last = place == Place::End || (place == Place::Next && next + 1 >= call.answer.replies.len());
         match place {
+            Place::Next => {
+                if let Some(none) = call.answer.replies.get_mut(next) {
+                    *none = Some(reply);
+                }
+                call.answered += 1;
+            }
             Place::Command(at) => match call.answer.replies.get_mut(at) {
                 Some(none @ None) => *none = Some(reply),
                 _ => return Err("two replies to one command".into()),

@@ -171,3 +171,50 @@ async fn what_waits_to_be_sent_is_bounded() {
     }
     assert!(refused > 100 && waiting.len() >= 64, "{refused} refused, {} wait", waiting.len());
 }
+
+/// Counts what is written at once.
+struct Counted(DuplexStream, Arc<AtomicUsize>);
+
+impl AsyncRead for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut tokio::io::ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Pin::new(&mut self.0).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}
+
+#[tokio::test]
+async fn what_many_ask_is_written_at_once() {
+    let ((near, far), writes) = (duplex(1 << 16), Arc::new(AtomicUsize::new(0)));
+    let (mux, serving) = Mux::new(Counted(near, writes.clone()), Lines, LONG);
+    tokio::spawn(serving);
+    echo(far, 1 << 16);
+    let rounds = |mux: Mux<Lines>| async move {
+        for i in 0..20 {
+            assert_eq!(ask(&mux, &format!("call {i}")).await.unwrap(), format!("call {i}"));
+        }
+    };
+    let tasks: Vec<_> = (0..50).map(|_| tokio::spawn(rounds(mux.clone()))).collect();
+    for task in tasks {
+        task.await.unwrap();
+    }
+    let writes = writes.load(Ordering::Relaxed);
+    assert!((20..100).contains(&writes), "{writes} for 1,000 calls");
+}
