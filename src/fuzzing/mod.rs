@@ -42,6 +42,7 @@ pub const TARGETS: &[Target] = &[
     target("patterns", mapping::patterns),
     target("replies", store::replies),
     target("requests", requests::requests),
+    target("resp", store::resp),
     target("tags", mapping::tags),
     Target { name: "values", run: messages::values, per_byte: PER_BYTE_OF_VALUES },
 ];

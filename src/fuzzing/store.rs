@@ -19,7 +19,7 @@ use crate::{
     store::{
         Entry, Frame, FrameKind, Frames, MemoryStore, Payload, Store,
         codec::{VERSIONS, decode, encode, sealed},
-        fuzzed::{Held, Identity, Trouble, claim, name_in, node, parse_generation, slot, time},
+        fuzzed::{Held, Identity, Resp, Trouble, claim, name_in, node, parse_generation, slot, time},
     },
 };
 
@@ -78,33 +78,57 @@ fn sealed_entry(bytes: Bytes, shift: i64, longest: Option<Duration>) {
     }
 }
 
+/// What is read in pieces of that size, and whether it ends as no replies do.
+fn scan<F: Framing>(mut framing: F, data: &[u8], piece: usize) -> (Vec<F::Reply>, bool) {
+    let (mut bytes, mut found) = (BytesMut::new(), vec![]);
+    for part in data.chunks(piece.max(1)) {
+        bytes.extend_from_slice(part);
+        loop {
+            match framing.next(&mut bytes) {
+                Ok(Some(reply)) => found.push(reply),
+                Ok(None) => break,
+                Err(_) => return (found, true),
+            }
+        }
+    }
+    (found, false)
+}
+
 /// What memcached answers is the same in whatever pieces it comes, and no value is another than what follows its size.
 pub(super) fn frames(data: &[u8]) {
     let mut input = Input(data);
-    let piece = usize::from(input.byte()).max(1);
-    let data = input.0;
-    let scan = |piece: usize| {
-        let (mut frames, mut bytes, mut found) = (Frames { largest: 1 << 16 }, BytesMut::new(), vec![]);
-        for part in data.chunks(piece) {
-            bytes.extend_from_slice(part);
-            loop {
-                match frames.next(&mut bytes) {
-                    Ok(Some(reply)) => found.push(reply),
-                    Ok(None) => break,
-                    Err(garbled) => return (found, Some(garbled)),
-                }
-            }
-        }
-        (found, None)
-    };
-    let (whole, garbled) = scan(data.len().max(1));
-    let (in_pieces, also) = scan(piece);
-    assert_eq!((&whole, garbled.is_some()), (&in_pieces, also.is_some()));
-    for reply in &whole {
+    let piece = usize::from(input.byte());
+    let (data, frames) = (input.0, || Frames { largest: 1 << 16 });
+    let whole = scan(frames(), data, data.len());
+    assert_eq!(whole, scan(frames(), data, piece));
+    for reply in &whole.0 {
         if let Frame { kind: FrameKind::Value(value), .. } = reply {
             let framed = [b"\n", &value[..], b"\r\n"].concat();
             assert!(value.len() <= 1 << 16 && data.windows(framed.len()).any(|part| part == framed));
         }
+    }
+}
+
+/// The same of what Redis answers to look-ups; what the client library reads, but for pushes, is what is found.
+pub(super) fn resp(data: &[u8]) {
+    let mut input = Input(data);
+    let piece = usize::from(input.byte());
+    let data = input.0;
+    let whole = scan(Resp::default(), data, data.len());
+    assert_eq!(whole, scan(Resp::default(), data, piece));
+    let others = values(data).into_iter().filter(|value| !matches!(value, Value::Push { .. }));
+    for (reply, other) in whole.0.iter().zip(others) {
+        let Ok(value) = reply.value() else { continue };
+        assert_eq!(value, other);
+        let strings = reply.strings().map(|all| all.map(|string| string.map(<[u8]>::to_vec)).collect::<Vec<_>>());
+        let expected = match value {
+            Value::Array(all) => Some(all.into_iter().map(|value| match value {
+                Value::BulkString(bytes) => Some(bytes),
+                _ => None,
+            })),
+            _ => None,
+        };
+        assert_eq!(strings, expected.map(Iterator::collect));
     }
 }
 

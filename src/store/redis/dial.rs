@@ -1,12 +1,14 @@
 //! The way to a server: the network, or in tests whatever carries bytes.
 
-use std::fmt;
+use std::{fmt, io};
 #[cfg(feature = "testing")]
-use std::{io, pin::Pin, sync::Arc};
+use std::{pin::Pin, sync::Arc};
 
-use redis::{AsyncConnectionConfig, Client, RedisError, aio::MultiplexedConnection};
-#[cfg(feature = "testing")]
-use tokio::io::{AsyncRead, AsyncWrite};
+use redis::{AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, RedisError, aio::MultiplexedConnection};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
 
 /// How to connect.
 #[derive(Clone, Default)]
@@ -20,10 +22,8 @@ pub(super) enum Dial {
 #[cfg(feature = "testing")]
 type Dialled = Pin<Box<dyn Future<Output = io::Result<Box<dyn Stream>>> + Send>>;
 
-#[cfg(feature = "testing")]
 pub(super) trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
 
-#[cfg(feature = "testing")]
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Stream for S {}
 
 impl Dial {
@@ -38,6 +38,24 @@ impl Dial {
             let connected = connect();
             Box::pin(async move { Ok(Box::new(connected.await?) as Box<dyn Stream>) })
         }))
+    }
+
+    /// The bare way to the same server; none where it would have to be encrypted.
+    pub(super) async fn stream(&self, info: &ConnectionInfo) -> io::Result<Option<Box<dyn Stream>>> {
+        match self {
+            Self::Network => match info.addr() {
+                ConnectionAddr::Tcp(host, port) => {
+                    let stream = TcpStream::connect((host.as_str(), *port)).await?;
+                    stream.set_nodelay(true)?;
+                    Ok(Some(Box::new(stream)))
+                }
+                #[cfg(unix)]
+                ConnectionAddr::Unix(path) => Ok(Some(Box::new(tokio::net::UnixStream::connect(path).await?))),
+                _ => Ok(None),
+            },
+            #[cfg(feature = "testing")]
+            Self::By(connect) => connect().await.map(Some),
+        }
     }
 
     pub(super) async fn connect(

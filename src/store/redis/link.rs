@@ -15,12 +15,17 @@ use tokio::sync::Notify;
 use super::{
     address::Address,
     held::Held,
+    lane::Lane,
     refusals::Step,
+    resp::Reply,
     server::{Beat, Claim, Server, Terms},
     slots::Slots,
     trouble::{Trouble, UNKNOWN},
 };
-use crate::store::{Health, StoreError};
+use crate::{
+    mux::Broken,
+    store::{Health, StoreError},
+};
 
 /// Shared by everything that talks to the servers.
 pub(super) struct Link {
@@ -130,6 +135,31 @@ impl Link {
             }
             Err(error) => Err(self.refused(server, step, Trouble::from(error))),
         }
+    }
+
+    /// The same over the connection for look-ups.
+    pub(super) async fn asked(
+        &self,
+        server: &Server,
+        lane: &Lane,
+        call: impl Future<Output = Result<Reply, Broken>>,
+    ) -> Result<Reply, StoreError> {
+        call.await.map_err(|broken| {
+            if lane.is_over() {
+                server.lose();
+            }
+            match broken {
+                Broken::Unsent(_) => StoreError::away(broken.to_string()),
+                Broken::Unanswered(_) => StoreError::unreachable(broken.to_string()),
+            }
+        })
+    }
+
+    /// Something was answered that nobody asked.
+    pub(super) fn confused(&self, server: &Server, lane: &Lane) -> StoreError {
+        lane.end("an answer to another question");
+        server.lose();
+        StoreError::unreachable("an answer to another question")
     }
 
     /// What a server's refusal means: at any rate that what was asked did not happen.

@@ -9,9 +9,12 @@
 mod address;
 mod dial;
 mod held;
+mod identity;
+mod lane;
 mod link;
 mod refusals;
 mod remote;
+mod resp;
 mod server;
 #[cfg(feature = "redis-cluster")]
 mod slot;
@@ -60,8 +63,10 @@ pub(crate) use stream::{StreamEntry, StreamRead, StreamReader};
 pub(crate) mod fuzzed {
     pub(crate) use super::{
         held::Held,
+        identity::Identity,
         remote::parse_generation,
-        server::{Identity, claim, node, time},
+        resp::Resp,
+        server::{claim, node, time},
         slot::{name_in, slot},
         trouble::Trouble,
     };
@@ -369,9 +374,11 @@ impl Store for RedisStore {
 
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         let remote = self.remote();
-        let Some(held) = &self.0.held else { return remote.lookup(inquiry) };
+        // In one box, and not in one for each that passes it on.
+        let plain = move || Box::pin(remote.call(move |remote| remote.find(inquiry)));
+        let Some(held) = &self.0.held else { return plain() };
         let cap = match inquiry.tier {
-            Tier::Off => return remote.lookup(inquiry),
+            Tier::Off => return plain(),
             Tier::Validated => return Box::pin(validated(remote, &held.memory, inquiry)),
             Tier::On => None,
             Tier::Capped(cap) => Some(cap),

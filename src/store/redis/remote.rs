@@ -24,10 +24,17 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, RedisWrite, ToRedisArgs, Value};
 
-use super::{link::Link, refusals::Step, server::Server, stream::Id, trouble::Trouble};
+use super::{
+    link::Link,
+    refusals::Step,
+    resp::{self, Reply},
+    server::Server,
+    stream::Id,
+    trouble::Trouble,
+};
 use crate::{
     catalog::Tier,
     clock::Millis,
@@ -210,10 +217,9 @@ impl Remote {
         self.acknowledged(server, step, pipeline, 0).await.map(drop)
     }
 
-    fn read_entry(&self, server: &Server, value: Value, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
-        let Value::BulkString(bytes) = value else { return None };
+    fn read_entry(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
         let shift = inquiry.now as i64 - server.time_at_most();
-        match codec::decode(Bytes::from(bytes), shift, inquiry.longest) {
+        match codec::decode(bytes, shift, inquiry.longest) {
             Ok(entry) => Some(Arc::new(entry)),
             Err(codec::Unreadable) => {
                 self.counters.unreadable.fetch_add(1, Ordering::Relaxed);
@@ -222,18 +228,51 @@ impl Remote {
         }
     }
 
-    /// Reads an entry and generations: the one command of a hit, written into place.
-    fn mget(&self, key: Option<&Key>, tags: &[Tag]) -> Cmd {
-        let prefix = &*self.link.terms.prefix;
+    /// The keys that a look-up reads: that of an entry, and those of generations.
+    fn names<'a>(&'a self, key: Option<&'a Key>, tags: &'a [Tag]) -> impl Iterator<Item = Name<'a>> + Clone {
         let entry = key.map(|key| ("e:", key.as_bytes()));
-        let names = entry.into_iter().chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
-        let size = names.clone().map(|(kind, rest)| prefix.len() + kind.len() + rest.len()).sum::<usize>();
-        let mut get = Cmd::with_capacity(2 + tags.len(), 4 + size);
-        get.arg("MGET");
-        for (kind, rest) in names {
-            get.arg(Name(prefix, kind, rest));
-        }
-        get
+        let all = entry.into_iter().chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
+        all.map(|(kind, rest)| Name([self.link.terms.prefix.as_bytes(), kind.as_bytes(), rest]))
+    }
+
+    /// Reads what is stored of an entry, if it is asked for, and generations: the one command of a hit. It goes over the
+    /// connection for look-ups where there is one, else over the client library's.
+    async fn read(&self, server: &Server, key: Option<&Key>, tags: &[Tag]) -> Result<Found, StoreError> {
+        let (count, names) = (usize::from(key.is_some()) + tags.len(), self.names(key, tags));
+        let found = match server.lane() {
+            Some(lane) => {
+                let write = |out: &mut BytesMut| resp::write(out, "MGET", count, names.map(|name| name.0));
+                let reply = self.link.asked(server, lane, lane.ask(write)).await?;
+                let found = Found::of(&reply, key.is_some(), count, server.reign);
+                let found = found.map_err(|trouble| self.link.refused(server, Step::Read, trouble))?;
+                // Then nobody knows whose the next replies are.
+                found.ok_or_else(|| self.link.confused(server, lane))?
+            }
+            None => {
+                let size = names.clone().flat_map(|name| name.0).map(<[u8]>::len).sum::<usize>();
+                let mut get = Cmd::with_capacity(1 + count, 4 + size);
+                get.arg("MGET");
+                for name in names {
+                    get.arg(name);
+                }
+                let values: Vec<Value> = self.command(server, Step::Read, &get).await?;
+                let mut values = values.into_iter();
+                let entry = match key.and_then(|_| values.next()) {
+                    Some(Value::BulkString(bytes)) => Some(Bytes::from(bytes)),
+                    _ => None,
+                };
+                Found { entry, generations: values.map(|value| parse_generation(&value, server.reign)).collect() }
+            }
+        };
+        server.refusals.done(Step::Read);
+        Ok(found)
+    }
+
+    pub(super) async fn find(&self, inquiry: Inquiry<'_>) -> Result<Lookup, StoreError> {
+        let server = self.link.reading(inquiry.key.tenant()).await?;
+        let Found { entry, generations } = self.read(&server, Some(inquiry.key), inquiry.tags).await?;
+        let entry = entry.and_then(|bytes| self.read_entry(&server, bytes, &inquiry));
+        Ok(Lookup::new(entry, generations))
     }
 
     /// Drops them, and tells other regions in the same round trip, if there are any that are to be told.
@@ -567,13 +606,38 @@ fn tenant(tags: &[Tag]) -> &[u8] {
     tags.first().map_or(b"{~}", Tag::tenant)
 }
 
+/// What a look-up read.
+struct Found {
+    entry: Option<Bytes>,
+    generations: Vec<Option<Generation>>,
+}
+
+impl Found {
+    /// What a reply to so many keys says; nothing if it is none to them.
+    fn of(reply: &Reply, has_entry: bool, count: usize, reign: u128) -> Result<Option<Self>, Trouble> {
+        let Some(mut strings) = reply.strings() else {
+            return match reply.value()? {
+                Value::ServerError(error) => Err((&error).into()),
+                _ => Ok(None),
+            };
+        };
+        let entry = if has_entry { strings.next().flatten() } else { None };
+        let entry = entry.map(|entry| reply.keep(entry));
+        let mut generations = Vec::with_capacity(count);
+        generations.extend(strings.map(|stored| generation_in(stored?, reign)));
+        let is_whole = generations.len() + usize::from(has_entry) == count;
+        Ok(is_whole.then_some(Self { entry, generations }))
+    }
+}
+
 /// A key in parts.
-struct Name<'a>(&'a str, &'a str, &'a [u8]);
+#[derive(Clone, Copy)]
+struct Name<'a>([&'a [u8]; 3]);
 
 impl ToRedisArgs for Name<'_> {
     fn write_redis_args<W: ?Sized + RedisWrite>(&self, out: &mut W) {
         let mut writer = out.writer_for_next_arg();
-        for part in [self.0.as_bytes(), self.1.as_bytes(), self.2] {
+        for part in self.0 {
             // It is written to memory.
             let _ = writer.write_all(part);
         }
@@ -613,9 +677,13 @@ fn the_only(reply: &Value) -> Option<&Value> {
 /// A generation as it is stored: 16 bytes. Anything else was not written by us, and is no generation.
 pub(crate) fn parse_generation(value: &Value, reign: u128) -> Option<Generation> {
     match value {
-        Value::BulkString(bytes) => Some(Generation(u128::from_be_bytes(bytes.as_slice().try_into().ok()?) ^ reign)),
+        Value::BulkString(bytes) => generation_in(bytes, reign),
         _ => None,
     }
+}
+
+fn generation_in(stored: &[u8], reign: u128) -> Option<Generation> {
+    Some(Generation(u128::from_be_bytes(stored.try_into().ok()?) ^ reign))
 }
 
 impl Generations for Remote {
@@ -624,23 +692,13 @@ impl Generations for Remote {
             return Ok(vec![]);
         }
         let server = self.link.reading(tenant(tags)).await?;
-        let values: Vec<Value> = self.command(&server, Step::Read, &self.mget(None, tags)).await?;
-        server.refusals.done(Step::Read);
-        Ok(values.iter().map(|value| parse_generation(value, server.reign)).collect())
+        Ok(self.read(&server, None, tags).await?.generations)
     }
 }
 
 impl Store for Remote {
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
-        Box::pin(async move {
-            let server = self.link.reading(inquiry.key.tenant()).await?;
-            let get = self.mget(Some(inquiry.key), inquiry.tags);
-            let values: Vec<Value> = self.command(&server, Step::Read, &get).await?;
-            server.refusals.done(Step::Read);
-            let mut values = values.into_iter();
-            let entry = values.next().and_then(|value| self.read_entry(&server, value, &inquiry));
-            Ok(Lookup::new(entry, values.map(|value| parse_generation(&value, server.reign)).collect()))
-        })
+        Box::pin(self.find(inquiry))
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {

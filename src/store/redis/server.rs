@@ -13,7 +13,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
@@ -23,20 +23,18 @@ use redis::{
     AsyncConnectionConfig, Client, ConnectionInfo, FromRedisValue, Pipeline, ProtocolVersion, ServerError, Value,
     aio::MultiplexedConnection,
 };
-use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use super::{
     address::{config, config_with},
     dial::Dial,
     held::Held,
+    identity::Identity,
+    lane::{self, Lane},
     refusals::Refusals,
     trouble::{CHANGED, HELLO, HIDDEN, REPLICA, Trouble, UNKNOWN},
 };
-use crate::{
-    clock::{Clock, Millis},
-    store::Generation,
-};
+use crate::clock::{Clock, Millis};
 
 /// How long the entry lives that a heartbeat writes.
 const PROBE: Duration = Duration::from_secs(60);
@@ -63,6 +61,10 @@ end
 
 pub(super) struct Server {
     pub(super) connection: MultiplexedConnection,
+    /// A connection for look-ups, where there can be one.
+    lane: OnceLock<Lane>,
+    /// How to reach it.
+    info: ConnectionInfo,
     /// A connection for invalidations that wait for replicas: waiting holds up all that comes after.
     pub(super) drops: Option<MultiplexedConnection>,
     /// Folded into generations; never with the bit that says that a tag is fenced.
@@ -144,14 +146,6 @@ pub(crate) struct Claim {
     pub(crate) masters: Vec<String>,
 }
 
-/// Which server it is, as far as it says.
-pub(crate) struct Identity {
-    pub(super) is_master: Option<bool>,
-    pub(crate) reign: Option<u128>,
-    is_cluster: bool,
-    name: String,
-}
-
 /// A connection, and how another like it is made.
 struct Dialled {
     connection: MultiplexedConnection,
@@ -218,7 +212,7 @@ impl Server {
             redis::ConnectionAddr::Tcp(host, _) | redis::ConnectionAddr::TcpTls { host, .. } => host.clone(),
             _ => String::new(),
         };
-        let Dialled { mut connection, client, config, speaks } = dial(info, terms, held).await?;
+        let Dialled { mut connection, client, config, speaks } = dial(info.clone(), terms, held).await?;
         let mut ask = redis::pipe();
         ask.ignore_errors().cmd("INFO").arg("server").cmd("INFO").arg("replication");
         // Of a key that is nowhere.
@@ -238,6 +232,8 @@ impl Server {
         let claim = claim(replies.get(3), replies.get(4), &host);
         let this = Self {
             connection,
+            lane: OnceLock::new(),
+            info,
             drops,
             reign: identity.reign.unwrap_or(0),
             clock: terms.clock.clone(),
@@ -317,15 +313,35 @@ impl Server {
         self.clock.now() as i64 + self.ahead.1.load(Ordering::Acquire)
     }
 
+    /// The connection for look-ups, if there is one.
+    pub(super) fn lane(&self) -> Option<&Lane> {
+        self.lane.get()
+    }
+
+    /// Opens the connection for look-ups, in that time.
+    pub(super) async fn open_lane(&self, terms: &Terms, within: Duration) {
+        if let Some(lane) = lane::open(&self.info, &terms.dial, self.reign, terms.heartbeat, within).await {
+            let _ = self.lane.set(lane);
+        }
+    }
+
+    /// Makes a heartbeat, which goes over the connection for look-ups as well: each is given up with the other.
+    async fn ask(&self, questions: &Pipeline) -> Result<Vec<Value>, Trouble> {
+        let mut connection = self.connection.clone();
+        let Some(lane) = self.lane() else { return Ok(questions.query_async(&mut connection).await?) };
+        let (replies, beat) = tokio::join!(questions.query_async(&mut connection), lane.beat());
+        beat?;
+        Ok(replies?)
+    }
+
     /// Asks everything that has to hold; good for two heartbeats.
     pub(super) async fn beat(&self, terms: &Terms) -> Result<Beat, Trouble> {
         if self.lost.load(Ordering::Acquire) {
             return Err(Trouble::silent("a connection was lost"));
         }
         let sent = self.clock.now();
-        let mut connection = self.connection.clone();
         let ask = self.questions(terms, &self.probe().name);
-        let replies: Vec<Value> = ask.query_async(&mut connection).await?;
+        let replies = self.ask(&ask).await?;
         let answered = self.clock.now();
         let identity = Identity::of(&replies)?;
         if identity.is_master == Some(false) {
@@ -466,43 +482,6 @@ fn is_syntax(reply: Option<&Value>) -> bool {
     matches!(reply, Some(Value::ServerError(error)) if ["wrong number", "syntax", "unsupported option"]
         .iter()
         .any(|words| says(error).contains(words)))
-}
-
-impl Identity {
-    /// From `INFO server` and `INFO replication`, either of which may be refused.
-    pub(crate) fn of(replies: &[Value]) -> Result<Self, Trouble> {
-        let text = |at: usize| match replies.get(at) {
-            Some(Value::ServerError(error)) if is_forbidden(error) => Ok(String::new()),
-            Some(Value::ServerError(error)) => Err(Trouble::from(error)),
-            Some(value) => Ok(String::from_redis_value_ref(value).unwrap_or_default()),
-            None => Ok(String::new()),
-        };
-        let (server, replication) = (text(0)?, text(1)?);
-        let field = |text: &str, name: &str| -> Option<String> {
-            let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-            Some(value.trim().to_owned()).filter(|value| !value.is_empty())
-        };
-        let reign = field(&replication, "master_replid").map(|replication_id| {
-            let run_id = field(&server, "run_id").unwrap_or_default();
-            let digest = Sha256::digest(format!("{run_id} {replication_id}"));
-            let bytes: [u8; 16] = std::array::from_fn(|i| digest[i]);
-            Generation(u128::from_be_bytes(bytes)).unfenced().0
-        });
-        let mode = field(&server, "redis_mode").or_else(|| field(&server, "server_mode"));
-        // Valkey gives the version of Redis that it began as, too.
-        let version = |of: &str| field(&server, &format!("{of}_version")).map(|version| format!("{of} {version}"));
-        Ok(Self {
-            name: version("valkey").or_else(|| version("redis")).unwrap_or_else(|| "unknown".to_owned()),
-            is_master: field(&replication, "role").map(|role| role == "master"),
-            reign,
-            is_cluster: mode.is_some_and(|mode| mode == "cluster"),
-        })
-    }
-}
-
-/// Whether the server does not let us ask, or does not know the command: managed services have many words for it.
-fn is_forbidden(error: &ServerError) -> bool {
-    ["NOPERM", "ERR"].contains(&error.code())
 }
 
 /// `TIME` in milliseconds; a server that knows no time that makes sense says none.

@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     address::{Address, CONNECT, config},
-    server::Identity,
+    identity::Identity,
     trouble::{REPLICA, Trouble},
 };
 use crate::error::ConfigError;

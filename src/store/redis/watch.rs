@@ -32,6 +32,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// How often a server is asked to track that has refused to.
 const TRACK_AGAIN: Duration = Duration::from_secs(30);
 
+/// How often a connection for look-ups is tried to be opened where there is none.
+const LANE_AGAIN: Duration = Duration::from_secs(30);
+
 /// Whom a task follows.
 enum Whom {
     /// The one server that there is, wherever it is now.
@@ -140,7 +143,7 @@ async fn tend(link: &Weak<Link>, name: &str, server: &Arc<Server>, claim: Claim)
         let _ = timeout(CONNECT, server.try_scripts()).await;
     }
     let mut untracked: Option<(Trouble, Instant)> = None;
-    let mut refuses = false;
+    let (mut refuses, mut sought) = (false, None);
     loop {
         let strong = link.upgrade()?;
         let begin = Instant::now();
@@ -154,6 +157,7 @@ async fn tend(link: &Weak<Link>, name: &str, server: &Arc<Server>, claim: Claim)
                     server.refusals.forget();
                 }
                 track(&strong, server, &mut untracked).await;
+                open_lane(&strong, server, &mut sought).await;
                 strong.up(name, server, beat, untracked.as_ref().map(|(trouble, _)| trouble.clone()));
             }
             Err(trouble) => {
@@ -185,4 +189,15 @@ async fn track(link: &Link, server: &Server, untracked: &mut Option<(Trouble, In
         Ok(()) => None,
         Err(trouble) => Some((trouble, Instant::now())),
     };
+}
+
+/// Opens a connection for look-ups: before anything is asked, and later, if it was not to be had, without holding up
+/// heartbeats.
+async fn open_lane(link: &Link, server: &Server, sought: &mut Option<Instant>) {
+    let is_due = sought.is_none_or(|at| at.elapsed() >= LANE_AGAIN);
+    if is_due && server.lane().is_none() {
+        let within = if sought.is_none() { CONNECT / 2 } else { link.terms.heartbeat.min(CONNECT) / 2 };
+        server.open_lane(&link.terms, within).await;
+        *sought = Some(Instant::now());
+    }
 }
