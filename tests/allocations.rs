@@ -1,13 +1,19 @@
-//! A hit in process costs at most six heap allocations, and a hot one four, beyond those of the request itself.
+//! A hit in process costs at most six heap allocations, and a hot one four, beyond those of the request itself; what one in
+//! Redis costs besides is bounded as well.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/redis.rs"]
+mod redis;
 #[path = "../benches/support/mod.rs"]
 mod support;
+
+use std::time::Duration;
 
 use allocation_counter::measure;
 use futures_util::FutureExt;
 use support::{builder, get, origin};
 use tower::{Layer, Service, ServiceExt};
+use tower_cache_aside::{Tier, store::RedisStore};
 
 /// Servers put something into the extensions of every request, which have room for those of its response then.
 fn served(path: &str) -> http::Request<http_body_util::Full<bytes::Bytes>> {
@@ -44,4 +50,28 @@ fn a_hit_allocates_at_most_six_times() {
     let request = get("/healthz");
     let passed = measure(|| drop(service.call(request).now_or_never()));
     assert_eq!(passed.count_total, alone.count_total, "what is not cached costs no allocation");
+}
+
+/// With all that the connection's task does for it.
+#[test]
+fn a_hit_in_redis_has_a_bound() {
+    let redis = redis::Redis::start(&[]);
+    for (tier, most) in [(Tier::Off, 35), (Tier::Validated, 22)] {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let store = RedisStore::builder([redis.url()]).prefix(format!("{tier:?}")).budget(Duration::from_secs(10));
+        let cache = support::tiered(tier).store(store.build().unwrap()).build().unwrap();
+        let mut service = cache.layer().layer(origin());
+        let mut counted: Vec<u64> = vec![];
+        // A heartbeat may come in between, and the first are misses.
+        for _ in 0..200 {
+            let request = served("/agents/1");
+            let mut response = None;
+            let hit = measure(|| response = Some(runtime.block_on(async { service.call(request).await.unwrap() })));
+            let is_hit = response.unwrap().headers()["cache-status"].to_str().unwrap().contains("; hit");
+            counted.extend(is_hit.then_some(hit.count_total));
+            runtime.block_on(async { tokio::time::sleep(Duration::from_millis(1)).await });
+        }
+        assert!(counted.len() > 20, "{tier:?}: {} hits", counted.len());
+        assert!(counted.iter().min().is_some_and(|least| *least <= most), "{tier:?}: allocations: {counted:?}");
+    }
 }

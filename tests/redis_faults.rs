@@ -323,7 +323,9 @@ async fn survives_the_network(tier: Tier) {
     let web = Web::new(&cache, origin(&db));
     let elsewhere = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&db));
     let slow = [5, 40, 150].map(|ms| Mode::Delay(Duration::from_millis(ms)));
-    for mode in slow.into_iter().chain([Mode::Cut, Mode::Hold, Mode::Swallow]) {
+    // In the last of them, generations are one byte longer than they say.
+    let lies = [Mode::CutShort, Mode::Garble("$16\r\n", "$15\r\n")];
+    for mode in slow.into_iter().chain([Mode::Cut, Mode::Hold, Mode::Swallow]).chain(lies) {
         until_hit(&web, &row(&db)).await;
         proxy.set(mode);
         for round in 0..4 {
@@ -382,6 +384,40 @@ async fn a_dead_tracking_connection_is_noticed_within_the_bound() {
         until_hit(&web, &row(&db)).await;
     }
     until_ten_hits(&redis, &web, |(asks, _)| asks == 0).await;
+}
+
+// The connection for look-ups.
+
+/// Whoever ends it, and however often: what was dropped meanwhile is not answered, and it is opened again.
+#[tokio::test(flavor = "multi_thread")]
+async fn look_ups_have_a_connection_that_may_die() {
+    for tier in [Tier::Off, Tier::Validated, Tier::On] {
+        let (redis, db) = (Redis::start(&[]), Db::default());
+        let cache = builder(store(&redis.url()), tier).build().unwrap();
+        let web = Web::new(&cache, origin(&db));
+        let elsewhere = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&db));
+        for _ in 0..5 {
+            until_hit(&web, &row(&db)).await;
+            // Nobody else asks nothing but the time, or `MGET` last.
+            let list = redis.command(&["CLIENT", "LIST"]);
+            let is_lane = |line: &&str| ["cmd=mget", "cmd=time"].iter().any(|command| line.contains(command));
+            let lanes: Vec<_> = list.lines().filter(is_lane).filter_map(|line| line.split(' ').next()).collect();
+            assert!(!lanes.is_empty(), "{list}");
+            for id in lanes {
+                let id = id.rsplit('=').next().unwrap();
+                redis.command(&["CLIENT", "KILL", "ID", id]);
+            }
+            elsewhere.put(PATH).await;
+            if tier == Tier::On {
+                tokio::time::sleep(BOUND).await;
+            }
+            for _ in 0..20 {
+                assert_eq!(web.get(PATH).await.text(), row(&db), "{tier:?}");
+            }
+        }
+        until_hit(&web, &row(&db)).await;
+        until(|| cache.health() == Health::Ok).await;
+    }
 }
 
 // Redis itself.
