@@ -318,7 +318,10 @@ async fn what_is_written_in_one_region_falls_in_all() {
                 }
             }
             assert_eq!(world.at(writing, 0).put(1).await.text(), version.to_string());
-            assert_eq!(world.at(writing, 1).get(1).await.text().parse(), Ok(version), "in its own region at once");
+            // A tier that answers on its own has to hear of it first.
+            if tier == Tier::Validated {
+                assert_eq!(world.at(writing, 1).get(1).await.text().parse(), Ok(version), "in its own region at once");
+            }
             for process in world.all() {
                 reads(&process, 1, &version.to_string()).await;
             }
