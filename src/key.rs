@@ -6,10 +6,11 @@
 //! (tenant, type, resource, scope, variant) never give the same bytes. A part of more than 128 bytes is replaced by
 //! `~` and its SHA-256, so keys stay short whatever clients send.
 
-use std::{fmt, sync::Arc};
+use std::{borrow::Cow, fmt, sync::Arc};
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
+use smallvec::SmallVec;
 
 use crate::error::ConfigError;
 
@@ -128,25 +129,31 @@ impl Space {
         self.push_version(buf);
     }
 
-    pub(crate) fn tenant(&self, name: impl Into<Vec<u8>>) -> Tenant {
-        let name = name.into();
-        let mut head = KeyBuf::with_capacity(self.service.len() + name.len() + 2);
-        self.push_tenant(&mut head, &name);
-        Tenant { name, head }
+    pub(crate) fn tenant(&self, name: impl AsRef<[u8]>) -> Tenant {
+        let name = name.as_ref();
+        let mut both = KeyBuf::with_capacity(self.service.len() + 2 * name.len() + 3);
+        both.extend_from_slice(name);
+        self.push_tenant(&mut both, name);
+        Tenant { both, head: name.len() }
     }
 }
 
 /// A tenant: its name as it came, and what its keys and tags begin with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Tenant {
-    pub(crate) name: Vec<u8>,
-    head: KeyBuf,
+    both: KeyBuf,
+    /// Where the second begins.
+    head: usize,
 }
 
 impl Tenant {
+    pub(crate) fn name(&self) -> &[u8] {
+        &self.both[..self.head]
+    }
+
     /// What keys and tags of this tenant begin with: `service{tenant}`.
     pub(crate) fn head(&self) -> &[u8] {
-        &self.head
+        &self.both[self.head..]
     }
 }
 
@@ -177,6 +184,41 @@ pub(crate) fn push_ids<'a>(
         push_escaped(buf, id);
     }
     buf.push(b':');
+}
+
+/// Goes on with the tag of an entity.
+fn push_entity(buf: &mut KeyBuf, head: &[u8], data_type: &str, entity: &str, id: &[u8]) {
+    buf.extend_from_slice(head);
+    push_type(buf, data_type);
+    push_escaped(buf, entity.as_bytes());
+    buf.push(b'=');
+    push_escaped(buf, id);
+}
+
+/// Goes on with the tag of everything of a type.
+fn push_all(buf: &mut KeyBuf, head: &[u8], data_type: &str) {
+    buf.extend_from_slice(head);
+    push_type(buf, data_type);
+    buf.push(b'*');
+}
+
+/// The tags of an entry of this type: of these entities, and of all. They share one allocation.
+pub(crate) fn tags_of<'e>(
+    head: &[u8],
+    data_type: &str,
+    entities: impl Iterator<Item = (&'e str, Cow<'e, [u8]>)>,
+) -> Vec<Tag> {
+    let mut buf = KeyBuf::with_capacity(2 * (head.len() + data_type.len() + 32));
+    let mut ends = SmallVec::<[usize; 4]>::new();
+    for (entity, id) in entities {
+        push_entity(&mut buf, head, data_type, entity, &id);
+        ends.push(buf.len());
+    }
+    push_all(&mut buf, head, data_type);
+    ends.push(buf.len());
+    let all = Bytes::from(buf);
+    let begins = std::iter::once(0).chain(ends.iter().copied());
+    begins.zip(&ends).map(|(begin, end)| Tag(all.slice(begin..*end))).collect()
 }
 
 /// The name of an entry: tenant, data type, resource, scope and variant, in canonical bytes.
@@ -213,20 +255,14 @@ impl Tag {
     /// begin with.
     pub(crate) fn entity(head: &[u8], data_type: &str, entity: &str, id: &[u8]) -> Self {
         let mut buf = KeyBuf::with_capacity(head.len() + data_type.len() + entity.len() + id.len() + 3);
-        buf.extend_from_slice(head);
-        push_type(&mut buf, data_type);
-        push_escaped(&mut buf, entity.as_bytes());
-        buf.push(b'=');
-        push_escaped(&mut buf, id);
+        push_entity(&mut buf, head, data_type, entity, id);
         Self(buf.into())
     }
 
     /// The tag of every entry of `data_type`.
     pub(crate) fn all(head: &[u8], data_type: &str) -> Self {
         let mut buf = KeyBuf::with_capacity(head.len() + data_type.len() + 3);
-        buf.extend_from_slice(head);
-        push_type(&mut buf, data_type);
-        buf.push(b'*');
+        push_all(&mut buf, head, data_type);
         Self(buf.into())
     }
 

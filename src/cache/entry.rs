@@ -2,6 +2,7 @@
 //! and how it was obtained.
 
 use std::{
+    borrow::Cow,
     collections::HashSet,
     future::{Future, IntoFuture},
     marker::PhantomData,
@@ -15,7 +16,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::value::{Codec, Loaded, MessagePack, Report, Shape, Sought, Source, obtain};
 use crate::{
     error::ConfigError,
-    key::{Key, KeyBuf, Tag, Tenant, bounded, push_escaped, push_ids, push_type},
+    key::{Key, KeyBuf, Tag, Tenant, bounded, push_escaped, push_ids, push_type, tags_of},
     layer::Core,
 };
 
@@ -154,7 +155,7 @@ impl<T, C: Codec> EntryBuilder<T, C> {
         scope.sort_unstable();
         scope.dedup();
         let mut key = KeyBuf::new();
-        space.push_entry(&mut key, &tenant.name);
+        space.push_entry(&mut key, tenant.name());
         push_type(&mut key, &self.data_type);
         push_ids(&mut key, Some(&own.1), scope.iter().map(|(e, id)| (e.as_str(), &id[..])));
         key.push(b'v');
@@ -168,8 +169,7 @@ impl<T, C: Codec> EntryBuilder<T, C> {
         }
         let tags = self.tags.iter().map(id).collect::<Option<Vec<_>>>()?;
         let entities = scope.iter().chain(&tags).filter(|s| **s != own).chain([&own]);
-        let mut tags: Vec<_> = entities.map(|(e, id)| Tag::entity(head, &self.data_type, e, id)).collect();
-        tags.push(Tag::all(head, &self.data_type));
+        let mut tags = tags_of(head, &self.data_type, entities.map(|(e, id)| (e.as_str(), Cow::from(&id[..]))));
         let mut seen = HashSet::new();
         tags.retain(|tag| seen.insert(tag.clone()));
         Some((Key::new(bounded(key)), tags))

@@ -12,12 +12,13 @@ use std::{
 
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::oneshot;
 
 use crate::{
     catalog::{Lifetime, Policy},
     engine::{self, Asker, Inside, Leader, Obtained, Use},
     key::{Key, Tag, Tenant},
-    layer::{Core, Reads, joined},
+    layer::{Core, Reads},
     observe::{FoundIn, Handling, Served, Teller, Timer, Watch},
     store::{Entry, Payload},
 };
@@ -213,7 +214,7 @@ struct Ask<T, V, C> {
 impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
     type Answer = V;
 
-    fn judge(&mut self, entry: &Entry, source: engine::Source) -> Use<V> {
+    fn judge(&mut self, entry: &mut Arc<Entry>, source: engine::Source) -> Use<V> {
         let Some(value) = self.shape.decode::<C>(entry) else { return Use::Lacking };
         let bytes = match &entry.payload {
             Payload::Value(bytes) => bytes.len() as u64,
@@ -254,7 +255,7 @@ where
 {
     let Some((key, tags)) = place else { return Obtained::Load(None) };
     let held = core.engine.peek(key.as_bytes(), core.engine.now());
-    match held.map(|entry| ask.judge(&entry, engine::Source::Store)) {
+    match held.map(|mut entry| ask.judge(&mut entry, engine::Source::Store)) {
         Some(Use::Answer(value)) => Obtained::Answer(value),
         _ => core.engine.obtain(key, &tags, policy, ask).await,
     }
@@ -272,7 +273,7 @@ where
     let start = Instant::now();
     let teller = sought.core.tellers.of(&sought.data_type);
     let name = || Cow::from(format!("{}/{}", sought.data_type, sought.resource));
-    let mut watch = Some(teller.watcher().watch(Timer::start(), || Some((&*sought.tenant.name).into()), name));
+    let mut watch = Some(teller.watcher().watch(Timer::start(), || Some(sought.tenant.name().into()), name));
     let policy = sought.core.policy(&sought.data_type);
     let kept = sought.kept(&policy);
     let Sought { core, data_type, resource, tenant, place, .. } = sought;
@@ -311,8 +312,10 @@ where
         Obtained::Load(leader) => leader,
     };
     let (scope, parts) = (Inside::of(leader.as_ref()), fill.reads.clone());
-    let task = core.engine.spawn(scope.around(fill.load::<T, C, _, _, _, _>(leader, shape, load)));
-    let loaded = joined(task).await;
+    let (reply, replied) = oneshot::channel();
+    // Who has gone does not want it any more.
+    let load = async move { drop(reply.send(fill.load::<T, C, _, _, _, _>(leader, shape, load).await)) };
+    let loaded = core.engine.attend(scope.around(load), replied).await;
     let reason = if loaded.is_ok() { "uri-miss" } else { "error" };
     watch.into_iter().for_each(|watch| watch.finish((Handling::Miss, Some(reason)), None, Served::default()));
     // That there was an error may depend on all that, too.
@@ -379,7 +382,10 @@ impl Fill {
                 let sealed = leader.seal(Payload::Value(Bytes::from(bytes)), late, life, None).await;
                 if let Some(sealed) = sealed.filter(|_| keep.is_some()) {
                     self.teller.watcher().stored(size);
-                    self.core.engine.spawn(sealed.store());
+                    match sealed.is_remote() {
+                        true => drop(self.core.engine.spawn(sealed.store())),
+                        false => sealed.store().await,
+                    }
                 }
             }
             Err(error) => tracing::warn!(%error, "value not cached: it cannot be written"),

@@ -160,7 +160,7 @@ impl Cascades {
             });
             let asked = followed.filter_map(|(parents, relation)| {
                 let resolver = relation.resolver.as_ref()?;
-                Some(async move { (parents, relation, resolver.resolve(&tenant.name, &parents.ids, deadline).await) })
+                Some(async move { (parents, relation, resolver.resolve(tenant.name(), &parents.ids, deadline).await) })
             });
             let answers = join_all(asked.collect::<Vec<_>>()).await;
             let mut next = vec![];

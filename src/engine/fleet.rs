@@ -44,7 +44,7 @@ impl Engine {
             }
             // Also after claiming: the last holder may have stored its entry just before.
             let found = self.store.lookup(self.inquiry(&leader.key, asked, tags.len(), &leader.policy)).await;
-            if let Ok(Lookup { entry: Some(entry), generations }) = found {
+            if let Ok(Lookup { entry: Some(entry), generations, .. }) = found {
                 let valid = matches!(validity(&entry, tags, asked, &generations), Validity::Valid);
                 if valid && entry.is_fresh(self.now()) {
                     leader.land(Landed::Done(entry.clone()));

@@ -1,6 +1,7 @@
 //! From a key to what a request has to do about it: answer, wait, or call the origin.
 
 use std::{
+    borrow::Cow,
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
@@ -10,13 +11,14 @@ use tokio::time::Instant;
 use tokio::time::sleep;
 
 use super::{
-    Engine, Inside, MAX_ATTEMPTS,
+    Engine, Inside, KeyMemo, MAX_ATTEMPTS,
     flight::{Flight, Follower, Landed},
     leader::Leader,
     stale::{Attempt, Stale},
 };
 use crate::{
     catalog::{Coalesce, Policy},
+    clock::Millis,
     key::{Key, Tag},
     store::{Entry, Generation, Inquiry, Lookup, Mark, Stamp, StoreError},
 };
@@ -50,23 +52,70 @@ pub(super) enum Validity {
     Unknown(Vec<Tag>),
 }
 
+/// What was found under a key, and what is known of it besides.
+pub(super) struct Looked<'t> {
+    began: Millis,
+    memo: Option<Arc<KeyMemo>>,
+    /// The flight that was under way before.
+    seen: Option<Arc<Flight>>,
+    /// The tags that were looked up.
+    asked: Cow<'t, [Tag]>,
+    found: Result<Option<Stale>, StoreError>,
+    /// Their generations.
+    now: Lookup,
+}
+
+impl Looked<'_> {
+    /// The entry, if it is the answer.
+    pub(super) fn hit(self, now: Millis, attempt: Attempt) -> Result<Arc<Entry>, Self> {
+        match self.found {
+            Ok(Some(found)) if found.answers(now, attempt) => Ok(found.entry),
+            found => Err(Self { found, ..self }),
+        }
+    }
+}
+
 impl Engine {
-    /// Looks the key up; on a miss captures the generations and joins the flight that has the same ones, or leads one.
-    pub(super) async fn begin(self: &Arc<Self>, key: &Key, tags: &[Tag], policy: &Policy, attempt: Attempt) -> Begin {
+    /// Looks the key up.
+    pub(super) async fn look<'t>(&self, key: &Key, tags: &'t [Tag], policy: &Policy) -> Looked<'t> {
         let began = self.now();
         let memo = self.memos.get(key);
         let seen = self.flights.current(key);
-        let mut asked = tags.to_vec();
-        asked.extend(memo.iter().flat_map(|m| m.late.iter()).filter(|t| !tags.contains(t)).cloned());
-        let stale = match self.find(key, tags, &mut asked, policy).await {
+        let mut asked = Cow::Borrowed(tags);
+        let late = memo.iter().flat_map(|memo| memo.late.iter());
+        late.filter(|tag| !tags.contains(tag)).for_each(|tag| asked.to_mut().push(tag.clone()));
+        let (found, now) = match self.find(key, tags, &mut asked, policy).await {
+            Ok((found, now)) => (Ok(found), now),
+            Err(error) => (Err(error), Lookup::default()),
+        };
+        Looked { began, memo, seen, asked, found, now }
+    }
+
+    /// On a miss captures the generations and joins the flight that has the same ones, or leads one.
+    pub(super) async fn begin(
+        self: &Arc<Self>,
+        key: &Key,
+        tags: &[Tag],
+        policy: &Policy,
+        attempt: Attempt,
+        looked: Looked<'_>,
+    ) -> Begin {
+        let Looked { began, memo, seen, asked, found, now } = match looked.hit(self.now(), attempt) {
+            Ok(entry) => return Begin::Hit(entry),
+            Err(looked) => looked,
+        };
+        let stale = match found {
             Err(error) => return unavailable(&error),
-            Ok(Some(found)) if found.answers(self.now(), attempt) => return Begin::Hit(found.entry),
             Ok(found) => found,
         };
+        let asked = asked.into_owned();
         // Captured before the load: whatever is dropped from now on makes its result useless.
-        let opened = match self.store.open(&asked).await {
-            Err(error) => return unavailable(&error),
-            Ok(opened) => opened,
+        let opened = match now.opened().filter(|opened| opened.generations.len() == asked.len()) {
+            Some(opened) => opened,
+            None => match self.store.open(&asked).await {
+                Err(error) => return unavailable(&error),
+                Ok(opened) => opened,
+            },
         };
         // A write may have come in between: then what was found is not what is about to be replaced or confirmed.
         let now: Vec<_> = opened.generations.iter().copied().map(Some).collect();
@@ -96,22 +145,22 @@ impl Engine {
         &self,
         key: &Key,
         tags: &[Tag],
-        asked: &mut Vec<Tag>,
+        asked: &mut Cow<'_, [Tag]>,
         policy: &Policy,
-    ) -> Result<Option<Stale>, StoreError> {
+    ) -> Result<(Option<Stale>, Lookup), StoreError> {
         for _ in 0..2 {
-            let Lookup { entry, generations } = self.store.lookup(self.inquiry(key, asked, tags.len(), policy)).await?;
-            let Some(entry) = entry else { return Ok(None) };
-            match validity(&entry, tags, asked, &generations) {
-                Validity::Valid => return Ok(Some(Stale { entry, invalidated: false })),
-                Validity::Invalid => return Ok(Some(Stale { entry, invalidated: true })),
+            let mut now = self.store.lookup(self.inquiry(key, asked, tags.len(), policy)).await?;
+            let Some(entry) = now.entry.take() else { return Ok((None, now)) };
+            match validity(&entry, tags, asked, &now.generations) {
+                Validity::Valid => return Ok((Some(Stale { entry, invalidated: false }), now)),
+                Validity::Invalid => return Ok((Some(Stale { entry, invalidated: true }), now)),
                 Validity::Unknown(late) => {
                     self.remember_late(key, &late);
-                    asked.extend(late);
+                    asked.to_mut().extend(late);
                 }
             }
         }
-        Ok(None)
+        Ok((None, Lookup::default()))
     }
 
     fn leader(
@@ -242,7 +291,7 @@ impl Engine {
     }
 
     /// Of who looks on: what is found is not held in this process for requests, which may need tags that nobody asks for here.
-    fn look<'a>(&self, key: &'a Key, tags: &'a [Tag], policy: &Policy) -> Inquiry<'a> {
+    fn looking_on<'a>(&self, key: &'a Key, tags: &'a [Tag], policy: &Policy) -> Inquiry<'a> {
         Inquiry { tier: crate::catalog::Tier::Off, ..self.inquiry(key, tags, tags.len(), policy) }
     }
 
@@ -250,7 +299,7 @@ impl Engine {
     pub(crate) async fn look_at(&self, key: &Key, tags: &[Tag], policy: &Policy) -> Result<Option<Found>, StoreError> {
         let mut asked = tags.to_vec();
         for _ in 0..2 {
-            let found = self.store.lookup(self.look(key, &asked, policy)).await?;
+            let found = self.store.lookup(self.looking_on(key, &asked, policy)).await?;
             let Some(entry) = found.entry else { return Ok(None) };
             let unknown: Vec<_> = entry.stamps.iter().map(|s| &s.tag).filter(|t| !asked.contains(t)).cloned().collect();
             if unknown.is_empty() {

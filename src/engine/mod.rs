@@ -5,6 +5,7 @@
 //! a load that read the database before a write can store what it read, at any time later, without anybody ever being
 //! served it. Nothing here knows of HTTP or of a particular store.
 
+mod attended;
 mod fleet;
 mod flight;
 mod invalidated;
@@ -34,6 +35,7 @@ use crate::{
     store::{Entry, Fence, Health, Store, StoreError, TagGroup},
     sync::task_local,
 };
+pub(crate) use attended::Attended;
 use flight::{Flight, Flights};
 pub use invalidated::Invalidated;
 pub(crate) use leader::{Leader, Sealed};

@@ -15,7 +15,7 @@ use super::{
     Engine, Inside,
     flight::{Follower, Landed},
     leader::Leader,
-    lookup::Begin,
+    lookup::{Begin, Looked},
     stale::{Attempt, Stale},
 };
 use crate::{
@@ -29,8 +29,8 @@ use crate::{
 pub(crate) trait Asker {
     type Answer;
 
-    /// What to do with an entry that is valid.
-    fn judge(&mut self, entry: &Entry, source: Source) -> Use<Self::Answer>;
+    /// What to do with an entry that is valid. One that nobody else has may be used up by an answer.
+    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source) -> Use<Self::Answer>;
 
     /// Neither waits for others nor lets them wait.
     fn is_alone(&self) -> bool {
@@ -96,27 +96,76 @@ enum Departure {
     Load,
 }
 
+/// A request on its way to an answer.
+struct Round {
+    key: Key,
+    /// Each round that does not end it counts as a failure or asks for a reload; after a few it is a call of its own.
+    attempt: Attempt,
+}
+
+impl Round {
+    fn judge<A: Asker>(&mut self, asker: &mut A, mut entry: Arc<Entry>, source: Source) -> Option<A::Answer> {
+        let created = entry.created;
+        match asker.judge(&mut entry, source) {
+            Use::Answer(answer) => return Some(answer),
+            Use::Elsewhere(other) => {
+                self.key = other;
+                self.attempt.failures += 1;
+            }
+            Use::Useless => self.attempt.reload = true,
+            Use::Lacking => {
+                self.attempt.lacking = Some(created);
+                self.attempt.failures += 1;
+            }
+        }
+        None
+    }
+}
+
 impl Engine {
     /// Looks the key up, waits for others' calls and tries again, until there is an answer or a call to make.
     pub(crate) async fn obtain<A: Asker>(
         self: &Arc<Self>,
-        mut key: Key,
+        key: Key,
         tags: &[Tag],
         policy: &Policy,
         asker: &mut A,
     ) -> Obtained<A::Answer> {
-        // Each round that does not end it counts as a failure or asks for a reload; after a few it is a call of its own.
-        let mut attempt = Attempt { alone: asker.is_alone(), ..Attempt::default() };
+        let mut round = Round { key, attempt: Attempt { alone: asker.is_alone(), ..Attempt::default() } };
+        let looked = self.look(&round.key, tags, policy).await;
+        let looked = match looked.hit(self.now(), round.attempt) {
+            Ok(entry) => match round.judge(asker, entry, Source::Store) {
+                Some(answer) => return Obtained::Answer(answer),
+                None => None,
+            },
+            Err(looked) => Some(looked),
+        };
+        // A hit, which most requests are, does not pay for what it does not need.
+        Box::pin(self.go_on(round, looked, tags, policy, asker)).await
+    }
+
+    async fn go_on<A: Asker>(
+        self: &Arc<Self>,
+        mut round: Round,
+        mut looked: Option<Looked<'_>>,
+        tags: &[Tag],
+        policy: &Policy,
+        asker: &mut A,
+    ) -> Obtained<A::Answer> {
         loop {
-            let (entry, source) = match self.begin(&key, tags, policy, attempt).await {
-                Begin::Lead(leader) => return self.depart(leader, attempt, asker),
+            let looked = match looked.take() {
+                Some(looked) => looked,
+                None => self.look(&round.key, tags, policy).await,
+            };
+            let (entry, source) = match self.begin(&round.key, tags, policy, round.attempt, looked).await {
+                Begin::Lead(leader) => return self.depart(leader, round.attempt, asker),
                 Begin::Unavailable if asker.only_stored() => return Obtained::Absent,
                 Begin::Unavailable => return Obtained::Load(None),
                 Begin::Hit(entry) => (entry, Source::Store),
                 Begin::Collapsed(entry) => (entry, Source::Flight),
                 // What is stale is no answer to who is to replace it.
                 Begin::Follow(flight, _) if flight.is_needed_by(Inside::current().flights()) => {
-                    (attempt.alone, attempt.reload) = (true, true);
+                    (round.attempt.alone, round.attempt.reload) = (true, true);
                     continue;
                 }
                 Begin::Follow(flight, stale) => {
@@ -133,31 +182,22 @@ impl Engine {
                             if let Some(answer) = serve_stale(asker, &entry) {
                                 return Obtained::Answer(answer);
                             }
-                            attempt.failures += 1;
+                            round.attempt.failures += 1;
                             continue;
                         }
                         Landing::TryAgain => {
-                            attempt.failures += 1;
+                            round.attempt.failures += 1;
                             continue;
                         }
                         Landing::GoAlone => {
-                            (attempt.alone, attempt.reload) = (true, true);
+                            (round.attempt.alone, round.attempt.reload) = (true, true);
                             continue;
                         }
                     }
                 }
             };
-            match asker.judge(&entry, source) {
-                Use::Answer(answer) => return Obtained::Answer(answer),
-                Use::Elsewhere(other) => {
-                    key = other;
-                    attempt.failures += 1;
-                }
-                Use::Useless => attempt.reload = true,
-                Use::Lacking => {
-                    attempt.lacking = Some(entry.created);
-                    attempt.failures += 1;
-                }
+            if let Some(answer) = round.judge(asker, entry, source) {
+                return Obtained::Answer(answer);
             }
         }
     }
@@ -196,15 +236,16 @@ impl Engine {
     /// Takes the lead in replacing an entry that has been served already, unless somebody else does.
     pub(crate) async fn lead_refresh(self: &Arc<Self>, key: &Key, tags: &[Tag], policy: &Policy) -> Option<Leader> {
         let attempt = Attempt { refresh: true, ..Attempt::default() };
-        match self.begin(key, tags, policy, attempt).await {
+        let looked = self.look(key, tags, policy).await;
+        match self.begin(key, tags, policy, attempt, looked).await {
             Begin::Lead(leader) => Some(leader),
             _ => None,
         }
     }
 }
 
-fn serve_stale<A: Asker>(asker: &mut A, entry: &Entry) -> Option<A::Answer> {
-    match asker.judge(entry, Source::Stale) {
+fn serve_stale<A: Asker>(asker: &mut A, entry: &Arc<Entry>) -> Option<A::Answer> {
+    match asker.judge(&mut entry.clone(), Source::Stale) {
         Use::Answer(answer) => Some(answer),
         Use::Elsewhere(_) | Use::Useless | Use::Lacking => None,
     }

@@ -9,10 +9,7 @@ use std::{
 use http::{HeaderName, Request, Response};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use tokio::{
-    sync::oneshot,
-    task::{JoinError, JoinHandle},
-};
+use tokio::task::{JoinError, JoinHandle};
 use tower_service::Service;
 
 use super::{changes::Reads, extensions::CacheTags};
@@ -43,17 +40,6 @@ pub(crate) async fn joined<T>(task: JoinHandle<T>) -> T {
     }
 }
 
-/// What a task replied; if it ended without a reply, it panicked.
-pub(crate) async fn replied<T>(reply: Result<T, oneshot::error::RecvError>, task: JoinHandle<()>) -> T {
-    match reply {
-        Ok(value) => value,
-        Err(_) => {
-            joined(task).await;
-            std::future::pending().await
-        }
-    }
-}
-
 /// Waits until the service is ready, and calls it.
 pub(crate) async fn call<S: Service<Q>, Q>(service: &mut S, request: Q) -> Result<S::Response, S::Error> {
     ready(service).await?;
@@ -65,16 +51,34 @@ pub(crate) async fn ready<S: Service<Q>, Q>(service: &mut S) -> Result<(), S::Er
     poll_fn(|cx| service.poll_ready(cx)).await
 }
 
-/// Counts a request when it has its response.
-pub(crate) async fn watched<T: Body, E>(
-    watch: Option<Watch>,
-    response: impl Future<Output = Result<Response<T>, E>>,
-) -> Result<Response<T>, E> {
-    let response = response.await;
-    if let Some(watch) = watch {
-        watch.end(response.as_ref().ok().map(|response| (response.extensions(), response.body().size_hint())));
+pin_project! {
+    /// Counts a request when it has its response.
+    pub(crate) struct Watched<F> {
+        watch: Option<Watch>,
+        #[pin]
+        response: F,
     }
-    response
+}
+
+pub(crate) fn watched<F>(watch: Option<Watch>, response: F) -> Watched<F> {
+    Watched { watch, response }
+}
+
+impl<F, T, E> Future for Watched<F>
+where
+    F: Future<Output = Result<Response<T>, E>>,
+    T: Body,
+{
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let response = ready!(this.response.poll(cx));
+        if let Some(watch) = this.watch.take() {
+            watch.end(response.as_ref().ok().map(|response| (response.extensions(), response.body().size_hint())));
+        }
+        Poll::Ready(response)
+    }
 }
 
 pin_project! {

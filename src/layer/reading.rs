@@ -21,7 +21,10 @@ use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
 use http::{HeaderMap, HeaderName, Response, header, response};
 use http_body::{Body, Frame, SizeHint};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::yield_now,
+};
 
 use super::{
     body::{CacheBody, Piece},
@@ -244,6 +247,9 @@ impl Reading {
             })
         });
         if let Some(sealed) = sealed.filter(|_| keep) {
+            if sealed.takes_time() {
+                yield_now().await;
+            }
             sealed.store().await;
         }
     }

@@ -1,9 +1,11 @@
 //! From an entry and what a request asks for to a response: whole, without its body (`HEAD`), not modified (304), or a
 //! part (206).
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode,
+    Extensions, HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode,
     header::{self, InvalidHeaderValue},
     request, response,
 };
@@ -132,6 +134,14 @@ impl<'a> How<'a> {
         self.handled.unwrap_or(Handled::Hit { ttl })
     }
 
+    /// Says it in the headers of what was stored.
+    fn say(&self, headers: &mut HeaderMap, (age, ttl): (u64, Option<i64>), status: StatusCode, asked: &Asked) {
+        self.teller.say(self.handled(ttl), headers, Some(status), asked.key.as_deref());
+        if let (Some(place), Ok(age)) = (headers.get_mut(header::AGE), number(age)) {
+            *place = age;
+        }
+    }
+
     pub(crate) fn outcome<R: Body>(&self, entry: &Entry, now: Millis, body: &CacheBody<R>) -> Outcome {
         let (age, load, bytes) = (entry.age(now), entry.load, body.held());
         let found = Found { tier: self.tier, age, is_stale: self.is_stale, load, bytes };
@@ -163,10 +173,7 @@ pub(crate) fn answer<R: Body>(
     let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now));
     let make = || {
         let mut headers = stored.headers.clone();
-        how.teller.say(how.handled(ttl), &mut headers, Some(stored.status), asked.key.as_deref());
-        if let (Some(place), Ok(age)) = (headers.get_mut(header::AGE), number(age)) {
-            *place = age;
-        }
+        how.say(&mut headers, (age, ttl), stored.status, asked);
         headers
     };
     let headers = match how.handled {
@@ -177,10 +184,43 @@ pub(crate) fn answer<R: Body>(
         Some(conditions) => conditionally(stored, headers, asked.head, conditions),
         None => whole(stored, headers, asked.head),
     };
-    if response.headers().get(header::AGE).is_some_and(HeaderValue::is_empty) {
-        response.headers_mut().remove(header::AGE);
-    }
+    leave_no_place(response.headers_mut());
     Some(response)
+}
+
+/// The same of an entry that is not needed any more: what nobody else has is not copied.
+pub(crate) fn use_up<R: Body>(
+    entry: &mut Arc<Entry>,
+    now: Millis,
+    asked: &Asked,
+    how: How<'_>,
+) -> Option<Response<CacheBody<R>>> {
+    let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now));
+    match Arc::get_mut(entry).map(|entry| &mut entry.payload) {
+        Some(Payload::Response(stored)) if asked.conditions.is_none() && !asked.head => {
+            let mut headers = std::mem::take(&mut stored.headers);
+            how.say(&mut headers, (age, ttl), stored.status, asked);
+            leave_no_place(&mut headers);
+            let body = CacheBody::full(std::mem::take(&mut stored.body), stored.trailers.take());
+            Some(respond(stored.status, headers, body))
+        }
+        _ => answer(entry, now, asked, how),
+    }
+}
+
+/// The response with its outcome in what its request held its extensions in, which has room for that.
+pub(crate) fn with_outcome<T>(mut response: Response<T>, mut extensions: Extensions, outcome: Outcome) -> Response<T> {
+    extensions.clear();
+    extensions.insert(outcome);
+    *response.extensions_mut() = extensions;
+    response
+}
+
+/// The place of an age that nobody has filled in.
+fn leave_no_place(headers: &mut HeaderMap) {
+    if headers.get(header::AGE).is_some_and(HeaderValue::is_empty) {
+        headers.remove(header::AGE);
+    }
 }
 
 /// A response that is not stored, as far as its request asked for it. The handler that `is_asked` has said what it says.

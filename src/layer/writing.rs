@@ -174,7 +174,7 @@ impl Writing {
         }
         let fence = self.held().await;
         // Of several, it is nobody's in particular.
-        let tenant = self.tenants.first().filter(|_| self.tenants.len() == 1).map(|tenant| &*tenant.name);
+        let tenant = self.tenants.first().filter(|_| self.tenants.len() == 1).map(|tenant| tenant.name());
         let blame = Blame { by: self.by, what: &self.what, tenant };
         let report = self.core.drop_all(self.drops, fence.as_ref(), &blame).await;
         tracing::debug!(%report, "invalidated");
@@ -214,7 +214,7 @@ impl Writing {
         let Core { options, warnings, .. } = &*self.core;
         #[cfg(feature = "stats")]
         if is_done {
-            let tenant = self.tenants.first().map(|tenant| &*tenant.name);
+            let tenant = self.tenants.first().map(|tenant| tenant.name());
             self.core.observer.unmapped(&route_of(&self.what), tenant, options.on_unmapped == OnUnmapped::Ignore);
         }
         match options.on_unmapped {

@@ -250,7 +250,7 @@ impl GrpcRoute {
         let (headers, identity) = (&parts.headers, known.identity);
         let needs_public = headers.keys().any(|name| self.credentials.needs_public(name, identity));
         let mut key = KeyBuf::new();
-        known.space.push_entry(&mut key, &tenant.name);
+        known.space.push_entry(&mut key, tenant.name());
         push_type(&mut key, &self.data_type);
         let target = match &self.describe {
             None => None,

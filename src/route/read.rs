@@ -18,7 +18,7 @@ use super::{
 use crate::{
     catalog::{Catalogue, Entities, Policy},
     error::ConfigError,
-    key::{KeyBuf, Space, Tag, bounded, push_escaped, push_ids, push_type},
+    key::{KeyBuf, Space, Tag, bounded, push_escaped, push_ids, push_type, tags_of},
     observe::{Teller, Tellers},
 };
 
@@ -394,11 +394,9 @@ impl ReadRoute {
     }
 
     /// The tags of the entry: each entity of the path, and the type as a whole.
-    pub(crate) fn tags(&self, head: &[u8], params: &matchit::Params<'_, '_>) -> Vec<Tag> {
-        let entity = |param: &Param| Some(Tag::entity(head, &self.data_type, &param.entity, &param.value(params)?));
-        let mut tags: Vec<_> = self.pattern.params().iter().filter_map(entity).collect();
-        tags.push(Tag::all(head, &self.data_type));
-        tags
+    pub(crate) fn tags<'a>(&'a self, head: &[u8], params: &'a matchit::Params<'_, '_>) -> Vec<Tag> {
+        let entity = |param: &'a Param| Some((&*param.entity, param.value(params)?));
+        tags_of(head, &self.data_type, self.pattern.params().iter().filter_map(entity))
     }
 }
 

@@ -96,12 +96,28 @@ pub struct Lookup {
     pub entry: Option<Arc<Entry>>,
     /// The current generation of each tag that was asked for, in that order.
     pub generations: Vec<Option<Generation>>,
+    /// The same point in time, as [`Store::open`] marks it, where the store has it at hand: then a load may begin without.
+    pub mark: Option<Mark>,
 }
 
 impl Lookup {
     /// An entry, and the generation of each tag that was asked for.
     pub fn new(entry: Option<Arc<Entry>>, generations: Vec<Option<Generation>>) -> Self {
-        Self { entry, generations }
+        Self { entry, generations, mark: None }
+    }
+
+    /// The mark that was read in one step with the generations.
+    #[must_use]
+    pub fn marked(mut self, mark: Option<Mark>) -> Self {
+        self.mark = mark;
+        self
+    }
+
+    /// What [`Store::open`] would have captured, if nothing has to be made for that.
+    pub(crate) fn opened(self) -> Option<Opened> {
+        // Whether a fence still stands is for it to find out.
+        let generations = self.generations.into_iter().map(|now| now.filter(|generation| !generation.is_fenced()));
+        Some(Opened { mark: self.mark?, generations: generations.collect::<Option<_>>()? })
     }
 }
 
@@ -325,7 +341,7 @@ pub trait Store: Send + Sync + 'static {
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup>;
 
     /// Reads the generations of `tags`, creating those that are absent, and marks this point in time. Called before
-    /// the origin is.
+    /// the origin is, unless the [look-up](Lookup::mark) has done as much.
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened>;
 
     /// The generations of `tags`, which were not known at `mark`, if the store can prove that none of them was

@@ -67,13 +67,13 @@ impl Miss {
         if found.lost().next().is_some() {
             return;
         }
-        let was_written = |since: u64| writes(&core, &tenant.name, since).next().is_some();
+        let was_written = |since: u64| writes(&core, tenant.name(), since).next().is_some();
         let result = match compared(suspect, old, found.entry, was_written) {
             Compared::Same => "ok",
             Compared::Suspect(suspect) => return auditor.suspect(&key, route.what(), suspect),
             Compared::Unreproducible => {
                 if auditor.is_unreproducible(route.what()) {
-                    unreproducible(&core, &route, &path, &tenant.name);
+                    unreproducible(&core, &route, &path, tenant.name());
                 }
                 "not_reproducible"
             }
@@ -81,7 +81,7 @@ impl Miss {
                 if !core.engine.stays_current(&suspect.old.stamps).await {
                     return;
                 }
-                stale(&core, &route, (&path, &tenant.name), &suspect);
+                stale(&core, &route, (&path, tenant.name()), &suspect);
                 "stale"
             }
         };

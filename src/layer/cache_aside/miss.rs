@@ -3,17 +3,17 @@
 use std::{marker::PhantomData, sync::Arc};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, Request, Response, StatusCode};
+use http::{Extensions, HeaderMap, HeaderName, Request, Response, StatusCode};
 use http_body::Body;
-use tokio::{sync::oneshot, task::JoinHandle, time::timeout};
+use tokio::{sync::oneshot, time::timeout};
 use tower_service::Service;
 use tracing::Instrument;
 
 #[cfg(feature = "stats")]
-use crate::observe::{Handling, Outcome};
+use crate::observe::Handling;
 use crate::{
     clock::Millis,
-    engine::{Asker, Inside, Leader, Obtained, Source, Stale, Use},
+    engine::{Asker, Attended, Inside, Leader, Obtained, Source, Stale, Use},
     http::cache_status::{Forwarded, Reason},
     key::{Key, Tag, Tenant},
     layer::{
@@ -23,9 +23,9 @@ use crate::{
         extensions::take_tags,
         future,
         reading::Replied,
-        serve::{Asked, How, serve},
+        serve::{Asked, How, serve, use_up, with_outcome},
     },
-    observe::Teller,
+    observe::{Outcome, Teller},
     route::{ReadRoute, variant_key},
     store::{Entry, Payload},
 };
@@ -70,9 +70,9 @@ struct Ask<'a, R> {
 }
 
 impl<R: Body> Asker for Ask<'_, R> {
-    type Answer = Response<CacheBody<R>>;
+    type Answer = (Response<CacheBody<R>>, Outcome);
 
-    fn judge(&mut self, entry: &Entry, source: Source) -> Use<Self::Answer> {
+    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source) -> Use<Self::Answer> {
         let miss = &mut *self.miss;
         if let Some(whole) = &miss.whole {
             whole.add_stamps(&entry.stamps);
@@ -100,21 +100,20 @@ impl<R: Body> Asker for Ask<'_, R> {
             }
         }
         let now = miss.core.engine.now();
+        // Who warms wants it replaced.
+        if source == Source::Stale && miss.asked.ahead.is_some() {
+            return Use::Useless;
+        }
         let collapsed = Forwarded { collapsed: true, ..Forwarded::new(miss.reason) };
         let how = How::of(source, &miss.route.teller, miss.core.found_in(), collapsed);
-        match serve(entry, now, &miss.asked, how) {
-            // Who warms wants it replaced.
-            _ if source == Source::Stale && miss.asked.ahead.is_some() => Use::Useless,
-            Some(response) if source == Source::Stale || miss.asked.accepts(entry, now) => {
-                let beta = miss.route.policy.early_refresh;
-                miss.due = source == Source::Store && miss.asked.replaces(entry, now, beta);
-                Use::Answer(response)
-            }
-            _ => {
-                miss.reason = Reason::Request;
-                Use::Useless
-            }
-        }
+        let is_good = source == Source::Stale || miss.asked.accepts(entry, now);
+        let Some(response) = is_good.then(|| use_up(entry, now, &miss.asked, how)).flatten() else {
+            miss.reason = Reason::Request;
+            return Use::Useless;
+        };
+        miss.due = source == Source::Store && miss.asked.replaces(entry, now, miss.route.policy.early_refresh);
+        let outcome = how.outcome(entry, now, response.body());
+        Use::Answer((response, outcome))
     }
 
     fn is_alone(&self) -> bool {
@@ -146,7 +145,7 @@ impl Miss {
         self.asked.directives().is_some_and(|directives| directives.only_if_cached)
     }
 
-    pub(super) async fn answer<S, B, R>(mut self, inner: S, request: Request<B>) -> Replied<R, S::Error>
+    pub(super) async fn answer<S, B, R>(mut self, inner: S, mut request: Request<B>) -> Replied<R, S::Error>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
@@ -155,33 +154,65 @@ impl Miss {
         R: Body<Data = Bytes> + Send + 'static,
         R::Error: Send,
     {
-        let (core, route) = (self.core.clone(), self.route.clone());
         let (key, tags) = (self.key.clone(), std::mem::take(&mut self.tags));
+        let (core, route) = (self.core.clone(), self.route.clone());
         let mut ask = Ask { miss: &mut self, headers: request.headers(), body: PhantomData::<fn() -> R> };
         let obtained = core.engine.obtain(key, &tags, &route.policy, &mut ask).await;
+        self.tags = tags;
         match obtained {
-            Obtained::Answer(response) if self.due && !self.asked.is_partial() => {
-                self.tags = tags;
-                self.replace(response, inner, request).await
-            }
+            Obtained::Answer((response, outcome)) => match self.behind(&outcome, request.headers()) {
+                // What the request's map held its extensions in has room for this one.
+                Behind::Nothing => Ok(with_outcome(response, std::mem::take(request.extensions_mut()), outcome)),
+                behind => {
+                    let response = with_outcome(response, Extensions::new(), outcome);
+                    Box::pin(self.replace(response, behind, inner, request)).await
+                }
+            },
+            // Most requests need none of what follows.
+            obtained => Box::pin(self.go_on(obtained, inner, request)).await,
+        }
+    }
+
+    /// What is done about what answers it.
+    fn behind(&self, outcome: &Outcome, headers: &HeaderMap) -> Behind {
+        let _ = (outcome, headers);
+        match self.asked.is_partial() {
+            true => Behind::Nothing,
+            false if self.due => Behind::Refresh,
             #[cfg(feature = "stats")]
-            Obtained::Answer(response)
-                if is_hit(&response)
-                    && !self.asked.is_partial()
-                    && audits(&core, &route, self.key.as_bytes(), request.headers()) =>
+            false
+                if outcome.outcome == Handling::Hit
+                    && audits(&self.core, &self.route, self.key.as_bytes(), headers) =>
             {
-                self.tags = tags;
-                core.engine.spawn(self.audit(inner, request).in_current_span());
-                Ok(response)
+                Behind::Audit
             }
-            Obtained::Answer(response) => Ok(response),
-            Obtained::Absent => Ok(gateway_timeout(&route.teller)),
-            Obtained::AnswerAndReload(response, leader) => {
+            false => Behind::Nothing,
+        }
+    }
+
+    async fn go_on<S, B, R>(
+        mut self,
+        obtained: Obtained<(Response<CacheBody<R>>, Outcome)>,
+        inner: S,
+        request: Request<B>,
+    ) -> Replied<R, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+        R::Error: Send,
+    {
+        match obtained {
+            Obtained::Answer((response, outcome)) => Ok(with_outcome(response, Extensions::new(), outcome)),
+            Obtained::Absent => Ok(gateway_timeout(&self.route.teller)),
+            Obtained::AnswerAndReload((response, outcome), leader) => {
                 if self.loads_whole(Some(&leader)) {
                     self.expired(&leader);
-                    self.spawn_load(inner, request, Some(leader));
+                    drop(self.attend(inner, request, Some(leader)));
                 }
-                Ok(response)
+                Ok(with_outcome(response, Extensions::new(), outcome))
             }
             Obtained::Load(leader) => {
                 if let Some(leader) = &leader {
@@ -235,18 +266,17 @@ impl Miss {
         let (engine, policy) = (&core.engine, &route.policy);
         let stale = leader.as_ref().and_then(stored).filter(|stale| !stale.invalidated).cloned();
         let stale = stale.filter(|stale| stale.serves_on_error(engine.now(), policy));
-        let (task, mut replied) = self.spawn_load(inner, request, leader);
-        let outcome = match policy.soft_timeout.zip(stale) {
-            None => replied.await,
-            Some((patience, stale)) => match timeout(patience, &mut replied).await {
-                Ok(outcome) => outcome,
+        let mut load = self.attend(inner, request, leader);
+        match policy.soft_timeout.zip(stale) {
+            None => load.await,
+            Some((patience, stale)) => match timeout(patience, &mut load).await {
+                Ok(replied) => replied,
                 Err(_) => match serve_stale(&core, &route, (&asked, whole.as_ref()), &stale.entry) {
-                    Some(response) => return Ok(response),
-                    None => replied.await,
+                    Some(response) => Ok(response),
+                    None => load.await,
                 },
             },
-        };
-        future::replied(outcome, task).await
+        }
     }
 
     pub(super) async fn follow_up<S, B, R>(self, behind: Behind, inner: S, request: Request<B>)
@@ -266,6 +296,7 @@ impl Miss {
     async fn replace<S, B, R>(
         mut self,
         response: Response<CacheBody<R>>,
+        behind: Behind,
         inner: S,
         request: Request<B>,
     ) -> Replied<R, S::Error>
@@ -278,16 +309,15 @@ impl Miss {
         R::Error: Send,
     {
         let engine = self.core.engine.clone();
-        if self.asked.ahead.is_none() {
-            engine.spawn(self.refresh(inner, request).in_current_span());
+        if behind != Behind::Refresh || self.asked.ahead.is_none() {
+            engine.spawn(self.follow_up(behind, inner, request).in_current_span());
             return Ok(response);
         }
         let Some(leader) = engine.lead_refresh(&self.key, &self.tags, &self.route.policy).await else {
             return Ok(response);
         };
         (self.reason, self.whole) = (Reason::Stale, None);
-        let (task, replied) = self.spawn_load(inner, request, Some(leader));
-        future::replied(replied.await, task).await
+        self.attend(inner, request, Some(leader)).await
     }
 
     /// Replaces what has been served already, unless somebody else does.
@@ -306,13 +336,8 @@ impl Miss {
         }
     }
 
-    /// Calls the inner service in a task, which goes on whatever becomes of its client.
-    fn spawn_load<S, B, R>(
-        self,
-        inner: S,
-        request: Request<B>,
-        leader: Option<Leader>,
-    ) -> (JoinHandle<()>, oneshot::Receiver<Replied<R, S::Error>>)
+    /// Calls the inner service, whatever becomes of its client.
+    fn attend<S, B, R>(self, inner: S, request: Request<B>, leader: Option<Leader>) -> Attended<Replied<R, S::Error>>
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
@@ -324,7 +349,7 @@ impl Miss {
         let (reply, replied) = oneshot::channel();
         let engine = self.core.engine.clone();
         let scope = Inside::of(leader.as_ref());
-        (engine.spawn(scope.around(self.load(inner, request, leader, reply)).in_current_span()), replied)
+        engine.attend(scope.around(self.load(inner, request, leader, reply)), replied)
     }
 }
 
@@ -336,12 +361,6 @@ pub(super) fn audits(core: &Core, route: &ReadRoute, key: &[u8], headers: &Heade
         && !route.is_of_users()
         && auditor.picks(route.policy.audit, key, || route.what())
         && !headers.keys().any(|name| core.identity.is_credential(name))
-}
-
-/// Whether it was found in the store, and is fresh.
-#[cfg(feature = "stats")]
-fn is_hit<T>(response: &Response<T>) -> bool {
-    response.extensions().get::<Outcome>().is_some_and(|outcome| outcome.outcome == Handling::Hit)
 }
 
 /// The response that was stored when the load began.

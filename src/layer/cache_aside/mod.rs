@@ -37,7 +37,7 @@ use super::{
     invalidate::{answer as answer_write, mount, unavailable},
     popular::{Picked, picked},
     request::{Bodies, NoBodies, ReadBody, RequestBody},
-    serve::{Asked, How, answer},
+    serve::{Asked, How, answer, with_outcome},
     write::Write,
 };
 use crate::{
@@ -475,13 +475,6 @@ fn asked_for<'p>(place: &'p Place<'_>, uri: &Uri) -> Cow<'p, str> {
         Some(query) => format!("{}?{query}", place.full()).into(),
         None => place.full().into(),
     }
-}
-
-fn with_outcome<T>(mut response: Response<T>, mut extensions: Extensions, outcome: Outcome) -> Response<T> {
-    extensions.clear();
-    extensions.insert(outcome);
-    *response.extensions_mut() = extensions;
-    response
 }
 
 /// Whether a request has a body. One that a layer outside has wrapped may not say itself that it is empty; of HTTP/1.1 the

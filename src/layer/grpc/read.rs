@@ -7,7 +7,6 @@ use http::{HeaderMap, Request, Response, StatusCode, header, request, response};
 use http_body::Body;
 use tokio::sync::oneshot;
 use tower_service::Service;
-use tracing::Instrument;
 
 use super::{body::GrpcResponseBody, status::GRPC_STATUS};
 use crate::{
@@ -73,7 +72,7 @@ struct Ask<'a, R> {
 impl<R: Body> Asker for Ask<'_, R> {
     type Answer = Response<CacheBody<R>>;
 
-    fn judge(&mut self, entry: &Entry, source: Source) -> Use<Self::Answer> {
+    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source) -> Use<Self::Answer> {
         let Read { core, route, whole, .. } = self.read;
         if let Some(whole) = whole {
             whole.add_stamps(&entry.stamps);
@@ -141,8 +140,7 @@ impl Read {
         let (reply, replied) = oneshot::channel();
         let scope = Inside::of(leader.as_ref());
         let load = self.load(inner, request, leader, needs_public, reply);
-        let task = core.engine.spawn(scope.around(load).in_current_span());
-        future::replied(replied.await, task).await.map(out)
+        core.engine.attend(scope.around(load), replied).await.map(out)
     }
 
     /// What the message asks for, if it is one message that says so.

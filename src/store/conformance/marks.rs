@@ -8,15 +8,18 @@ use crate::{catalog::Tier, store::Fence};
 /// A tag that was not known, and that nobody has dropped since.
 pub(super) async fn a_mark_proves_what_stands(scene: &Scene) -> Seen {
     let (known, late) = ([scene.tag("known")], [scene.tag("late-1"), scene.tag("late-2")]);
-    let opened = scene.here.open(&known).await?;
-    let proven = scene.here.extend(&opened, &late).await?;
-    expect(proven.is_some(), || "nothing is proven of tags that nobody has touched".to_owned())?;
-    let proven = proven.unwrap_or_default();
-    never(proven.len() != 2, || format!("{} generations for 2 tags", proven.len()))?;
-    never(proven.iter().any(|generation| generation.is_fenced()), || "a fenced generation is no proof".to_owned())?;
-    for handle in scene.handles() {
-        let now = handle.open(&late).await?.generations;
-        expect(now == proven, || format!("extend gave {proven:?}, and open {now:?}"))?;
+    let first = scene.here.open(&known).await?.generations;
+    for opened in scene.here.marks(&scene.key("nothing"), &known).await? {
+        expect(opened.generations == first, || format!("open gave {first:?}, and a look-up {opened:?}"))?;
+        let proven = scene.here.extend(&opened, &late).await?;
+        expect(proven.is_some(), || "nothing is proven of tags that nobody has touched".to_owned())?;
+        let proven = proven.unwrap_or_default();
+        never(proven.len() != 2, || format!("{} generations for 2 tags", proven.len()))?;
+        never(proven.iter().any(|now| now.is_fenced()), || "a fenced generation is no proof".to_owned())?;
+        for handle in scene.handles() {
+            let now = handle.open(&late).await?.generations;
+            expect(now == proven, || format!("extend gave {proven:?}, and open {now:?}"))?;
+        }
     }
     Ok(())
 }
@@ -49,10 +52,10 @@ pub(super) async fn a_mark_proves_nothing_of_what_was_dropped(scene: &Scene) -> 
         if i == 1 {
             scene.elsewhere.open(std::slice::from_ref(&late)).await?;
         }
-        let opened = scene.here.open(std::slice::from_ref(&known)).await?;
-        let empty = scene.here.open(&[]).await?;
+        let mut marks = scene.here.marks(&scene.key("nothing"), std::slice::from_ref(&known)).await?;
+        marks.push(scene.here.open(&[]).await?);
         dropper.drop_tags(std::slice::from_ref(&late)).await?;
-        for marked in [&opened, &empty] {
+        for marked in &marks {
             for _ in 0..2 {
                 let both = [late.clone(), scene.tag("untouched")];
                 let proven = scene.here.extend(marked, &both).await?;
@@ -69,15 +72,16 @@ pub(super) async fn a_mark_proves_nothing_of_what_was_dropped(scene: &Scene) -> 
 pub(super) async fn a_mark_proves_nothing_of_what_was_fenced(scene: &Scene) -> Seen {
     let (known, late) = ([scene.tag("known")], [scene.tag("late")]);
     let fence = Fence::new(Duration::from_secs(60), Duration::ZERO);
-    let before = scene.here.open(&known).await?;
+    let nothing = scene.key("nothing");
+    let mut marks = scene.here.marks(&nothing, &known).await?;
     scene.there.fence(&late, &fence).await?;
-    let under = scene.here.open(&known).await?;
-    for marked in [&before, &under] {
+    marks.extend(scene.here.marks(&nothing, &known).await?);
+    for marked in &marks {
         let proven = scene.here.extend(marked, &late).await?;
         never(proven.is_some(), || "something is proven of a tag that is fenced".to_owned())?;
     }
     scene.there.invalidate(&group(&late), Some(&fence)).await?;
-    for marked in [&before, &under] {
+    for marked in &marks {
         let proven = scene.here.extend(marked, &late).await?;
         never(proven.is_some(), || "something is proven of a tag whose fence was lifted since".to_owned())?;
     }
@@ -86,16 +90,17 @@ pub(super) async fn a_mark_proves_nothing_of_what_was_fenced(scene: &Scene) -> S
 
 pub(super) async fn a_mark_proves_nothing_of_a_lease_that_ran_out(scene: &Scene) -> Seen {
     let (known, late, probe) = ([scene.tag("known")], [scene.tag("late")], [scene.tag("probe")]);
-    let before = scene.here.open(&known).await?;
+    let nothing = scene.key("nothing");
+    let mut marks = scene.here.marks(&nothing, &known).await?;
     scene.there.fence(&late, &Fence::new(LEASE, Duration::ZERO)).await?;
-    let under = scene.here.open(&known).await?;
+    marks.extend(scene.here.marks(&nothing, &known).await?);
     // Nobody asks for it meanwhile: another tag, fenced later, tells when it is over.
     scene.there.fence(&probe, &Fence::new(LEASE, Duration::ZERO)).await?;
     comes("the end of a lease", async || {
         Ok(!scene.elsewhere.open(&probe).await?.generations.iter().any(|generation| generation.is_fenced()))
     })
     .await?;
-    for marked in [&before, &under] {
+    for marked in &marks {
         for _ in 0..2 {
             let proven = scene.here.extend(marked, &late).await?;
             never(proven.is_some(), || "something is proven of a tag whose fence has run out since".to_owned())?;
@@ -109,12 +114,14 @@ pub(super) async fn a_mark_proves_nothing_of_a_lease_that_ran_out(scene: &Scene)
 pub(super) async fn a_mark_proves_nothing_after_clear(scene: &Scene) -> Seen {
     let (known, late) = ([scene.tag("known")], [scene.tag("late")]);
     scene.there.open(&late).await?;
-    let opened = scene.here.open(&known).await?;
+    let marks = scene.here.marks(&scene.key("nothing"), &known).await?;
     scene.there.clear().await?;
-    for _ in 0..2 {
-        let proven = scene.here.extend(&opened, &late).await?;
-        never(proven.is_some(), || "something is proven of a tag from before the store was cleared".to_owned())?;
-        scene.there.open(&late).await?;
+    for marked in &marks {
+        for _ in 0..2 {
+            let proven = scene.here.extend(marked, &late).await?;
+            never(proven.is_some(), || "something is proven of a tag from before the store was cleared".to_owned())?;
+            scene.there.open(&late).await?;
+        }
     }
     Ok(())
 }

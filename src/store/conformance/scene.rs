@@ -158,6 +158,15 @@ impl Handle {
         Ok(opened)
     }
 
+    /// The same, and what a look-up tells, if that is as much.
+    pub(super) async fn marks(&self, key: &Key, tags: &[Tag]) -> Seen<Vec<Opened>> {
+        let mut marks = vec![self.open(tags).await?];
+        for tier in TIERS {
+            marks.extend(self.lookup(key, tags, tier).await?.opened());
+        }
+        Ok(marks)
+    }
+
     pub(super) async fn extend(&self, opened: &Opened, tags: &[Tag]) -> Seen<Option<Vec<Generation>>> {
         steady("extend", || self.0.extend(opened.mark, tags)).await
     }
@@ -176,7 +185,7 @@ impl Handle {
 
     /// The entry under this key, if it is valid.
     pub(super) async fn valid(&self, key: &Key, tags: &[Tag], tier: Tier) -> Seen<Option<Arc<Entry>>> {
-        let Lookup { entry, generations } = self.lookup(key, tags, tier).await?;
+        let Lookup { entry, generations, .. } = self.lookup(key, tags, tier).await?;
         Ok(entry.filter(|entry| is_valid(entry, tags, &generations)))
     }
 

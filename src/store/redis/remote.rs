@@ -228,17 +228,18 @@ impl Remote {
         }
     }
 
-    /// The keys that a look-up reads: that of an entry, and those of generations.
+    /// The keys that a look-up reads: that of an entry and the mark, and those of generations.
     fn names<'a>(&'a self, key: Option<&'a Key>, tags: &'a [Tag]) -> impl Iterator<Item = Name<'a>> + Clone {
-        let entry = key.map(|key| ("e:", key.as_bytes()));
-        let all = entry.into_iter().chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
+        let entry = key.into_iter().flat_map(|key| [("e:", key.as_bytes()), ("m:", key.tenant())]);
+        let all = entry.chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
         all.map(|(kind, rest)| Name([self.link.terms.prefix.as_bytes(), kind.as_bytes(), rest]))
     }
 
-    /// Reads what is stored of an entry, if it is asked for, and generations: the one command of a hit. It goes over the
-    /// connection for look-ups where there is one, else over the client library's.
+    /// Reads what is stored of an entry, and the mark, if that is asked for, and generations: the one command of a hit. It goes
+    /// over the connection for look-ups where there is one, else over the client library's.
     async fn read(&self, server: &Server, key: Option<&Key>, tags: &[Tag]) -> Result<Found, StoreError> {
-        let (count, names) = (usize::from(key.is_some()) + tags.len(), self.names(key, tags));
+        let names = self.names(key, tags);
+        let count = if key.is_some() { 2 } else { 0 } + tags.len();
         let found = match server.lane() {
             Some(lane) => {
                 let write = |out: &mut BytesMut| resp::write(out, "MGET", count, names.map(|name| name.0));
@@ -261,7 +262,9 @@ impl Remote {
                     Some(Value::BulkString(bytes)) => Some(Bytes::from(bytes)),
                     _ => None,
                 };
-                Found { entry, generations: values.map(|value| parse_generation(&value, server.reign)).collect() }
+                let mut generations = values.map(|value| parse_generation(&value, server.reign));
+                let mark = key.and_then(|_| generations.next().flatten());
+                Found { entry, mark, generations: generations.collect() }
             }
         };
         server.refusals.done(Step::Read);
@@ -270,9 +273,9 @@ impl Remote {
 
     pub(super) async fn find(&self, inquiry: Inquiry<'_>) -> Result<Lookup, StoreError> {
         let server = self.link.reading(inquiry.key.tenant()).await?;
-        let Found { entry, generations } = self.read(&server, Some(inquiry.key), inquiry.tags).await?;
+        let Found { entry, mark, generations } = self.read(&server, Some(inquiry.key), inquiry.tags).await?;
         let entry = entry.and_then(|bytes| self.read_entry(&server, bytes, &inquiry));
-        Ok(Lookup::new(entry, generations))
+        Ok(Lookup::new(entry, generations).marked(mark.map(|mark| Mark(mark.0))))
     }
 
     /// Drops them, and tells other regions in the same round trip, if there are any that are to be told.
@@ -609,6 +612,7 @@ fn tenant(tags: &[Tag]) -> &[u8] {
 /// What a look-up read.
 struct Found {
     entry: Option<Bytes>,
+    mark: Option<Generation>,
     generations: Vec<Option<Generation>>,
 }
 
@@ -623,10 +627,12 @@ impl Found {
         };
         let entry = if has_entry { strings.next().flatten() } else { None };
         let entry = entry.map(|entry| reply.keep(entry));
+        let mark = if has_entry { strings.next().flatten() } else { None };
+        let mark = mark.and_then(|mark| generation_in(mark, reign));
         let mut generations = Vec::with_capacity(count);
         generations.extend(strings.map(|stored| generation_in(stored?, reign)));
-        let is_whole = generations.len() + usize::from(has_entry) == count;
-        Ok(is_whole.then_some(Self { entry, generations }))
+        let is_whole = generations.len() + if has_entry { 2 } else { 0 } == count;
+        Ok(is_whole.then_some(Self { entry, mark, generations }))
     }
 }
 
