@@ -143,6 +143,29 @@ async fn until_ten_hits(redis: &Redis, web: &Web, wanted: impl Fn((u64, u64)) ->
     }
 }
 
+/// What has generations is loaded after one look-up; what has none needs them first.
+#[tokio::test]
+async fn a_miss_whose_tags_are_known_asks_once() {
+    let redis = Redis::start(&[]);
+    let web = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&Db::default()));
+    let calls = || {
+        let stats = redis.command(&["INFO", "commandstats"]);
+        ["mget", "set"].map(|command| number(&stats, &format!("cmdstat_{command}:calls=")))
+    };
+    let stored = until_stored(&redis, &web, "0").await;
+    redis.command(&["DEL", &stored]);
+    let before = calls();
+    assert!(!web.get(PATH).await.is_hit());
+    until(|| redis.keys(&stored).len() == 1).await;
+    assert_eq!([0, 1].map(|at| calls()[at] - before[at]), [1, 1]);
+
+    web.put(PATH).await;
+    let before = calls();
+    assert!(!web.get(PATH).await.is_hit());
+    until(|| calls()[1] - before[1] == 4).await;
+    assert_eq!(calls()[0] - before[0], 2, "two tags and the mark are made, and told");
+}
+
 // A writer that dies.
 
 /// Its database is a file; its fences last this long.

@@ -8,6 +8,8 @@
 //! `floor` as version; a state is forgotten only when no entry points to it, and then the floor is raised to its
 //! version: forgetting can make a fill useless, but never make a dropped version current again.
 
+mod hot;
+
 use std::{
     collections::{HashMap, HashSet},
     fmt,
@@ -38,6 +40,9 @@ const IS_TRIED: bool = cfg!(all(test, shuttle));
 
 const TAG_SHARDS: usize = if IS_TRIED { 1 } else { 64 };
 
+/// Keys whose changes are counted together: each of these is a reason to look again, and no more.
+const CHANGES: usize = 1024;
+
 /// Set in the version of a fenced tag.
 const FENCED: u64 = 1 << 63;
 
@@ -46,6 +51,8 @@ const MAX_FENCES: usize = 4096;
 
 /// A lease that is longer than clocks can count is this.
 const MAX_LEASE: Duration = Duration::from_secs(365 * 86_400);
+
+static IDS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
 
 /// So many of the last that had to go are known again.
 const REMEMBERED: usize = if IS_TRIED { 1 } else { 4096 };
@@ -59,6 +66,10 @@ pub struct MemoryStore {
     evictions: Evictions,
     tags: [Mutex<TagShard>; TAG_SHARDS],
     hasher: RandomState,
+    /// What tells it from others.
+    id: u64,
+    /// How often something was put in place or taken away, by the hash of its key.
+    changes: Box<[AtomicU64; CHANGES]>,
     /// The last version given out.
     versions: AtomicU64,
     notes: Mutex<HashMap<String, Vec<u8>>>,
@@ -80,8 +91,12 @@ struct Resident {
 
 impl Resident {
     fn is_valid(&self) -> bool {
-        self.tags.iter().all(|(state, version)| state.version.load(Ordering::Acquire) == *version)
+        is_current(&self.tags)
     }
+}
+
+fn is_current(tags: &[(Arc<TagState>, u64)]) -> bool {
+    tags.iter().all(|(state, version)| state.version.load(Ordering::Acquire) == *version)
 }
 
 pub(crate) struct TagState {
@@ -268,6 +283,8 @@ impl MemoryStore {
             evictions,
             tags: std::array::from_fn(|_| Mutex::default()),
             hasher,
+            id: IDS.fetch_add(1, Ordering::Relaxed),
+            changes: Box::new([const { AtomicU64::new(0) }; CHANGES]),
             versions: AtomicU64::new(1),
             notes: Mutex::default(),
         }
@@ -324,6 +341,30 @@ impl MemoryStore {
             members.push(Arc::downgrade(&resident));
         }
         self.entries.insert(key.0.clone(), resident);
+        self.changes(self.hasher.hash_one(&key.0[..])).fetch_add(1, Ordering::Release);
+    }
+
+    /// How often there was a change of a key with this hash. Counted after it: who has read the count before saw what was there
+    /// before, or what is there now.
+    fn changes(&self, hash: u64) -> &AtomicU64 {
+        &self.changes[(hash >> 32) as usize % CHANGES]
+    }
+
+    /// An entry that is in place and valid; and a copy of it, if it is asked for often by this thread.
+    fn resident(&self, which: hot::Which, key: &[u8], now: Millis, often: Option<u64>) -> Option<Arc<Entry>> {
+        let found = self.entries.get(key).filter(|resident| now < resident.until && resident.is_valid());
+        let Some(resident) = found else {
+            hot::keep(which, None);
+            return None;
+        };
+        let copy = often.and_then(|changes| {
+            let (entry, until, tags) = (hot::copied(&resident.entry)?, resident.until, resident.tags.clone());
+            Some(hot::Hot { key: Bytes::copy_from_slice(key), entry, tags, until, changes })
+        });
+        if copy.is_some() {
+            hot::keep(which, copy);
+        }
+        Some(resident.entry.clone())
     }
 
     /// The entry, valid or not.
@@ -340,6 +381,7 @@ impl MemoryStore {
     #[cfg(any(feature = "redis", feature = "memcached"))]
     pub(super) fn forget(&self, key: &Key) {
         self.entries.remove(&key.0);
+        self.changes(self.hasher.hash_one(&key.0[..])).fetch_add(1, Ordering::Release);
     }
 
     /// Drops a tag that nobody but this process' entries and captures know.
@@ -393,8 +435,15 @@ fn done<'a, T: Send + 'a>(value: T) -> StoreFuture<'a, T> {
 
 impl Store for MemoryStore {
     fn peek(&self, key: &[u8], now: Millis) -> Option<Arc<Entry>> {
-        let resident = self.entries.get(key)?;
-        (now < resident.until && resident.is_valid()).then(|| resident.entry.clone())
+        let hash = self.hasher.hash_one(key);
+        let changes = self.changes(hash).load(Ordering::Acquire);
+        let which = (self.id, hash);
+        // Threads that take turns at each step are one thread to copies.
+        match if IS_TRIED { hot::Looked::Seldom } else { hot::look(which, key, now, changes) } {
+            hot::Looked::Good(entry) => Some(entry),
+            hot::Looked::Often => self.resident(which, key, now, Some(changes)),
+            hot::Looked::Seldom => self.resident(which, key, now, None),
+        }
     }
 
     fn lookup<'a>(&'a self, Inquiry { key, tags, .. }: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
@@ -486,6 +535,7 @@ impl Store for MemoryStore {
             }
         }
         self.entries.clear();
+        self.changes.iter().for_each(|changes| _ = changes.fetch_add(1, Ordering::Release));
         done(())
     }
 
@@ -518,7 +568,13 @@ mod interleavings;
 
 #[cfg(test)]
 mod tests {
+    use http::{HeaderMap, HeaderValue, StatusCode};
+
     use super::*;
+    use crate::{
+        catalog::Lifetime,
+        store::{Payload, Stamp, StoredResponse},
+    };
 
     fn group(ids: std::ops::Range<usize>) -> [TagGroup; 1] {
         let tags = ids.map(|id| Tag::entity(b"s{t}", "doc", "doc", id.to_string().as_bytes())).collect();
@@ -563,5 +619,70 @@ mod tests {
         let all = TAG_SHARDS * MAX_FENCES + 1;
         assert!(store.fence(&group(0..all), &fence).await.is_err());
         assert!(fenced(&store) <= TAG_SHARDS * MAX_FENCES);
+    }
+
+    /// Stores a response of this size.
+    async fn fill(store: &MemoryStore, key: &Key, size: usize) -> Arc<Entry> {
+        let tags = &group(0..1)[0].tags;
+        let generations = store.open(tags).await.unwrap().generations;
+        let stamps = tags.iter().zip(generations).map(|(tag, generation)| Stamp { tag: tag.clone(), generation });
+        let mut headers = HeaderMap::new();
+        headers.insert("x-own", HeaderValue::from_static("1"));
+        let stored = StoredResponse { status: StatusCode::OK, headers, body: vec![b'x'; size].into(), trailers: None };
+        let life = Lifetime::fresh_for(Some(Duration::from_secs(10)));
+        let entry = Arc::new(Entry::new(Payload::Response(stored), stamps.collect(), 0, life));
+        store.fill(key, entry.clone(), Tier::default(), 0).await.unwrap();
+        entry
+    }
+
+    /// The last of many answers.
+    fn hot(store: &MemoryStore, key: &Key) -> Option<Arc<Entry>> {
+        (0..200).map(|_| store.peek(key.as_bytes(), 1)).last()?
+    }
+
+    /// It is another, and falls with its original in every way.
+    #[tokio::test]
+    async fn what_is_asked_for_often_is_copied() {
+        let (store, other) = (MemoryStore::new(8 << 20), MemoryStore::new(8 << 20));
+        let key = Key::new(b"s{t}:doc:=1".to_vec());
+        let body = |entry: &Entry| match &entry.payload {
+            Payload::Response(stored) => (stored.headers.clone(), stored.body.clone()),
+            _ => panic!("{entry:?}"),
+        };
+        let original = fill(&store, &key, 100).await;
+        let seldom = store.peek(key.as_bytes(), 1).unwrap();
+        assert!(Arc::ptr_eq(&seldom, &original));
+        let copy = hot(&store, &key).unwrap();
+        assert!(!Arc::ptr_eq(&copy, &original) && body(&copy) == body(&original));
+        assert!(hot(&other, &key).is_none());
+        assert!(store.peek(key.as_bytes(), 10_000).is_none(), "it ends when its original does");
+
+        let newer = fill(&store, &key, 200).await;
+        assert_eq!(body(&store.peek(key.as_bytes(), 1).unwrap()), body(&newer));
+        assert!(!Arc::ptr_eq(&hot(&store, &key).unwrap(), &newer));
+        store.invalidate(&group(0..1), None).await.unwrap();
+        assert!(store.peek(key.as_bytes(), 1).is_none());
+        for gone in [false, true] {
+            fill(&store, &key, 100).await;
+            hot(&store, &key).unwrap();
+            if gone {
+                store.forget(&key)
+            } else {
+                store.clear().await.unwrap()
+            }
+            assert!(store.peek(key.as_bytes(), 1).is_none(), "{gone}");
+        }
+
+        let large = fill(&store, &key, 100_000).await;
+        assert!(Arc::ptr_eq(&hot(&store, &key).unwrap(), &large));
+        // What many others are asked for as often is not.
+        let small = fill(&store, &key, 100).await;
+        let others: Vec<_> = (0..1_000).map(|i| Key::new(format!("s{{t}}:doc:={i}").into_bytes())).collect();
+        for _ in 0..200 {
+            for other in &others {
+                store.peek(other.as_bytes(), 1);
+            }
+        }
+        assert!(Arc::ptr_eq(&store.peek(key.as_bytes(), 1).unwrap(), &small));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A hit in this process is answered on the spot: no task, no boxing, no lock held. Everything else goes through the
 //! engine, which tells whether to answer, to wait for another request's call, or to call the inner service. That call
-//! runs in a task of its own, so it goes on when its client hangs up.
+//! is polled by its request, and goes on in a task of its own when its client hangs up.
 
 #[cfg(feature = "stats")]
 mod audit;
