@@ -202,14 +202,15 @@ fn push_all(buf: &mut KeyBuf, head: &[u8], data_type: &str) {
     buf.push(b'*');
 }
 
-/// The tags of an entry of this type: of these entities, and of all. They share one allocation.
-pub(crate) fn tags_of<'e>(
+/// The key that has been built, and the tags of an entry of this type: of these entities, and of all. They share one allocation.
+pub(crate) fn key_and_tags<'e>(
+    key: KeyBuf,
     head: &[u8],
     data_type: &str,
     entities: impl Iterator<Item = (&'e str, Cow<'e, [u8]>)>,
-) -> Vec<Tag> {
-    let mut buf = KeyBuf::with_capacity(2 * (head.len() + data_type.len() + 32));
-    let mut ends = SmallVec::<[usize; 4]>::new();
+) -> (Key, Vec<Tag>) {
+    let (mut buf, begin) = (key, 0);
+    let mut ends = SmallVec::<[usize; 4]>::from_slice(&[buf.len()]);
     for (entity, id) in entities {
         push_entity(&mut buf, head, data_type, entity, &id);
         ends.push(buf.len());
@@ -217,8 +218,10 @@ pub(crate) fn tags_of<'e>(
     push_all(&mut buf, head, data_type);
     ends.push(buf.len());
     let all = Bytes::from(buf);
-    let begins = std::iter::once(0).chain(ends.iter().copied());
-    begins.zip(&ends).map(|(begin, end)| Tag(all.slice(begin..*end))).collect()
+    let mut parts = std::iter::once(&begin).chain(&ends).zip(&ends).map(|(begin, end)| all.slice(*begin..*end));
+    let key = Key(parts.next().unwrap_or_default());
+    let tags = parts.map(Tag).collect();
+    (key, tags)
 }
 
 /// The name of an entry: tenant, data type, resource, scope and variant, in canonical bytes.

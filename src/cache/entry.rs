@@ -16,7 +16,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::value::{Codec, Loaded, MessagePack, Report, Shape, Sought, Source, obtain};
 use crate::{
     error::ConfigError,
-    key::{Key, KeyBuf, Tag, Tenant, bounded, push_escaped, push_ids, push_type, tags_of},
+    key::{Key, KeyBuf, Tag, Tenant, bounded, key_and_tags, push_escaped, push_ids, push_type},
     layer::Core,
 };
 
@@ -169,10 +169,11 @@ impl<T, C: Codec> EntryBuilder<T, C> {
         }
         let tags = self.tags.iter().map(id).collect::<Option<Vec<_>>>()?;
         let entities = scope.iter().chain(&tags).filter(|s| **s != own).chain([&own]);
-        let mut tags = tags_of(head, &self.data_type, entities.map(|(e, id)| (e.as_str(), Cow::from(&id[..]))));
+        let entities = entities.map(|(entity, id)| (entity.as_str(), Cow::from(&id[..])));
+        let (key, mut tags) = key_and_tags(bounded(key), head, &self.data_type, entities);
         let mut seen = HashSet::new();
         tags.retain(|tag| seen.insert(tag.clone()));
-        Some((Key::new(bounded(key)), tags))
+        Some((key, tags))
     }
 }
 

@@ -67,11 +67,9 @@ pub(super) struct Looked<'t> {
 
 impl Looked<'_> {
     /// The entry, if it is the answer.
-    pub(super) fn hit(self, now: Millis, attempt: Attempt) -> Result<Arc<Entry>, Self> {
-        match self.found {
-            Ok(Some(found)) if found.answers(now, attempt) => Ok(found.entry),
-            found => Err(Self { found, ..self }),
-        }
+    pub(super) fn hit(&mut self, now: Millis, attempt: Attempt) -> Option<Arc<Entry>> {
+        let found = self.found.as_mut().ok()?;
+        found.take_if(|found| found.answers(now, attempt)).map(|found| found.entry)
     }
 }
 
@@ -98,12 +96,12 @@ impl Engine {
         tags: &[Tag],
         policy: &Policy,
         attempt: Attempt,
-        looked: Looked<'_>,
+        mut looked: Looked<'_>,
     ) -> Begin {
-        let Looked { began, memo, seen, asked, found, now } = match looked.hit(self.now(), attempt) {
-            Ok(entry) => return Begin::Hit(entry),
-            Err(looked) => looked,
-        };
+        if let Some(entry) = looked.hit(self.now(), attempt) {
+            return Begin::Hit(entry);
+        }
+        let Looked { began, memo, seen, asked, found, now } = looked;
         let stale = match found {
             Err(error) => return unavailable(&error),
             Ok(found) => found,

@@ -132,13 +132,13 @@ impl Engine {
         asker: &mut A,
     ) -> Obtained<A::Answer> {
         let mut round = Round { key, attempt: Attempt { alone: asker.is_alone(), ..Attempt::default() } };
-        let looked = self.look(&round.key, tags, policy).await;
+        let mut looked = self.look(&round.key, tags, policy).await;
         let looked = match looked.hit(self.now(), round.attempt) {
-            Ok(entry) => match round.judge(asker, entry, Source::Store) {
+            Some(entry) => match round.judge(asker, entry, Source::Store) {
                 Some(answer) => return Obtained::Answer(answer),
                 None => None,
             },
-            Err(looked) => Some(looked),
+            None => Some(looked),
         };
         // A hit, which most requests are, does not pay for what it does not need.
         Box::pin(self.go_on(round, looked, tags, policy, asker)).await

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     catalog::{Catalogue, Entities, Policy},
     error::ConfigError,
-    key::{KeyBuf, Space, Tag, bounded, push_escaped, push_ids, push_type, tags_of},
+    key::{Key, KeyBuf, Space, Tag, bounded, key_and_tags, push_escaped, push_ids, push_type},
     observe::{Teller, Tellers},
 };
 
@@ -394,9 +394,15 @@ impl ReadRoute {
     }
 
     /// The tags of the entry: each entity of the path, and the type as a whole.
-    pub(crate) fn tags<'a>(&'a self, head: &[u8], params: &'a matchit::Params<'_, '_>) -> Vec<Tag> {
-        let entity = |param: &'a Param| Some((&*param.entity, param.value(params)?));
-        tags_of(head, &self.data_type, self.pattern.params().iter().filter_map(entity))
+    pub(crate) fn tags(&self, head: &[u8], params: &matchit::Params<'_, '_>) -> Vec<Tag> {
+        self.key_and_tags(KeyBuf::new(), head, params).1
+    }
+
+    /// The same behind a key that has been built.
+    pub(crate) fn key_and_tags(&self, key: KeyBuf, head: &[u8], params: &matchit::Params<'_, '_>) -> (Key, Vec<Tag>) {
+        let names = self.pattern.params().iter();
+        let entities = names.filter_map(|param| Some((&*param.entity, param.value(params)?)));
+        key_and_tags(key, head, &self.data_type, entities)
     }
 }
 

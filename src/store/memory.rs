@@ -124,7 +124,7 @@ fn sweep_at(left: usize, spare: usize) -> usize {
 
 impl TagShard {
     /// `next` is the next version.
-    fn state(&mut self, tag: &Tag, next: impl Fn() -> u64) -> &Arc<TagState> {
+    fn state(&mut self, tag: &Tag, next: impl Fn() -> u64) -> Arc<TagState> {
         if self.states.len() > self.sweep_at {
             let (floor, fences) = (&mut self.floor, &self.fences);
             self.states.retain(|tag, state| {
@@ -139,10 +139,13 @@ impl TagShard {
             });
             self.sweep_at = sweep_at(self.states.len(), 256);
         }
-        let floor = self.floor;
-        self.states
-            .entry(tag.clone())
-            .or_insert_with(|| Arc::new(TagState { version: AtomicU64::new(floor), members: Mutex::default() }))
+        if let Some(state) = self.states.get(tag) {
+            return state.clone();
+        }
+        let state = Arc::new(TagState { version: AtomicU64::new(self.floor), members: Mutex::default() });
+        // It outlives the entry whose key and tags share an allocation.
+        self.states.insert(Tag(Bytes::copy_from_slice(tag.as_bytes())), state.clone());
+        state
     }
 }
 
@@ -316,7 +319,7 @@ impl MemoryStore {
     pub(crate) fn capture<'t>(&self, tags: impl IntoIterator<Item = &'t Tag>) -> Captured {
         let capture = |tag| {
             let mut shard = self.shard(tag);
-            let state = shard.state(tag, || self.next_version()).clone();
+            let state = shard.state(tag, || self.next_version());
             let version = self.version(&mut shard, tag);
             (state, version)
         };

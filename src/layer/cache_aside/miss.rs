@@ -21,7 +21,7 @@ use crate::{
         changes::Reads,
         core::Core,
         extensions::take_tags,
-        future,
+        future::{self, Boxed},
         reading::Replied,
         serve::{Asked, How, serve, use_up, with_outcome},
     },
@@ -61,6 +61,9 @@ pub(super) enum Behind {
     #[cfg(feature = "stats")]
     Audit,
 }
+
+/// An answer, or what is still to be done for it.
+type Done<R, E> = Result<Response<CacheBody<R>>, Boxed<CacheBody<R>, E>>;
 
 /// A request with its headers, which say which variant it wants.
 struct Ask<'a, R> {
@@ -145,7 +148,13 @@ impl Miss {
         self.asked.directives().is_some_and(|directives| directives.only_if_cached)
     }
 
-    pub(super) async fn answer<S, B, R>(mut self, inner: S, mut request: Request<B>) -> Replied<R, S::Error>
+    /// Small for a hit, which most requests are.
+    #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+    pub(super) fn answer<S, B, R>(
+        mut self,
+        inner: S,
+        request: Request<B>,
+    ) -> impl Future<Output = Replied<R, S::Error>> + Send
     where
         S: Service<Request<B>, Response = Response<R>> + Send + 'static,
         S::Future: Send,
@@ -154,22 +163,44 @@ impl Miss {
         R: Body<Data = Bytes> + Send + 'static,
         R::Error: Send,
     {
-        let (key, tags) = (self.key.clone(), std::mem::take(&mut self.tags));
-        let (core, route) = (self.core.clone(), self.route.clone());
-        let mut ask = Ask { miss: &mut self, headers: request.headers(), body: PhantomData::<fn() -> R> };
-        let obtained = core.engine.obtain(key, &tags, &route.policy, &mut ask).await;
-        self.tags = tags;
+        async move {
+            let (key, tags) = (self.key.clone(), std::mem::take(&mut self.tags));
+            let (core, route) = (self.core.clone(), self.route.clone());
+            let mut ask = Ask { miss: &mut self, headers: request.headers(), body: PhantomData::<fn() -> R> };
+            let obtained = core.engine.obtain(key, &tags, &route.policy, &mut ask).await;
+            self.tags = tags;
+            match self.done(obtained, inner, request) {
+                Ok(response) => Ok(response),
+                Err(rest) => rest.await,
+            }
+        }
+    }
+
+    /// The answer, or what is still to be done for it.
+    fn done<S, B, R>(
+        self,
+        obtained: Obtained<(Response<CacheBody<R>>, Outcome)>,
+        inner: S,
+        mut request: Request<B>,
+    ) -> Done<R, S::Error>
+    where
+        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
+        S::Future: Send,
+        S::Error: Send,
+        B: Send + 'static,
+        R: Body<Data = Bytes> + Send + 'static,
+        R::Error: Send,
+    {
         match obtained {
             Obtained::Answer((response, outcome)) => match self.behind(&outcome, request.headers()) {
                 // What the request's map held its extensions in has room for this one.
                 Behind::Nothing => Ok(with_outcome(response, std::mem::take(request.extensions_mut()), outcome)),
                 behind => {
                     let response = with_outcome(response, Extensions::new(), outcome);
-                    Box::pin(self.replace(response, behind, inner, request)).await
+                    Err(Box::pin(self.replace(response, behind, inner, request)))
                 }
             },
-            // Most requests need none of what follows.
-            obtained => Box::pin(self.go_on(obtained, inner, request)).await,
+            obtained => Err(Box::pin(self.go_on(obtained, inner, request))),
         }
     }
 

@@ -21,6 +21,7 @@ use http::{
     Extensions, HeaderMap, HeaderName, Method, Request, Response, Uri, Version, header, request, uri::PathAndQuery,
 };
 use http_body::Body;
+use matchit::Params;
 use smallvec::SmallVec;
 use tower_layer::Layer;
 use tower_service::Service;
@@ -43,7 +44,7 @@ use super::{
 use crate::{
     clock::Millis,
     http::cache_status::{Forwarded, Handled, Reason},
-    key::Key,
+    key::{Key, KeyBuf, Tag, Tenant},
     observe::{FoundIn, Outcome, Timer, Watch},
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
     store::Payload,
@@ -197,7 +198,7 @@ where
         let Held { response, behind, variant, known } = held;
         let at = At { params: &read.params, mount: read.mount };
         let picked = picked(&self.core, route, (&place, &at), &parts, (&wanted, variant.as_deref()));
-        let Wanted { key, tenant: name, needs_public, .. } = wanted;
+        let Wanted { mut key, tenant: name, needs_public, .. } = wanted;
         let watcher = route.teller.watcher();
         let (response, watch) = match response {
             // What the request's map held its extensions in has room for this one.
@@ -213,24 +214,23 @@ where
             None => (None, Some(watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri)))),
         };
         let tenant = self.core.space.tenant(&*name);
-        let tags = route.tags(tenant.head(), &read.params);
+        let (primary, tags) = named(route, &mut key, &tenant, &read.params);
         if let Some(whole) = &whole {
             whole.add_tags(tags.iter());
         }
         let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
         let by_body = route.body.map(|how| (how, route.clone(), picked));
         let (route, core) = (route.clone(), self.core.clone());
-        let miss = move |key: Vec<u8>| {
-            let primary = Key::new(key);
+        let miss = move |primary: Key| {
             let key = variant.map_or_else(|| primary.clone(), Key::new);
             Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked, known, whole, due: false }
         };
         let (inner, request) = (self.inner.clone(), Request::from_parts(parts, body));
         match (response, by_body) {
             (None, Some(by_body)) => self.answer_body(miss, key, by_body, watch, inner, request),
-            (None, None) => ResponseFuture::boxed(Box::pin(watched(watch, miss(key).answer(inner, request)))),
+            (None, None) => ResponseFuture::boxed(Box::pin(watched(watch, miss(primary).answer(inner, request)))),
             (Some(response), _) => {
-                let task = miss(key).follow_up(behind, inner, request);
+                let task = miss(primary).follow_up(behind, inner, request);
                 self.core.engine.spawn(task.in_current_span());
                 ResponseFuture::ready(response)
             }
@@ -337,7 +337,7 @@ impl<S, M> CacheAside<S, M> {
     /// A request whose body says what it asks for.
     fn answer_body<B, R>(
         &self,
-        miss: impl FnOnce(Vec<u8>) -> Miss + Send + 'static,
+        miss: impl FnOnce(Key) -> Miss + Send + 'static,
         mut key: Vec<u8>,
         (how, route, picked): (BodyKey, Arc<ReadRoute>, Option<Picked>),
         watch: Option<Watch>,
@@ -366,7 +366,7 @@ impl<S, M> CacheAside<S, M> {
                 if request.extensions().get().is_some_and(|looked: &Looked| looked.has(&core, &key)) {
                     return future::call(&mut inner, request).await.map(|response| response.map(CacheBody::inner));
                 }
-                return miss(key).answer(inner, request).await;
+                return miss(Key::new(key)).answer(inner, request).await;
             }
             let response = future::call(&mut inner, request).await?;
             let why = kept_out.unwrap_or("request-body");
@@ -467,6 +467,12 @@ impl<S, M> CacheAside<S, M> {
         }
         Ok((route, wanted, asked))
     }
+}
+
+/// The key and the tags of what a request asks for. A key that a body is a part of is not known yet, and goes on.
+fn named(route: &ReadRoute, key: &mut KeyBuf, tenant: &Tenant, params: &Params<'_, '_>) -> (Key, Vec<Tag>) {
+    let known = if route.body.is_some() { KeyBuf::new() } else { std::mem::take(key) };
+    route.key_and_tags(known, tenant.head(), params)
 }
 
 /// The path as clients see it, and the query.
