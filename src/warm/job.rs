@@ -237,8 +237,8 @@ impl Job {
         minutes.reset();
         loop {
             tokio::select! {
-                Some(sighting) = sightings.recv() => self.sighted(sighting),
-                Some(Ok((place, cause, answer))) = self.asking.join_next() => self.answered(&place, cause, answer),
+                // In an order that simulations can repeat; what may come without end comes last.
+                biased;
                 _ = looks.tick() => {}
                 _ = ranks.tick() => {
                     self.list.rank(self.warm.requests, Instant::now());
@@ -257,6 +257,8 @@ impl Job {
                     }
                 },
                 () = sleep_until(ready), if self.before > 0 => self.before = 0,
+                Some(Ok((place, cause, answer))) = self.asking.join_next() => self.answered(&place, cause, answer),
+                Some(sighting) = sightings.recv() => self.sighted(sighting),
             }
             let Some(core) = self.core.upgrade() else { return };
             self.ask();

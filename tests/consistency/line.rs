@@ -55,8 +55,8 @@ impl Server {
         let current = self.memory.lookup(Inquiry::new(&key, &stamps, tier, now)).await?.generations;
         let is_current = current.iter().flatten().eq(&generations);
         match self.sabotage {
-            Sabotage::CaptureAfterTheLoad if !is_current => Ok(found),
-            Sabotage::SkipTheCheck | Sabotage::CaptureAfterTheLoad => {
+            Sabotage::CaptureAfterTheLoad | Sabotage::WarmerCapturesAfterTheLoad if !is_current => Ok(found),
+            Sabotage::SkipTheCheck | Sabotage::CaptureAfterTheLoad | Sabotage::WarmerCapturesAfterTheLoad => {
                 let stamp = |tag: &Tag| entry.stamps().iter().find(|s| s.tag == *tag).map(|s| s.generation);
                 let generations = tags.iter().map(stamp).collect();
                 Ok(Lookup::new(Some(entry), generations))
@@ -80,8 +80,10 @@ impl Server {
         self.memory.extend(mark, &tags).await
     }
 
-    async fn fill(&self, key: Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> Result<(), StoreError> {
-        if self.sabotage != Sabotage::None {
+    async fn fill(&self, key: Key, entry: Arc<Entry>, tier: Tier, now: Millis, warms: bool) -> Result<(), StoreError> {
+        if self.sabotage == Sabotage::WarmerCapturesAfterTheLoad && !warms {
+            self.filled.lock().unwrap().remove(&key);
+        } else if self.sabotage != Sabotage::None {
             let tags: Vec<_> = entry.stamps().iter().map(|s| s.tag.clone()).collect();
             let generations = self.memory.open(&tags).await?.generations;
             self.filled.lock().unwrap().insert(key.clone(), (entry.clone(), generations));
@@ -116,6 +118,8 @@ pub struct Line {
     /// The process is no more.
     pub is_dead: Arc<AtomicBool>,
     pub is_embedded: bool,
+    /// It is the warmer's, where that has one of its own.
+    pub warms: bool,
 }
 
 /// What is sent over a connection.
@@ -227,14 +231,20 @@ impl Store for Line {
     }
 
     fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: Millis) -> StoreFuture<'a, ()> {
+        let warms = self.warms;
         Box::pin(self.send(Sent::Write, 5, move |world| {
             let (key, entry) = (key.clone(), entry.clone());
             async move {
-                if world.server.sabotage == Sabotage::JoinAnyFlight {
-                    // The flight goes on until its result is stored: long enough for others to come after a write.
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                // The flight goes on until its result is stored: long enough for others to come after a write.
+                let long = match world.server.sabotage {
+                    Sabotage::JoinAnyFlight => 20,
+                    Sabotage::WarmerCapturesAfterTheLoad if warms => 300,
+                    _ => 0,
+                };
+                if long > 0 {
+                    tokio::time::sleep(Duration::from_millis(long)).await;
                 }
-                world.server.fill(key, entry, tier, now).await
+                world.server.fill(key, entry, tier, now, warms).await
             }
         }))
     }

@@ -325,6 +325,11 @@ impl Flavour {
 }
 
 impl Plan {
+    /// Whether what is popular is kept warm.
+    pub fn warms(&self) -> bool {
+        self.seed % 4 == 3
+    }
+
     pub fn new(seed: u64) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let flavour = Flavour::new(&mut rng);

@@ -297,7 +297,7 @@ pub fn search(seeds: std::ops::Range<u64>, sabotage: Sabotage) -> Result<Counts,
                         break;
                     }
                     let plan = Plan::new(seed);
-                    if !sabotage.is_of(plan.over) {
+                    if !sabotage.is_of(plan.over, plan.warms()) {
                         continue;
                     }
                     let ran = run(&plan, sabotage, &cascades);

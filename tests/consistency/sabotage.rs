@@ -41,10 +41,14 @@ pub enum Sabotage {
     ForgetTheReign,
     /// Nobody hears of dropped generations, and all are believed to.
     TellNobody,
+    /// What the warmer loads is stored under the generations there are after its load, which nobody joins.
+    WarmerCapturesAfterTheLoad,
+    /// The warmer stores what it has read the time before: after a write, what was there before the write.
+    WarmerRefillsFromBefore,
 }
 
 impl Sabotage {
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::SkipTheCheck,
         Self::CaptureAfterTheLoad,
         Self::JoinAnyFlight,
@@ -58,14 +62,18 @@ impl Sabotage {
         Self::WaitForEver,
         Self::ForgetTheReign,
         Self::TellNobody,
+        Self::WarmerCapturesAfterTheLoad,
+        Self::WarmerRefillsFromBefore,
     ];
 }
 
 impl Sabotage {
     /// Whether it changes anything there.
-    pub fn is_of(self, over: Over) -> bool {
+    pub fn is_of(self, over: Over, warms: bool) -> bool {
         match self {
             Self::None | Self::FailureIsNoWrite => true,
+            Self::WarmerRefillsFromBefore => warms,
+            Self::WarmerCapturesAfterTheLoad => warms && over == Over::Lines,
             Self::ForgetTheReign => matches!(over, Over::Redis(_)),
             Self::TellNobody => over == Over::Redis(Tier::On),
             Self::SkipTheCheck | Self::CaptureAfterTheLoad | Self::JoinAnyFlight | Self::BelieveLateTags => {

@@ -2,7 +2,7 @@
 //! handlers that fail in every way.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashMap},
     convert::Infallible,
     fmt,
     sync::{
@@ -157,25 +157,28 @@ impl Process {
     pub fn start(world: &Arc<World>, slot: usize, is_new: bool) -> Arc<Self> {
         let is_dead = Arc::new(AtomicBool::new(false));
         let is_embedded = world.over == Over::Process;
-        let line = Line { world: world.clone(), process: slot, is_dead: is_dead.clone(), is_embedded };
+        let line = Line { world: world.clone(), process: slot, is_dead: is_dead.clone(), is_embedded, warms: false };
         // What goes over lines is told by one clock; Redis' store tells it anew.
         let is_redis = matches!(world.over, Over::Redis(_));
         let (clock, ahead) = (world.clone(), if is_redis { AHEAD[slot] } else { 0 });
         let builder = builder(world.mode, is_new).clock(move || clock.dice.wall(ahead));
         let cache = match (world.over, world.sabotage) {
-            (Over::Process, _) => builder.store(line).build(),
+            (Over::Process, _) => builder.store(line.clone()).build(),
             (Over::Redis(tier), _) => builder.tier(tier).store(redis(world, slot, &is_dead)).build(),
-            (Over::Lines, Sabotage::None) => builder.store(Guard::new(line)).build(),
-            (Over::Lines, sabotage) => builder.store(Loose { guard: Guard::new(line.clone()), line, sabotage }).build(),
+            (Over::Lines, Sabotage::None) => builder.store(Guard::new(line.clone())).build(),
+            (Over::Lines, sabotage) => {
+                builder.store(Loose { guard: Guard::new(line.clone()), line: line.clone(), sabotage }).build()
+            }
         };
         let cache = cache.unwrap();
         let since = world.dice.now();
-        let place = Place { world: world.clone(), slot, is_new, is_dead: is_dead.clone() };
-        let web = web(&cache, place);
+        let place = Place { world: world.clone(), slot, is_new, is_dead: is_dead.clone(), before: None };
+        let warmed = asked_by_warmer(&cache, &place, line);
         if world.warms {
             // What is asked twice is popular, and is asked again whatever else goes on.
-            cache.warm(web.clone(), Full::from, Warm::new().sample(1).concurrency(2).budget(1_000_000)).unwrap();
+            cache.warm(warmed, Full::from, Warm::new().sample(1).concurrency(2).budget(1_000_000)).unwrap();
         }
+        let web = web(&cache, place);
         let (own, busy) = (Mutex::default(), AtomicUsize::new(0));
         let (world, is_stopping) = (world.clone(), AtomicBool::new(false));
         Arc::new(Self { slot, is_new, cache, since, web, world, own, is_dead, is_stopping, busy })
@@ -293,6 +296,23 @@ struct Place {
     slot: usize,
     is_new: bool,
     is_dead: Arc<AtomicBool>,
+    /// What was read of each path the time before, where that is what is answered.
+    before: Option<Arc<Mutex<HashMap<String, String>>>>,
+}
+
+/// The service whose popular requests are repeated.
+fn asked_by_warmer(cache: &Cache, place: &Place, line: Line) -> Web {
+    let place = place.clone();
+    match place.world.sabotage {
+        // Another cache over the same store: so its flights are nobody else's, and what it fills can be told apart.
+        Sabotage::WarmerCapturesAfterTheLoad => {
+            let clock = place.world.clone();
+            let builder = builder(place.world.mode, place.is_new).clock(move || clock.dice.wall(0));
+            web(&builder.store(Line { warms: true, ..line }).build().unwrap(), place)
+        }
+        Sabotage::WarmerRefillsFromBefore => web(cache, Place { before: Some(Arc::default()), ..place }),
+        _ => web(cache, place),
+    }
 }
 
 fn web(cache: &Cache, place: Place) -> Web {
@@ -309,7 +329,7 @@ fn web(cache: &Cache, place: Place) -> Web {
 }
 
 async fn handle(place: Place, request: Request<Full<Bytes>>) -> Result<Response<Body>, Failed> {
-    let Place { world, slot, is_new, is_dead } = place;
+    let Place { world, slot, is_new, is_dead, before } = place;
     let fate = request.extensions().get::<Fate>().copied().unwrap_or(Fate::Fine);
     let commit = request.extensions().get::<Commit>().cloned();
     let ids: Vec<_> = request.uri().path().split('/').skip(1).map(str::to_owned).collect();
@@ -324,6 +344,10 @@ async fn handle(place: Place, request: Request<Full<Bytes>>) -> Result<Response<
             let is_fenced = world.mode == Mode::Fenced && (is_new || thing != TEAM);
             *commit.0.lock().unwrap() = world.write(thing, salt, is_fenced).await;
         }
+    }
+    if let (None, Some(before)) = (&commit, before) {
+        let earlier = before.lock().unwrap().insert(request.uri().path().to_owned(), text.clone());
+        text = earlier.unwrap_or(text);
     }
     ends(&is_dead).await;
     let status = match fate {

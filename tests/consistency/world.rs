@@ -114,7 +114,7 @@ impl World {
             mode: plan.mode,
             over: plan.over,
             replicas: plan.replicas.into(),
-            warms: plan.seed % 4 == 3,
+            warms: plan.warms(),
             server: Server::new(sabotage, cascades),
             redis: Redis::default(),
             sabotage,
