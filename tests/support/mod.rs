@@ -61,6 +61,14 @@ impl Service {
         Self::run(command)
     }
 
+    /// In a network namespace, where it listens at this address.
+    pub fn start_within(namespace: &str, host: &str, args: &[&str]) -> Self {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", namespace]).arg(example("agent_service")).args(args);
+        command.args(["--listen", &format!("{host}:0")]);
+        Self::spawn(command)
+    }
+
     /// Another example that says on its first line where it listens.
     pub fn of(name: &str, args: &[&str]) -> Self {
         let mut command = Command::new(example(name));

@@ -35,14 +35,19 @@ pub struct Proxy {
 
 impl Proxy {
     pub async fn start(port: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::between("127.0.0.1", format!("127.0.0.1:{port}")).await
+    }
+
+    /// At this address of the test's, to another.
+    pub async fn between(host: &str, to: String) -> Self {
+        let listener = TcpListener::bind((host, 0)).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (mode, modes) = watch::channel(Mode::Pass);
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
-                let modes = modes.clone();
+                let (modes, to) = (modes.clone(), to.clone());
                 tokio::spawn(async move {
-                    let Ok(far) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+                    let Ok(far) = TcpStream::connect(&to).await else { return };
                     let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
                     tokio::select! {
                         _ = pump(near_in, far_out, modes.clone(), false) => {}
@@ -52,6 +57,15 @@ impl Proxy {
             }
         });
         Self { url: format!("redis://{address}"), address, mode }
+    }
+
+    /// How long it takes there and back.
+    pub async fn ping(&self) -> Duration {
+        let mut stream = TcpStream::connect(&self.address).await.unwrap();
+        let start = std::time::Instant::now();
+        stream.write_all(b"PING\r\n").await.unwrap();
+        assert!(stream.read(&mut [0; 16]).await.unwrap() > 0, "nobody answers");
+        start.elapsed()
     }
 
     pub fn set(&self, mode: Mode) {

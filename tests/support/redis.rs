@@ -42,6 +42,8 @@ pub use ports::lasting_port;
 pub struct Redis {
     child: Child,
     program: PathBuf,
+    /// Where it listens.
+    pub host: String,
     pub port: u16,
     dir: TempDir,
     args: Vec<String>,
@@ -68,7 +70,8 @@ impl Redis {
         for _ in 0..10 {
             let (port, dir) = (lasting_port(), TempDir::new().unwrap());
             let child = spawn(&program, port, &dir, &args);
-            let mut this = Self { child, program: program.clone(), port, dir, args: args.clone() };
+            let host = "127.0.0.1".to_owned();
+            let mut this = Self { child, program: program.clone(), host, port, dir, args: args.clone() };
             if this.answers() {
                 return this;
             }
@@ -79,8 +82,20 @@ impl Redis {
     pub fn start_on(port: u16, args: &[&str]) -> Self {
         let (dir, args) = (TempDir::new().unwrap(), args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>());
         let program = program(None);
-        let mut this = Self { child: spawn(&program, port, &dir, &args), program, port, dir, args };
+        let (child, host) = (spawn(&program, port, &dir, &args), "127.0.0.1".to_owned());
+        let mut this = Self { child, program, host, port, dir, args };
         assert!(this.answers(), "redis-server does not start");
+        this
+    }
+
+    /// In a network namespace, at all of its addresses, of which this is the one that the test can reach.
+    pub fn start_within(namespace: &str, host: &str) -> Self {
+        let server = program(None);
+        let within = ["netns", "exec", namespace, server.to_str().unwrap(), "--protected-mode", "no"];
+        let (dir, port, args) = (TempDir::new().unwrap(), lasting_port(), within.map(str::to_owned).to_vec());
+        let (child, host) = (spawn(&"ip".into(), port, &dir, &args), host.to_owned());
+        let mut this = Self { child, program: "ip".into(), host, port, dir, args };
+        assert!(this.answers(), "redis-server does not start in its namespace");
         this
     }
 
@@ -100,7 +115,7 @@ impl Redis {
     }
 
     pub fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
+        format!("redis://{}:{}", self.host, self.port)
     }
 
     pub fn pid(&self) -> u32 {
@@ -129,7 +144,7 @@ impl Redis {
     }
 
     pub fn try_command(&self, args: &[&str]) -> Option<String> {
-        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).ok()?;
+        let mut stream = TcpStream::connect((&*self.host, self.port)).ok()?;
         stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
         let mut request = format!("*{}\r\n", args.len());
         for arg in args {
@@ -316,8 +331,12 @@ fn sentinel(master: u16) -> (Child, u16, TempDir) {
 }
 
 fn spawn(program: &PathBuf, port: u16, dir: &TempDir, args: &[String]) -> Child {
+    // What runs it in a namespace comes first.
+    let (within, args) = if program.ends_with("ip") { (args, &[][..]) } else { (&[][..], args) };
+    let bind = if within.is_empty() { "127.0.0.1" } else { "0.0.0.0" };
     Command::new(program)
-        .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--dir"])
+        .args(within)
+        .args(["--port", &port.to_string(), "--bind", bind, "--save", "", "--appendonly", "no", "--dir"])
         .arg(dir.path())
         .args(args)
         .stdout(Stdio::null())
