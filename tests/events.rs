@@ -195,6 +195,9 @@ fn what_is_said_in_json_is_the_same() {
         r#"{"name":"a","fields":{"id":{"a":1}}}"#,
         r#"{"name":"a","fields":{"id":[[1]]}}"#,
         r#"{"name":"a","fields":{"id":1,"id":2}}"#,
+        // As numbers they would be another's id.
+        r#"{"name":"a","fields":{"id":18446744073709551617}}"#,
+        r#"{"name":"a","fields":{"id":[1e16]}}"#,
     ] {
         assert!(serde_json::from_str::<Event>(bad).is_err(), "{bad}");
     }

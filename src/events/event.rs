@@ -7,10 +7,13 @@ use serde::{
     de::{self, DeserializeSeed, MapAccess, SeqAccess, Visitor},
 };
 
+/// From here on, two numbers may be one (2⁵³).
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
 /// Something has changed: a row that another program has written, an upload, a price list.
 ///
 /// As JSON: `{"name": "agents", "tenant": "acme", "fields": {"op": "update", "id": ["a1", "a2"]}}`. A field has one value or several,
-/// which are texts, numbers or booleans.
+/// which are texts, numbers or booleans. A number that has more digits than 64 bits hold is to be written as a text.
 ///
 /// ```
 /// # use tower_cache_aside::Event;
@@ -129,7 +132,11 @@ impl<'de> Visitor<'de> for Values<'_> {
         Ok(())
     }
 
-    fn visit_f64<E>(self, number: f64) -> Result<(), E> {
+    /// What is larger has lost digits: it would be another's id.
+    fn visit_f64<E: de::Error>(self, number: f64) -> Result<(), E> {
+        if number.abs() >= EXACT {
+            return Err(E::custom("a number with more digits than are kept; write it as a text"));
+        }
         self.0.push(number.to_string());
         Ok(())
     }
