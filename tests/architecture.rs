@@ -15,7 +15,10 @@ const ROOMS: &[(&str, &[&str])] = &[
     // No part of the library: what fuzzers run of all the others.
     (
         "fuzzing",
-        &["admin", "cache", "layer", "config", "http", "engine", "store", "route", "catalog", "key", "clock", "mux"],
+        &[
+            "admin", "cache", "layer", "config", "events", "http", "engine", "store", "route", "catalog", "key",
+            "clock", "mux",
+        ],
     ),
     (
         "lib",

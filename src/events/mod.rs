@@ -15,6 +15,8 @@ pub use event::Event;
 pub(crate) use followed::BECAME;
 pub(crate) use followed::{Became, Followed, Sources};
 pub use policy::{EventChange, EventPolicy};
+#[cfg(any(test, fuzzing))]
+pub(crate) use redis::event as event_of_entry;
 #[cfg(feature = "redis")]
 pub use redis::{RedisStream, RedisStreamBuilder};
 pub use source::{Batch, EventSource, Notes, Received, SourceError, SourceFuture};

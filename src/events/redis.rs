@@ -131,7 +131,7 @@ fn batch(entries: Vec<StreamEntry>) -> Batch {
 }
 
 /// What an entry says, or why that is no event.
-fn event(fields: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Event, &'static str> {
+pub(crate) fn event(fields: Vec<(Vec<u8>, Vec<u8>)>) -> Result<Event, &'static str> {
     if let [(name, json)] = &fields[..]
         && name == b"event"
     {

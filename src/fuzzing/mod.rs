@@ -2,6 +2,7 @@
 //! handler's, a server's, or those of a file. Compiled for them, and for the test which replays what they have kept.
 #![allow(missing_docs, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod events;
 mod http;
 mod input;
 mod keys;
@@ -34,12 +35,16 @@ pub const TARGETS: &[Target] = &[
     target("config", mapping::config),
     target("dates", http::dates),
     target("directives", http::directives),
+    target("entries", events::entries),
     target("entry", store::entry),
+    target("events", events::events),
     target("frames", store::frames),
     target("grpc", messages::grpc),
     target("keys", keys::keys),
     target("locations", http::locations),
+    target("log", events::log),
     target("patterns", mapping::patterns),
+    target("records", events::records),
     target("replies", store::replies),
     target("requests", requests::requests),
     target("resp", store::resp),

@@ -133,7 +133,7 @@ pub(super) fn resp(data: &[u8]) {
 }
 
 /// Replies as a server sends them, one after the other.
-fn values(data: &[u8]) -> Vec<Value> {
+pub(super) fn values(data: &[u8]) -> Vec<Value> {
     let (mut parser, mut cursor) = (Parser::new(), Cursor::new(data));
     std::iter::from_fn(|| parser.parse_value(&mut cursor).ok()).take(16).collect()
 }

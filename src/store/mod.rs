@@ -41,6 +41,8 @@ pub(crate) use redis::fuzzed;
 pub use redis::{RedisBuilder, RedisStore};
 #[cfg(feature = "redis")]
 pub(crate) use redis::{StreamEntry, StreamRead, StreamReader};
+#[cfg(any(test, fuzzing))]
+pub(crate) use regional::fuzzed as region;
 #[cfg(feature = "redis")]
 pub use regional::{Regional, RegionalBuilder, Wait};
 #[cfg(any(feature = "redis", feature = "memcached"))]

@@ -13,15 +13,15 @@ const MESSAGE: usize = 64;
 
 /// Messages, and where their transactions end.
 #[derive(Default)]
-pub(super) struct Gathered {
-    pub(super) events: Vec<Event>,
-    pub(super) unreadable: Vec<&'static str>,
+pub(crate) struct Gathered {
+    pub(crate) events: Vec<Event>,
+    pub(crate) unreadable: Vec<&'static str>,
     /// The transactions that these are of.
-    pub(super) xids: Vec<u32>,
+    pub(crate) xids: Vec<u32>,
     /// Everything before has come, this included.
-    pub(super) to: Lsn,
+    pub(crate) to: Lsn,
     /// A table was truncated: said after what came before.
-    pub(super) truncated: Option<String>,
+    pub(crate) truncated: Option<String>,
     size: usize,
     /// The transaction that has begun.
     open: Option<u32>,
@@ -31,11 +31,11 @@ pub(super) struct Gathered {
 
 impl Gathered {
     /// Nothing, up to here.
-    pub(super) fn at(to: Lsn) -> Self {
+    pub(crate) fn at(to: Lsn) -> Self {
         Self { to, ..Self::default() }
     }
 
-    pub(super) fn take(&mut self, event: ReplicationEvent) {
+    pub(crate) fn take(&mut self, event: ReplicationEvent) {
         match event {
             ReplicationEvent::Begin { xid, .. } => self.open = Some(xid),
             ReplicationEvent::Message { transactional, prefix, content, .. } if prefix == PREFIX => {
@@ -64,12 +64,12 @@ impl Gathered {
     }
 
     /// Whether more can be taken before it is given.
-    pub(super) fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.size < MOST && self.truncated.is_none()
     }
 
     /// Whether there is something to be given now: the end of a transaction, or a part of a long one.
-    pub(super) fn is_due(&self) -> bool {
+    pub(crate) fn is_due(&self) -> bool {
         !self.is_empty() && (self.is_whole || !self.has_room())
     }
 
@@ -78,7 +78,7 @@ impl Gathered {
     }
 
     /// What has come; what comes goes on from here.
-    pub(super) fn give(&mut self) -> Self {
+    pub(crate) fn give(&mut self) -> Self {
         let next = Self { to: self.to, open: self.open, truncated: self.truncated.take(), ..Self::default() };
         std::mem::replace(self, next)
     }

@@ -35,6 +35,17 @@ use settings::Settings;
 use sight::Sight;
 pub use sql::{Table, install_sql, uninstall_sql};
 
+/// What is made of what the server says, for fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed {
+    pub(crate) use super::{
+        gathered::Gathered,
+        place::Place,
+        snapshot::Snapshot,
+        sql::{PREFIX, TRUNCATE},
+    };
+}
+
 const NAME: &str = "postgres";
 const TIMEOUT: Duration = Duration::from_secs(10);
 const SHORTEST: Duration = Duration::from_secs(1);

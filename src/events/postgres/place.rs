@@ -6,23 +6,23 @@ use pgwire_replication::Lsn;
 
 /// A position in the log of one server, in one of its histories.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Place {
+pub(crate) struct Place {
     /// What a server is given when it is made, and keeps.
-    pub(super) system: String,
+    pub(crate) system: String,
     /// Another one since each failover or restored backup.
-    pub(super) timeline: u32,
-    pub(super) lsn: Lsn,
+    pub(crate) timeline: u32,
+    pub(crate) lsn: Lsn,
 }
 
 impl Place {
     /// Whether positions of both can be compared.
-    pub(super) fn is_history_of(&self, other: &Self) -> bool {
+    pub(crate) fn is_history_of(&self, other: &Self) -> bool {
         self.system == other.system && self.timeline == other.timeline
     }
 
     /// Why events may have been missed between this, up to where all was acknowledged, and `start`, where a slot goes on
     /// while the server's log ends at `end`.
-    pub(super) fn gap(&self, start: &Self, end: Lsn) -> Option<&'static str> {
+    pub(crate) fn gap(&self, start: &Self, end: Lsn) -> Option<&'static str> {
         if self.system != start.system {
             Some("another server answers")
         } else if self.timeline != start.timeline {

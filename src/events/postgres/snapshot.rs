@@ -2,7 +2,7 @@
 
 /// What `pg_current_snapshot()` says.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Snapshot {
+pub(crate) struct Snapshot {
     /// All below it are over.
     xmin: u64,
     /// None from it on is.
@@ -13,7 +13,7 @@ pub(super) struct Snapshot {
 
 impl Snapshot {
     /// `xmin:xmax:open,open`.
-    pub(super) fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         let mut parts = text.split(':');
         let (xmin, xmax, open) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?);
         let open = open.split(',').filter(|xid| !xid.is_empty()).map(|xid| xid.parse().ok());
@@ -21,7 +21,7 @@ impl Snapshot {
     }
 
     /// Whether the changes of a transaction that has been committed are seen, whose id the log gives without its epoch.
-    pub(super) fn sees(&self, xid: u32) -> bool {
+    pub(crate) fn sees(&self, xid: u32) -> bool {
         let xid = nearest(self.xmax, xid);
         xid < self.xmin || (xid < self.xmax && !self.open.contains(&xid))
     }

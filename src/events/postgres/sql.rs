@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use sha2::{Digest, Sha256};
 
 /// What our messages in the log begin with.
-pub(super) const PREFIX: &str = "tower-cache-aside";
+pub(crate) const PREFIX: &str = "tower-cache-aside";
 
 /// The publication that `pgoutput` asks for. It is empty: rows are not read, messages are.
 pub(super) const PUBLICATION: &str = "tower_cache_aside";
@@ -23,7 +23,7 @@ const LONGEST: usize = 63;
 const INSERT: &str = "insert";
 const UPDATE: &str = "update";
 const DELETE: &str = "delete";
-pub(super) const TRUNCATE: &str = "truncate";
+pub(crate) const TRUNCATE: &str = "truncate";
 
 /// A table whose changes are events, and which of its columns they name.
 ///

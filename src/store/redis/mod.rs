@@ -68,6 +68,7 @@ pub(crate) mod fuzzed {
         resp::Resp,
         server::{claim, node, time},
         slot::{name_in, slot},
+        stream::entry,
         trouble::Trouble,
     };
 }

@@ -439,7 +439,7 @@ fn read<T: FromRedisValue>(value: Value) -> Option<T> {
     T::from_redis_value(value).ok()
 }
 
-fn entry(value: Value) -> Option<StreamEntry> {
+pub(crate) fn entry(value: Value) -> Option<StreamEntry> {
     let Value::Array(parts) = value else { return None };
     let [id, Value::Array(parts)] = <[Value; 2]>::try_from(parts).ok()? else { return None };
     let (mut parts, mut fields) = (parts.into_iter(), vec![]);
@@ -448,6 +448,13 @@ fn entry(value: Value) -> Option<StreamEntry> {
         fields.push((name, value));
     }
     Some(StreamEntry { id: read(id)?, fields })
+}
+
+#[cfg(any(test, fuzzing))]
+impl StreamEntry {
+    pub(crate) fn of(fields: Vec<(Vec<u8>, Vec<u8>)>) -> Self {
+        Self { id: String::new(), fields }
+    }
 }
 
 impl Id {

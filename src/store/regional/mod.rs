@@ -40,6 +40,15 @@ use peer::{Peer, Shared};
 pub(super) use record::{FIELD, Kind, Record};
 use relay::relay;
 
+/// What is made of what another region says, for fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzzed {
+    pub(crate) use super::{
+        record::{FIELD, Kind, Record},
+        relay::{LONGEST, MOST, Step, steps},
+    };
+}
+
 /// How long what another region drops is fenced, where nothing else is said.
 const HOLD: Duration = Duration::from_secs(1);
 

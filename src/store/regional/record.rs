@@ -9,13 +9,13 @@ use bytes::{Buf, BufMut, Bytes};
 use crate::{key::Tag, store::Fence};
 
 /// The field's name.
-pub(in crate::store) const FIELD: &[u8] = b"d";
+pub(crate) const FIELD: &[u8] = b"d";
 
 const VERSION: u8 = 1;
 
 /// What has happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::store) enum Kind {
+pub(crate) enum Kind {
     /// These tags were dropped, and are fenced for so long; the writer's fences were lifted.
     Drop,
     /// A writer fences them for so long.
@@ -30,23 +30,23 @@ const KINDS: [Kind; 4] = [Kind::Drop, Kind::Fence, Kind::Clear, Kind::Beat];
 
 /// An entry of a region's stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::store) struct Record {
-    pub(in crate::store) kind: Kind,
-    pub(in crate::store) writer: u128,
-    pub(in crate::store) stands: Duration,
-    pub(in crate::store) tags: Vec<Tag>,
+pub(crate) struct Record {
+    pub(crate) kind: Kind,
+    pub(crate) writer: u128,
+    pub(crate) stands: Duration,
+    pub(crate) tags: Vec<Tag>,
 }
 
 impl Record {
-    pub(in crate::store) fn beat() -> Self {
+    pub(crate) fn beat() -> Self {
         Self { kind: Kind::Beat, writer: 0, stands: Duration::ZERO, tags: vec![] }
     }
 
-    pub(in crate::store) fn clear() -> Self {
+    pub(crate) fn clear() -> Self {
         Self { kind: Kind::Clear, ..Self::beat() }
     }
 
-    pub(in crate::store) fn encode<'t>(
+    pub(crate) fn encode<'t>(
         kind: Kind,
         fence: Option<&Fence>,
         stands: Duration,
@@ -63,13 +63,13 @@ impl Record {
         out
     }
 
-    pub(in crate::store) fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let fence = Fence { writer: self.writer, lease: Duration::ZERO, hold: Duration::ZERO };
         Self::encode(self.kind, Some(&fence), self.stands, self.tags.iter())
     }
 
     /// `None` for what was written by nobody who is known.
-    pub(in crate::store) fn decode(mut bytes: Bytes) -> Option<Self> {
+    pub(crate) fn decode(mut bytes: Bytes) -> Option<Self> {
         if bytes.try_get_u8().ok()? != VERSION {
             return None;
         }

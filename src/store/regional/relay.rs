@@ -18,10 +18,10 @@ use crate::store::{Fence, Store, StoreError, StreamEntry, StreamRead, StreamRead
 const SILENCE: Duration = Duration::from_secs(30);
 
 /// So many tags are dropped in one step: it has to be over in time.
-const MOST: usize = 1_000;
+pub(crate) const MOST: usize = 1_000;
 
 /// No fence of another region stands longer.
-const LONGEST: Duration = Duration::from_secs(86_400);
+pub(crate) const LONGEST: Duration = Duration::from_secs(86_400);
 
 /// How long is waited after an error, the first time and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -31,7 +31,7 @@ pub(super) struct Gone;
 
 /// What some entries come to.
 #[derive(Debug)]
-enum Step {
+pub(crate) enum Step {
     Drop(Fence, TagGroup),
     Fence(Fence, TagGroup),
     Everything,
@@ -157,7 +157,7 @@ impl Relay {
 
 /// In their order; drops of one kind that follow each other are one. What is not understood is everything. `own` is who holds what
 /// was not fenced there.
-fn steps(entries: &[StreamEntry], own: u128, hold: Duration) -> Vec<Step> {
+pub(crate) fn steps(entries: &[StreamEntry], own: u128, hold: Duration) -> Vec<Step> {
     let mut steps: Vec<Step> = vec![];
     for entry in entries {
         let record = match &entry.fields[..] {
