@@ -213,4 +213,49 @@ mod tests {
         }
         assert!(lane.is_over() && matches!(echo(&lane, "more").await, Err(Broken::Unsent(_))));
     }
+
+    /// A server that answers whatever it is asked with what it says of itself.
+    async fn named(says: [String; 2]) -> ConnectionInfo {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((mut stream, _)) = listener.accept().await {
+                let (says, mut scanner, mut bytes) = (says.clone(), Resp::default(), BytesMut::new());
+                tokio::spawn(async move {
+                    let mut asked = 0;
+                    while matches!(stream.read_buf(&mut bytes).await, Ok(1..)) {
+                        while scanner.next(&mut bytes).unwrap().is_some() {
+                            let text = &says[asked % 2];
+                            asked += 1;
+                            stream.write_all(format!("${}\r\n{text}\r\n", text.len()).as_bytes()).await.unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        redis::IntoConnectionInfo::into_connection_info(format!("redis://{address}")).unwrap()
+    }
+
+    /// Behind one address there may be several servers, of which any may be given a new connection.
+    #[tokio::test]
+    async fn what_leads_to_another_server_is_not_used() {
+        let says = |run: &str, replication: &str| {
+            [format!("run_id:{run}\r\n"), format!("role:master\r\nmaster_replid:{replication}\r\n")]
+        };
+        let values = says("a", "1").map(|text| Value::BulkString(text.into_bytes()));
+        let reign = Identity::of(&values).unwrap().reign.unwrap();
+        for (own, is_used) in [
+            (says("a", "1"), true),
+            (says("b", "1"), false),
+            (says("a", "2"), false),
+            ([String::new(), String::new()], false),
+        ] {
+            let info = named(own.clone()).await;
+            let lane = open(&info, &Dial::Network, reign, Duration::from_secs(10), Duration::from_secs(10)).await;
+            assert_eq!(lane.is_some(), is_used, "{own:?}");
+            // Of a server that hides which it is nothing is proven.
+            let hidden = open(&info, &Dial::Network, 0, Duration::from_secs(10), Duration::from_secs(10)).await;
+            assert!(hidden.is_none(), "{own:?}");
+        }
+    }
 }
