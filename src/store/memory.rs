@@ -20,6 +20,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use foldhash::fast::SeedableRandomState;
 use quick_cache::{Lifecycle, OptionsBuilder, Weighter};
 
 use super::{
@@ -65,6 +66,8 @@ pub struct MemoryStore {
     entries: Cache<Bytes, Arc<Resident>, Weigh, RandomState, Evictions>,
     evictions: Evictions,
     tags: [Mutex<TagShard>; TAG_SHARDS],
+    /// Which tags share a shard, and so its floor. Where tests are made it is the same each time, so that they can be repeated.
+    shards: SeedableRandomState,
     hasher: RandomState,
     /// What tells it from others.
     id: u64,
@@ -285,6 +288,11 @@ impl MemoryStore {
             entries,
             evictions,
             tags: std::array::from_fn(|_| Mutex::default()),
+            shards: if cfg!(feature = "testing") {
+                SeedableRandomState::fixed()
+            } else {
+                SeedableRandomState::random()
+            },
             hasher,
             id: IDS.fetch_add(1, Ordering::Relaxed),
             changes: Box::new([const { AtomicU64::new(0) }; CHANGES]),
@@ -294,7 +302,7 @@ impl MemoryStore {
     }
 
     fn shard(&self, tag: &Tag) -> MutexGuard<'_, TagShard> {
-        let at = self.hasher.hash_one(tag) as usize % TAG_SHARDS;
+        let at = self.shards.hash_one(tag) as usize % TAG_SHARDS;
         self.tags[at].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
