@@ -1,7 +1,7 @@
 //! What a hit and a miss cost over memcached, beside the same over Redis and beside a bare `mg` of the same entry; each round takes
 //! all of them by turns. Medians, and the share of the bare command's rate, as a table.
 //!
-//! `cargo bench --all-features --bench memcached`
+//! `cargo bench --bench memcached`
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "../tests/support/memcached.rs"]
@@ -29,7 +29,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
-use tower::{Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
+use tower::{Layer, ServiceExt, util::BoxCloneSyncService};
 use tower_cache_aside::{
     Cache, CacheBuilder, DataType, Route, Tier, Ttl,
     store::{MemcachedStore, RedisStore},
@@ -47,19 +47,13 @@ fn is_test() -> bool {
 }
 
 fn web(builder: CacheBuilder, tier: Tier) -> Web {
-    let noise: Bytes = (0..BODY as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
-    let origin = service_fn(move |_: Request<Body>| {
-        let mut response = Response::new(Full::new(noise.clone()));
-        *response.headers_mut() = support::headers();
-        async { Ok::<_, Never>(response) }
-    });
     let cache: Cache = builder
         .single_tenant("t")
         .data_type(DataType::new("agent", Ttl::Standard).tier(tier))
         .route(Route::new("/agents/{agent_id}", "agent"))
         .build()
         .unwrap();
-    BoxCloneSyncService::new(cache.layer().layer(origin).and_then(read))
+    BoxCloneSyncService::new(cache.layer().layer(support::origin()).and_then(read))
 }
 
 async fn read<B: http_body::Body<Error: std::fmt::Debug>>(response: Response<B>) -> Result<String, Never> {

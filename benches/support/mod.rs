@@ -1,7 +1,7 @@
 //! The service that is measured: 20 routes, a tenant header, responses of 1 KiB and 8 headers.
 #![allow(dead_code, clippy::unwrap_used)]
 
-use std::convert::Infallible;
+use std::{convert::Infallible, sync::LazyLock};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response};
@@ -71,8 +71,23 @@ pub fn headers() -> HeaderMap {
     headers
 }
 
+/// Bytes that no compression shrinks.
+pub fn noise(size: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 32) as u8
+    };
+    std::iter::repeat_with(next).take(size).collect()
+}
+
+pub static NOISE: LazyLock<Vec<u8>> = LazyLock::new(|| noise(BODY));
+
 pub fn response() -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from_static(&[b'x'; BODY])));
+    // As handlers make it: on the heap, and new each time.
+    let mut response = Response::new(Full::new(Bytes::copy_from_slice(&NOISE)));
     *response.headers_mut() = headers();
     response
 }
@@ -85,6 +100,19 @@ pub fn origin()
     service_fn(|_: Request<Full<Bytes>>| async { Ok::<_, Never>(response()) })
 }
 
+/// The same with bodies of so many bytes.
+pub fn sized(
+    size: usize,
+) -> impl Service<Request<Full<Bytes>>, Response = Response<Full<Bytes>>, Error = Never, Future: Send> + Clone + Send {
+    let body = Bytes::from(noise(size));
+    service_fn(move |_: Request<Full<Bytes>>| {
+        let mut response = Response::new(Full::new(Bytes::copy_from_slice(&body)));
+        *response.headers_mut() = headers();
+        response.headers_mut().insert("content-length", size.into());
+        async { Ok::<_, Never>(response) }
+    })
+}
+
 pub fn get(path: &str) -> Request<Full<Bytes>> {
     Request::builder()
         .method(Method::GET)
@@ -94,4 +122,11 @@ pub fn get(path: &str) -> Request<Full<Bytes>> {
         .header("user-agent", "bench/1.0")
         .body(Full::default())
         .unwrap()
+}
+
+/// Servers put something into the extensions of every request, which have room for those of its response then.
+pub fn served(path: &str) -> Request<Full<Bytes>> {
+    let mut request = get(path);
+    request.extensions_mut().insert(1_u8);
+    request
 }
