@@ -23,6 +23,8 @@ const A_LITTLE: u64 = 2 << 20;
 const PER_BYTE: u64 = 2 << 10;
 /// Of serde, each sequence that is open may take a MiB, and it begins with five bytes.
 const PER_BYTE_OF_VALUES: u64 = (1 << 20) / 5;
+/// Of the client library, which is asked what it makes of the same: of what is garbled it keeps all that it might have expected.
+const PER_BYTE_OF_RESP: u64 = 8 << 10;
 
 const fn target(name: &'static str, run: fn(&[u8])) -> Target {
     Target { name, run, per_byte: PER_BYTE }
@@ -47,7 +49,7 @@ pub const TARGETS: &[Target] = &[
     target("records", events::records),
     target("replies", store::replies),
     target("requests", requests::requests),
-    target("resp", store::resp),
+    Target { name: "resp", run: store::resp, per_byte: PER_BYTE_OF_RESP },
     target("tags", mapping::tags),
     Target { name: "values", run: messages::values, per_byte: PER_BYTE_OF_VALUES },
 ];
