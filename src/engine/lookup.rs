@@ -89,14 +89,20 @@ impl Engine {
         Looked { began, memo, seen, asked, found, now }
     }
 
+    /// Looks the key up, and goes on from there.
+    pub(super) async fn begin(self: &Arc<Self>, key: &Key, tags: &[Tag], policy: &Policy, attempt: Attempt) -> Begin {
+        let looked = self.look(key, tags, policy).await;
+        self.go_on_from(looked, key, tags, policy, attempt).await
+    }
+
     /// On a miss captures the generations and joins the flight that has the same ones, or leads one.
-    pub(super) async fn begin(
+    pub(super) async fn go_on_from(
         self: &Arc<Self>,
+        mut looked: Looked<'_>,
         key: &Key,
         tags: &[Tag],
         policy: &Policy,
         attempt: Attempt,
-        mut looked: Looked<'_>,
     ) -> Begin {
         if let Some(entry) = looked.hit(self.now(), attempt) {
             return Begin::Hit(entry);

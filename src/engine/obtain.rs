@@ -157,7 +157,7 @@ impl Engine {
                 Some(looked) => looked,
                 None => self.look(&round.key, tags, policy).await,
             };
-            let (entry, source) = match self.begin(&round.key, tags, policy, round.attempt, looked).await {
+            let (entry, source) = match self.go_on_from(looked, &round.key, tags, policy, round.attempt).await {
                 Begin::Lead(leader) => return self.depart(leader, round.attempt, asker),
                 Begin::Unavailable if asker.only_stored() => return Obtained::Absent,
                 Begin::Unavailable => return Obtained::Load(None),
@@ -236,8 +236,7 @@ impl Engine {
     /// Takes the lead in replacing an entry that has been served already, unless somebody else does.
     pub(crate) async fn lead_refresh(self: &Arc<Self>, key: &Key, tags: &[Tag], policy: &Policy) -> Option<Leader> {
         let attempt = Attempt { refresh: true, ..Attempt::default() };
-        let looked = self.look(key, tags, policy).await;
-        match self.begin(key, tags, policy, attempt, looked).await {
+        match self.begin(key, tags, policy, attempt).await {
             Begin::Lead(leader) => Some(leader),
             _ => None,
         }

@@ -124,7 +124,7 @@ struct Caller;
 impl Asker for Caller {
     type Answer = u64;
 
-    fn judge(&mut self, entry: &Entry, _: Source) -> Use<u64> {
+    fn judge(&mut self, entry: &mut Arc<Entry>, _: Source) -> Use<u64> {
         Use::Answer(value(entry))
     }
 }
