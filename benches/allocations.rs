@@ -1,4 +1,4 @@
-//! How often a hit allocates, beyond its request: `cargo bench --bench allocations`. Apart from `goals`, as an allocator that counts
+//! How often a hit allocates, beyond its request, and what an entry takes: `cargo bench --bench allocations`. Apart from `goals`, as an allocator that counts
 //! is slower than others.
 #![allow(missing_docs, clippy::unwrap_used)]
 
@@ -32,6 +32,21 @@ fn main() {
         let counted = least(&shared, shared.cache(tier).layer().layer(origin()));
         table.count(&name, "", counted, Goal::Most(Some(14.0)));
     }
+    let entries = 20_000;
+    let path = |n: u64| format!("/agents/{n:07}");
+    let cache = support::builder().memory(1 << 30).build().unwrap();
+    let mut service = cache.layer().layer(origin());
+    let fill = || {
+        shared.runtime.block_on(async {
+            for n in 0..entries {
+                let _ = service.call(served(&path(n))).await.unwrap();
+            }
+            cache.settled().await;
+        });
+    };
+    let held = allocation_counter::measure(fill).bytes_current as f64 / entries as f64;
+    let name = "memory of an entry in process, beyond its own";
+    table.count(name, "B", held - measure::own(&path(0)), Goal::Most(None));
     table.finish(env!("CARGO_MANIFEST_DIR"));
 }
 

@@ -23,8 +23,8 @@ use std::{
 
 use bare::Bare;
 use http::{Request, Response};
-use measure::{Body, PATH, Shared, at_once, batches, micros, resident, says};
-use support::{BODY, NOISE, Never, builder, headers, origin, response, served};
+use measure::{Body, PATH, Shared, at_once, batches, micros, own, says};
+use support::{NOISE, Never, builder, origin, response, served};
 use tower::{Layer, Service, service_fn};
 use tower_cache_aside::Tier;
 use turns::{Goal, Side, Table};
@@ -34,10 +34,6 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 fn main() {
     let mut table = Table::from_args("goals");
-    // First, when nothing that others have left behind can be used again.
-    if table.wants("memory") {
-        memory(&mut table);
-    }
     for workers in [2, 1] {
         if table.wants(&format!("redis hit, {workers} workers")) {
             redis_hit(&mut table, workers);
@@ -59,6 +55,9 @@ fn main() {
     }
     if table.wants("pass through") {
         pass_through(&mut table);
+    }
+    if table.wants("memory") {
+        memory(&mut table);
     }
     table.finish(env!("CARGO_MANIFEST_DIR"));
 }
@@ -331,26 +330,9 @@ fn pass_through(table: &mut Table) {
     table.compare("ns", sides, &[Goal::More(Some(50.0)), Goal::More(None)]);
 }
 
-/// What an entry holds for its reader: key, headers and body.
-fn own(path: &str) -> f64 {
-    let headers: usize = headers().iter().map(|(name, value)| name.as_str().len() + value.len()).sum();
-    (path.len() + "tenant-17".len() + headers + BODY) as f64
-}
-
-/// What an entry takes beyond what it holds, each with an entity of its own.
+/// What an entry takes in Redis beyond what it holds, each with an entity of its own. (In process: `allocations`.)
 fn memory(table: &mut Table) {
     let path = |n: u64| format!("/agents/{n:07}");
-    let (entries, before) = (table.calls(100_000), resident());
-    let cache = builder().memory(GIB).build().unwrap();
-    fill(&mut cache.layer().layer(origin()), (0..entries).map(path));
-    table.count(
-        "memory of an entry in process, beyond its own",
-        "B",
-        (resident() - before) / entries as f64 - own(&path(0)),
-        Goal::Most(None),
-    );
-    drop(cache);
-
     let shared = Shared::start(2);
     let cache = shared.cache(Tier::Off);
     let service = cache.layer().layer(origin());
