@@ -11,16 +11,9 @@ use std::time::Duration;
 
 use allocation_counter::measure;
 use futures_util::FutureExt;
-use support::{builder, get, origin};
+use support::{builder, get, origin, served};
 use tower::{Layer, Service, ServiceExt};
 use tower_cache_aside::{Tier, store::RedisStore};
-
-/// Servers put something into the extensions of every request, which have room for those of its response then.
-fn served(path: &str) -> http::Request<http_body_util::Full<bytes::Bytes>> {
-    let mut request = get(path);
-    request.extensions_mut().insert(1_u8);
-    request
-}
 
 #[test]
 fn a_hit_allocates_at_most_six_times() {

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, header};
 use redis::{ConnectionAddr, IntoConnectionInfo, Parser, PushInfo, Value};
 
@@ -15,7 +15,7 @@ use crate::{
     catalog::Lifetime,
     clock::{Clock, Millis},
     key::{Key, Tag},
-    mux::Framing,
+    mux::replies_in,
     store::{
         Entry, Frame, FrameKind, Frames, MemoryStore, Payload, Store,
         codec::{VERSIONS, decode, encode, sealed},
@@ -78,29 +78,13 @@ fn sealed_entry(bytes: Bytes, shift: i64, longest: Option<Duration>) {
     }
 }
 
-/// What is read in pieces of that size, and whether it ends as no replies do.
-fn scan<F: Framing>(mut framing: F, data: &[u8], piece: usize) -> (Vec<F::Reply>, bool) {
-    let (mut bytes, mut found) = (BytesMut::new(), vec![]);
-    for part in data.chunks(piece.max(1)) {
-        bytes.extend_from_slice(part);
-        loop {
-            match framing.next(&mut bytes) {
-                Ok(Some(reply)) => found.push(reply),
-                Ok(None) => break,
-                Err(_) => return (found, true),
-            }
-        }
-    }
-    (found, false)
-}
-
 /// What memcached answers is the same in whatever pieces it comes, and no value is another than what follows its size.
 pub(super) fn frames(data: &[u8]) {
     let mut input = Input(data);
     let piece = usize::from(input.byte());
     let (data, frames) = (input.0, || Frames { largest: 1 << 16 });
-    let whole = scan(frames(), data, data.len());
-    assert_eq!(whole, scan(frames(), data, piece));
+    let whole = replies_in(frames(), data, data.len());
+    assert_eq!(whole, replies_in(frames(), data, piece));
     for reply in &whole.0 {
         if let Frame { kind: FrameKind::Value(value), .. } = reply {
             let framed = [b"\n", &value[..], b"\r\n"].concat();
@@ -114,8 +98,8 @@ pub(super) fn resp(data: &[u8]) {
     let mut input = Input(data);
     let piece = usize::from(input.byte());
     let data = input.0;
-    let whole = scan(Resp::default(), data, data.len());
-    assert_eq!(whole, scan(Resp::default(), data, piece));
+    let whole = replies_in(Resp::default(), data, data.len());
+    assert_eq!(whole, replies_in(Resp::default(), data, piece));
     let others = values(data).into_iter().filter(|value| !matches!(value, Value::Push { .. }));
     for (reply, other) in whole.0.iter().zip(others) {
         let Ok(value) = reply.value() else { continue };

@@ -6,7 +6,7 @@
 //! it then does not know whether the server has done what it was asked.
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     collections::VecDeque,
@@ -51,6 +51,23 @@ pub(crate) trait Framing: Send + Unpin + 'static {
 
     /// Where a reply belongs to in the oldest call.
     fn place(&self, reply: &Self::Reply, call: Asked) -> Place;
+}
+
+/// What is read in pieces of that size, and whether it ends as no replies do.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn replies_in<F: Framing>(mut framing: F, data: &[u8], piece: usize) -> (Vec<F::Reply>, bool) {
+    let (mut bytes, mut found) = (BytesMut::new(), vec![]);
+    for part in data.chunks(piece.max(1)) {
+        bytes.extend_from_slice(part);
+        loop {
+            match framing.next(&mut bytes) {
+                Ok(Some(reply)) => found.push(reply),
+                Ok(None) => break,
+                Err(_) => return (found, true),
+            }
+        }
+    }
+    (found, false)
 }
 
 /// What was read is no reply.

@@ -67,25 +67,36 @@ fn echo(mut far: DuplexStream, piece: usize) {
     });
 }
 
+/// Many ask what is answered with the same, and a third of them go at once.
+pub(crate) async fn all_are_answered<A>(ask: impl Fn(String) -> A)
+where
+    A: Future<Output = Result<String, Broken>> + Send + 'static,
+{
+    let mut tasks = vec![];
+    for i in 0..300_u32 {
+        let task = tokio::spawn(ask(format!("call {i}")));
+        if i % 3 == 0 {
+            tokio::task::yield_now().await;
+            task.abort();
+        } else {
+            tasks.push((i, task));
+        }
+    }
+    for (i, task) in tasks {
+        assert_eq!(task.await.unwrap().unwrap(), format!("call {i}"));
+    }
+}
+
 #[tokio::test]
 async fn everybody_is_answered_what_they_asked_whoever_goes() {
     for (room, piece) in [(1 << 16, 1 << 16), (1 << 16, 1), (7, 3)] {
         let (mux, far, _) = connection(room, LONG);
         echo(far, piece);
-        let mut tasks = vec![];
-        for i in 0..300_u32 {
+        all_are_answered(|text| {
             let mux = mux.clone();
-            let task = tokio::spawn(async move { ask(&mux, &format!("call {i}")).await });
-            if i % 3 == 0 {
-                tokio::task::yield_now().await;
-                task.abort();
-            } else {
-                tasks.push((i, task));
-            }
-        }
-        for (i, task) in tasks {
-            assert_eq!(task.await.unwrap().unwrap(), format!("call {i}"));
-        }
+            async move { ask(&mux, &text).await }
+        })
+        .await;
     }
 }
 

@@ -35,7 +35,7 @@ use crate::{
 const LOOKS: Duration = Duration::from_millis(100);
 const RANKS: Duration = Duration::from_secs(2);
 
-const MINUTE: Duration = Duration::from_secs(60);
+pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
 /// Nothing is asked for longer.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -16,11 +16,8 @@ use tokio::{
 use tower_service::Service;
 
 use crate::{Cache, error::ConfigError, layer::Sampler};
-use job::{Command, Job, asker};
+use job::{Command, Job, MINUTE, asker};
 pub use options::Warm;
-
-/// Nobody waits longer for what was popular before.
-const MINUTE: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// A cache that is [warmed](Cache::warm), until it is [stopped](Self::stop); also when this is dropped.
 #[derive(Clone, Debug)]
@@ -81,7 +78,7 @@ impl Cache {
     pub async fn warmed(&self) {
         let Some(sampler) = self.0.sampler.get() else { return };
         let mut warmed = sampler.state.warmed.subscribe();
-        // The runtime of the job may have ended before it began.
+        // Nobody waits longer, as in the job: its runtime may have ended before it began.
         let _ = tokio::time::timeout(MINUTE, warmed.wait_for(|warmed| *warmed)).await;
     }
 }

@@ -239,7 +239,7 @@ impl Remote {
     /// over the connection for look-ups where there is one, else over the client library's.
     async fn read(&self, server: &Server, key: Option<&Key>, tags: &[Tag]) -> Result<Found, StoreError> {
         let names = self.names(key, tags);
-        let count = if key.is_some() { 2 } else { 0 } + tags.len();
+        let count = names.clone().count();
         let found = match server.lane() {
             Some(lane) => {
                 let write = |out: &mut BytesMut| resp::write(out, "MGET", count, names.map(|name| name.0));
@@ -625,14 +625,13 @@ impl Found {
                 _ => Ok(None),
             };
         };
-        let entry = if has_entry { strings.next().flatten() } else { None };
-        let entry = entry.map(|entry| reply.keep(entry));
-        let mark = if has_entry { strings.next().flatten() } else { None };
-        let mark = mark.and_then(|mark| generation_in(mark, reign));
+        let [entry, mark] = if has_entry { [strings.next(), strings.next()] } else { [None; 2] };
+        let before = [entry, mark].iter().flatten().count();
+        let entry = entry.flatten().map(|entry| reply.keep(entry));
+        let mark = mark.flatten().and_then(|mark| generation_in(mark, reign));
         let mut generations = Vec::with_capacity(count);
         generations.extend(strings.map(|stored| generation_in(stored?, reign)));
-        let is_whole = generations.len() + if has_entry { 2 } else { 0 } == count;
-        Ok(is_whole.then_some(Self { entry, mark, generations }))
+        Ok((before + generations.len() == count).then_some(Self { entry, mark, generations }))
     }
 }
 

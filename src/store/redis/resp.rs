@@ -183,21 +183,10 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::mux::replies_in;
 
-    /// What comes of these bytes in pieces of that size, and whether they end as no replies do.
     fn scan(data: &[u8], piece: usize) -> (Vec<Reply>, bool) {
-        let (mut resp, mut bytes, mut found) = (Resp::default(), BytesMut::new(), vec![]);
-        for part in data.chunks(piece) {
-            bytes.extend_from_slice(part);
-            loop {
-                match resp.next(&mut bytes) {
-                    Ok(Some(reply)) => found.push(reply),
-                    Ok(None) => break,
-                    Err(_) => return (found, true),
-                }
-            }
-        }
-        (found, false)
+        replies_in(Resp::default(), data, piece)
     }
 
     fn encode(value: &Value, out: &mut Vec<u8>) {
