@@ -30,6 +30,17 @@ pub(crate) struct Finish {
 
 pub(crate) type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<Response<T>, E>> + Send>>;
 
+/// A service whose calls may go on in tasks of their own: asked with bodies `B`, it answers with bodies `R`.
+pub(crate) trait Origin<B, R>:
+    Service<Request<B>, Response = Response<R>, Future: Send, Error: Send> + Send + 'static
+{
+}
+
+impl<S, B, R> Origin<B, R> for S where
+    S: Service<Request<B>, Response = Response<R>, Future: Send, Error: Send> + Send + 'static
+{
+}
+
 /// What a task comes to; its panic goes on here.
 pub(crate) async fn joined<T>(task: JoinHandle<T>) -> T {
     match task.await.map_err(JoinError::try_into_panic) {

@@ -25,6 +25,7 @@ use tracing::Instrument;
 use super::{
     changes::Changes,
     core::Core,
+    future::Origin,
     writing::{Due, Refused, Writing},
 };
 use crate::{
@@ -127,9 +128,7 @@ impl Write {
     /// Runs it in a task of its own, in which nothing can come between the handler and the invalidation.
     pub(super) fn spawn<S, B, R>(mut self, inner: S, request: Request<B>) -> JoinHandle<Ran<R, S::Error>>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<B, R>,
         B: Send + 'static,
         R: Body + Send + 'static,
     {

@@ -21,7 +21,7 @@ use crate::{
         changes::Reads,
         core::Core,
         extensions::take_tags,
-        future::{self, Boxed},
+        future::{self, Boxed, Origin},
         reading::Replied,
         serve::{Asked, How, serve, use_up, with_outcome},
     },
@@ -156,12 +156,9 @@ impl Miss {
         request: Request<B>,
     ) -> impl Future<Output = Replied<R, S::Error>> + Send
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<B, R>,
         B: Send + 'static,
-        R: Body<Data = Bytes> + Send + 'static,
-        R::Error: Send,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         async move {
             let (key, tags) = (self.key.clone(), std::mem::take(&mut self.tags));
@@ -178,18 +175,15 @@ impl Miss {
 
     /// The answer, or what is still to be done for it.
     fn done<S, B, R>(
-        self,
+        mut self,
         obtained: Obtained<(Response<CacheBody<R>>, Outcome)>,
         inner: S,
         mut request: Request<B>,
     ) -> Done<R, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<B, R>,
         B: Send + 'static,
-        R: Body<Data = Bytes> + Send + 'static,
-        R::Error: Send,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         match obtained {
             Obtained::Answer((response, outcome)) => match self.behind(&outcome, request.headers()) {
@@ -200,7 +194,23 @@ impl Miss {
                     Err(Box::pin(self.replace(response, behind, inner, request)))
                 }
             },
-            obtained => Err(Box::pin(self.go_on(obtained, inner, request))),
+            Obtained::Absent => Ok(gateway_timeout(&self.route.teller)),
+            Obtained::AnswerAndReload((response, outcome), leader) => {
+                if self.loads_whole(Some(&leader)) {
+                    self.expired(&leader);
+                    drop(self.attend(inner, request, Some(leader)));
+                }
+                Ok(with_outcome(response, Extensions::new(), outcome))
+            }
+            Obtained::Load(leader) => {
+                if let Some(leader) = &leader {
+                    self.expired(leader);
+                }
+                if !self.loads_whole(leader.as_ref()) {
+                    return Err(Box::pin(self.pass(inner, request)));
+                }
+                Err(Box::pin(self.call(inner, request, leader)))
+            }
         }
     }
 
@@ -218,43 +228,6 @@ impl Miss {
                 Behind::Audit
             }
             false => Behind::Nothing,
-        }
-    }
-
-    async fn go_on<S, B, R>(
-        mut self,
-        obtained: Obtained<(Response<CacheBody<R>>, Outcome)>,
-        inner: S,
-        request: Request<B>,
-    ) -> Replied<R, S::Error>
-    where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
-        B: Send + 'static,
-        R: Body<Data = Bytes> + Send + 'static,
-        R::Error: Send,
-    {
-        match obtained {
-            Obtained::Answer((response, outcome)) => Ok(with_outcome(response, Extensions::new(), outcome)),
-            Obtained::Absent => Ok(gateway_timeout(&self.route.teller)),
-            Obtained::AnswerAndReload((response, outcome), leader) => {
-                if self.loads_whole(Some(&leader)) {
-                    self.expired(&leader);
-                    drop(self.attend(inner, request, Some(leader)));
-                }
-                Ok(with_outcome(response, Extensions::new(), outcome))
-            }
-            Obtained::Load(leader) => {
-                if let Some(leader) = &leader {
-                    self.expired(leader);
-                }
-                if !self.loads_whole(leader.as_ref()) {
-                    drop(leader);
-                    return self.pass(inner, request).await;
-                }
-                self.call(inner, request, leader).await
-            }
         }
     }
 
@@ -285,12 +258,9 @@ impl Miss {
     /// Waits for the origin, or for as long as its type has patience with it while there is something else to serve.
     async fn call<S, B, R>(self, inner: S, request: Request<B>, leader: Option<Leader>) -> Replied<R, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<B, R>,
         B: Send + 'static,
-        R: Body<Data = Bytes> + Send + 'static,
-        R::Error: Send,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         let (core, route, asked, whole) =
             (self.core.clone(), self.route.clone(), self.asked.clone(), self.whole.clone());
@@ -332,12 +302,9 @@ impl Miss {
         request: Request<B>,
     ) -> Replied<R, S::Error>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<B, R>,
         B: Send + 'static,
-        R: Body<Data = Bytes> + Send + 'static,
-        R::Error: Send,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         let engine = self.core.engine.clone();
         if behind != Behind::Refresh || self.asked.ahead.is_none() {
@@ -370,12 +337,9 @@ impl Miss {
     /// Calls the inner service, whatever becomes of its client.
     fn attend<S, B, R>(self, inner: S, request: Request<B>, leader: Option<Leader>) -> Attended<Replied<R, S::Error>>
     where
-        S: Service<Request<B>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<B, R>,
         B: Send + 'static,
-        R: Body<Data = Bytes> + Send + 'static,
-        R::Error: Send,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         let (reply, replied) = oneshot::channel();
         let engine = self.core.engine.clone();

@@ -34,7 +34,7 @@ use super::{
     changes::Reads,
     core::Core,
     extensions::NoCache,
-    future::{self, Finish, ResponseFuture, watched},
+    future::{self, Finish, Origin, ResponseFuture, watched},
     invalidate::{answer as answer_write, mount, unavailable},
     popular::{Picked, picked},
     request::{Bodies, NoBodies, ReadBody, RequestBody},
@@ -345,13 +345,10 @@ impl<S, M> CacheAside<S, M> {
         request: Request<B>,
     ) -> ResponseFuture<S, B, R, CacheBody<R>>
     where
-        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<B, R> + Clone,
         M: ReadBody<B>,
         B: Send + 'static,
-        R: Body<Data = Bytes> + Send + 'static,
-        R::Error: Send,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         let (core, bodies, part_of) = (self.core.clone(), self.bodies.clone(), Reads::current());
         ResponseFuture::boxed(Box::pin(watched(watch, async move {
@@ -403,9 +400,7 @@ impl<S, M> CacheAside<S, M> {
     /// A write that no [`Invalidate`](crate::Invalidate) outside takes care of.
     fn write<B, R>(&mut self, write: Write, request: Request<B>) -> ResponseFuture<S, B, R, CacheBody<R>>
     where
-        S: Service<Request<B>, Response = Response<R>> + Clone + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<B, R> + Clone,
         B: Send + 'static,
         R: Body<Data = Bytes> + Send + 'static,
     {

@@ -23,7 +23,7 @@ use crate::{
         changes::Reads,
         core::Core,
         extensions::{NoCache, take_tags},
-        future::{self, Finish},
+        future::{self, Finish, Origin},
         reading::{Reading, Reply, settle},
         request::RequestBody,
         serve::{Asked, How},
@@ -97,13 +97,10 @@ pub(super) struct Read {
 impl Read {
     pub(super) async fn answer<S, B, R>(self, mut inner: S, request: Request<B>) -> Result<Out<R>, S::Error>
     where
-        S: Service<Request<RequestBody<B>>, Response = Response<R>> + Send + 'static,
-        S::Future: Send,
-        S::Error: Send,
+        S: Origin<RequestBody<B>, R>,
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Send,
-        R: Body<Data = Bytes> + Send + 'static,
-        R::Error: Send,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         let (parts, body) = request.into_parts();
         let body = RequestBody::read(body, self.core.options.body_limit).await;
