@@ -352,6 +352,12 @@ async fn refreshes_are_polls() {
             let left = bench.ttl("/pages/1").await;
             bench.clock.advance(if early { left.saturating_sub(Duration::from_millis(1)) } else { left + SECOND });
             assert!(bench.get("/pages/1").await.is_hit(), "early: {early}");
+            // An early refresh is a matter of chance (XFetch): within its last second an entry is asked for until it came.
+            for _ in 0..1_000 {
+                if !early || bench.ttl("/pages/1").await >= SECOND {
+                    break;
+                }
+            }
         }
         let ttl = bench.ttl("/pages/1").await;
         assert!(ttl > 10 * MIN, "early: {early}, {ttl:?}");
