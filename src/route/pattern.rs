@@ -85,6 +85,9 @@ impl Pattern {
             params.push(Param { name, entity, place, is_explicit, canonical, is_rest });
             rest = &rest[close + 1..];
         }
+        if params.len() > MOST_PARAMS {
+            return Err(format!("it has {} parameters, and may have {MOST_PARAMS}", params.len()));
+        }
         if let Some(unknown) = overrides.keys().find(|name| !params.iter().any(|p| p.name == **name)) {
             return Err(format!("it has no parameter `{unknown}`, which `entities` names"));
         }
@@ -140,6 +143,9 @@ fn is_delimiter(byte: u8) -> bool {
     b":/?#[]@!$&'()*+,;=%\\".contains(&byte)
 }
 
+/// The router names its own a to y.
+const MOST_PARAMS: usize = 25;
+
 /// What no path of a request can look like.
 fn check_path(path: &str) -> Result<(), String> {
     if !path.starts_with('/') {
@@ -180,6 +186,16 @@ mod tests {
             let names_of = pattern(good).unwrap();
             assert!(names_of.params().iter().map(|param| &*param.name).eq(names.iter().copied()), "{good}");
         }
+    }
+
+    /// More than the router can name, at which it would panic.
+    #[test]
+    fn parameters_are_bounded() {
+        let path = |count: usize| (0..count).map(|i| format!("/{{p{i}}}")).collect::<String>();
+        let pattern = |count| Pattern::new(&path(count), &BTreeMap::new(), &Entities::default());
+        matchit::Router::new().insert(path(MOST_PARAMS), ()).unwrap();
+        assert!(pattern(MOST_PARAMS).is_ok());
+        assert!(pattern(MOST_PARAMS + 1).is_err_and(|why| why.contains("may have 25")));
     }
 
     #[test]
