@@ -392,3 +392,20 @@ impl Fill {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// What is read is what was stored, to the last bit.
+        #[test]
+        fn numbers_are_kept(value: f64) {
+            prop_assume!(value.is_finite());
+            prop_assert_eq!(Json::decode::<f64>(&Json::encode(&value).unwrap()).unwrap().to_bits(), value.to_bits());
+            prop_assert_eq!(MessagePack::decode::<f64>(&MessagePack::encode(&value).unwrap()).unwrap().to_bits(), value.to_bits());
+        }
+    }
+}
