@@ -214,7 +214,7 @@ const DAYS: [[&str; 2]; 7] = [
 /// A date as HTTP writes it, or has written it once (RFC 9110, section 5.6.7); in any case, and with any day of the week.
 pub(crate) fn date(text: &str) -> Option<SystemTime> {
     // As long as the longest of them, and a bit.
-    let text = Some(text).filter(|text| text.len() <= 40)?;
+    let text = Some(text.trim()).filter(|text| text.len() <= 40)?;
     httpdate::parse_http_date(text).ok().or_else(|| {
         let (day, rest) = text.split_at_checked(text.find([',', ' '])?)?;
         let length = DAYS.iter().flatten().find(|name| name.eq_ignore_ascii_case(day)).map(|name| name.len() > 3)?;

@@ -33,7 +33,9 @@ impl Target {
 
     fn resolve(&self, reference: &HeaderValue) -> Option<Uri<String>> {
         let reference = UriRef::parse(reference.to_str().ok()?).ok()?;
-        Some(reference.resolve_against(self.0.as_ref()?).ok()?.normalize())
+        let named = reference.resolve_against(self.0.as_ref()?).ok()?.normalize();
+        // What has no host is nothing that HTTP serves: `mailto:a`, `https:/a`.
+        named.authority().is_some().then_some(named)
     }
 }
 
@@ -66,6 +68,8 @@ mod tests {
             ("http://example.com:8080/agents/1", Some("/agents/1"), false),
             ("http://other.example/agents/1", Some("/agents/1"), false),
             ("/a b", None, false),
+            ("mailto:agents", None, false),
+            ("https:/agents/1", None, false),
         ] {
             let value = HeaderValue::from_str(reference).unwrap();
             assert_eq!(target.path(&value).as_deref(), path, "{reference}");
