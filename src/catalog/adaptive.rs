@@ -237,6 +237,34 @@ mod tests {
         }
     }
 
+    /// Numerically: the first change of an interval is half-way where changes are rare.
+    #[test]
+    fn the_first_change_is_half_way_where_changes_are_rare() {
+        for expected in [1e-12, 1e-6, 0.99e-4, 1.01e-4, 1e-3] {
+            let at = until_change(expected * 3.0, 6.0, 2.0);
+            assert!((at - 2.0 * (0.5 - expected / 12.0)).abs() < 1e-7, "{expected}: {at}");
+        }
+        assert_eq!(until_change(1.0, 0.0, 2.0), 1.0);
+    }
+
+    #[test]
+    fn what_is_old_counts_for_half_and_the_rate_stays() {
+        let bounds = bounds(0.05);
+        let window = (REMEMBERED / 0.05).clamp(WINDOW.0, WINDOW.1) as f32;
+        let full = Learned { polls: window, changes: 8.0, exposure: 1e6, surprise: 1.0 };
+        assert_eq!(full.faded(&bounds), Learned { polls: window / 2.0, changes: 4.0, exposure: 5e5, ..full });
+        let fuller = Learned { polls: window * 2.0, ..full };
+        assert_eq!(fuller.faded(&bounds), Learned { polls: window, changes: 4.0, exposure: 5e5, ..full });
+        let young = Learned { polls: window - 1.0, ..full };
+        assert_eq!(young.faded(&bounds), young);
+        let seldom = Learned { changes: AT_LEAST as f32 * 1.5, ..full };
+        assert_eq!(seldom.faded(&bounds), Learned { polls: window / 2.0, ..seldom });
+        let most = (REMEMBERED * 86_400_000.0 / -0.95_f64.ln()) as f32;
+        let long = Learned { polls: 1.0, exposure: most * 4.0, ..full };
+        let faded = long.faded(&bounds);
+        assert!((faded.exposure / most - 1.0).abs() < 1e-5 && (faded.changes / 2.0 - 1.0).abs() < 1e-5, "{faded:?}");
+    }
+
     #[test]
     fn a_burst_shortens_within_a_few_reloads_and_fades() {
         let bounds = bounds(0.05);

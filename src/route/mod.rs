@@ -408,3 +408,36 @@ fn insert_error(what: &str, error: &matchit::InsertError) -> ConfigError {
         other => format!("{what}: bad pattern: {other}; write parameters as {{name}}, one per segment"),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use crate::{Cache, DataType, Route};
+
+    /// Which prefix somebody has forgotten, or written too much; by no route that reads whatever has as many segments.
+    #[test]
+    fn a_prefix_is_found_where_it_evidently_is_one() {
+        let routes =
+            ["/api/v1/agents/{agent_id}", "/teams/{team_id}/tools/{tool_id}", "/things/{thing_id}", "/{page_id}"];
+        let mut builder = Cache::builder("prefixes").single_tenant("t");
+        for (route, data_type) in routes.iter().zip(["agent", "tool", "thing", "page"]) {
+            builder = builder
+                .data_type(DataType::new(data_type, Duration::from_secs(60)))
+                .route(Route::new(*route, data_type));
+        }
+        let cache = builder.build().unwrap();
+        for (path, prefix) in [
+            ("/agents/1", Some("/api/v1")),
+            ("/v1/agents/1", Some("/api")),
+            ("/app/api/v1/agents/1", Some("/app")),
+            ("/a/b/things/1", Some("/a/b")),
+            ("/tools/1", None),
+            ("/1/tools/1", Some("/teams")),
+            ("/a/b", None),
+            ("/", None),
+        ] {
+            assert_eq!(cache.0.routes.prefix_of(path).as_deref(), prefix, "{path}");
+        }
+    }
+}
