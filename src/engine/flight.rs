@@ -249,4 +249,17 @@ mod tests {
             assert!(other.landed().is_none(), "all others wait for that one");
         }
     }
+
+    /// Through others, and in circles, and no longer than anybody waits.
+    #[test]
+    fn who_waits_for_whom_is_known() {
+        let [a, b, c, d]: [_; 4] = std::array::from_fn(|_| [flight()]);
+        let first = Waiting::new(&a, &b[0]);
+        let others = [Waiting::new(&b, &c[0]), Waiting::new(&c, &b[0])];
+        assert!(a[0].needs(&b) && a[0].needs(&c) && !a[0].needs(&d) && !a[0].needs(&a));
+        drop(first);
+        assert!(!a[0].needs(&b) && b[0].needs(&c));
+        drop(others);
+        assert!(!b[0].needs(&c));
+    }
 }
