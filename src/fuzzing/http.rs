@@ -31,15 +31,16 @@ fn now() -> SystemTime {
 fn said(headers: &HeaderMap) -> BTreeMap<String, Vec<Option<String>>> {
     let mut all: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for line in headers.get_all(header::CACHE_CONTROL) {
-        let (mut member, mut quoted, mut escaped) = (String::new(), false, false);
-        for c in String::from_utf8_lossy(line.as_bytes()).chars().chain([',']) {
+        let line = String::from_utf8_lossy(line.as_bytes()).into_owned();
+        let mut members = vec![String::new()];
+        let (mut quoted, mut escaped) = (false, false);
+        for c in line.chars() {
             if c == ',' && !quoted {
-                add(&mut all, member.trim());
-                member.clear();
+                members.push(String::new());
                 escaped = false;
                 continue;
             }
-            member.push(c);
+            members.last_mut().unwrap().push(c);
             (quoted, escaped) = match c {
                 _ if escaped => (quoted, false),
                 '\\' => (quoted, quoted),
@@ -47,9 +48,11 @@ fn said(headers: &HeaderMap) -> BTreeMap<String, Vec<Option<String>>> {
                 _ => (quoted, false),
             };
         }
-        // A quote that is not closed reaches to the end.
-        let open = member.strip_suffix(',').unwrap_or(&member).trim();
-        add(&mut all, open);
+        // A quote that is not closed is none.
+        match quoted {
+            true => line.split(',').for_each(|member| add(&mut all, member.trim())),
+            false => members.iter().for_each(|member| add(&mut all, member.trim())),
+        }
     }
     all
 }

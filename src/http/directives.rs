@@ -167,7 +167,7 @@ fn members(headers: &HeaderMap, name: &HeaderName) -> impl Iterator<Item = (Stri
     lines.flat_map(|line| {
         let mut quoted = false;
         let mut escaped = false;
-        let parts: Vec<String> = line
+        let mut parts: Vec<&str> = line
             .split(|c| {
                 let comma = c == ',' && !quoted;
                 match c {
@@ -178,8 +178,12 @@ fn members(headers: &HeaderMap, name: &HeaderName) -> impl Iterator<Item = (Stri
                 }
                 comma
             })
-            .map(|member| member.trim().to_owned())
             .collect();
+        // What is never closed hides nothing: a `no-store` behind it counts.
+        if quoted {
+            parts = line.split(',').collect();
+        }
+        let parts: Vec<String> = parts.into_iter().map(|member| member.trim().to_owned()).collect();
         parts.into_iter().filter(|member| !member.is_empty()).map(|member| match member.split_once('=') {
             None => (member.to_ascii_lowercase(), Value::None),
             // No spaces belong around the equals sign.
@@ -267,6 +271,8 @@ mod tests {
             ("extension=\"max-age=60\"", None),
             ("extension=\"a, max-age=60\", max-age=1", Some(1)),
             ("extension=\"a\\\", max-age=60\", max-age=2", Some(2)),
+            ("extension=\"a, max-age=3", Some(3)),
+            ("extension=\\\"a, max-age=4, b\"", None),
             ("x-max-age=60", None),
             ("", None),
         ] {
@@ -283,6 +289,8 @@ mod tests {
             ("max-age=60, &&&&", None),
             ("max-age=\"60\"", None),
             ("MAX-AGE=60", None),
+            ("max-age=60, foo=\"a\"", Some(60)),
+            ("max-age=60, s-maxage=\"a\"", None),
             ("", None),
         ] {
             let found = ResponseDirectives::of(

@@ -96,4 +96,24 @@ mod tests {
         names.sort_unstable();
         assert_eq!(names, [("age", ""), ("cache-status", ""), ("x-kept", "1"), ("x-kept", "2")]);
     }
+
+    /// RFC 9111, section 3.2.
+    #[test]
+    fn a_confirmation_changes_headers_but_not_those_of_the_body() {
+        let of = |lines: &[(&'static str, &'static str)]| -> HeaderMap {
+            lines.iter().map(|(n, v)| (HeaderName::from_static(n), HeaderValue::from_static(v))).collect()
+        };
+        let of_body = [
+            ("content-length", "5"),
+            ("content-encoding", "gzip"),
+            ("content-range", "bytes 0-4/5"),
+            ("etag", "\"a\""),
+            ("content-md5", "a"),
+        ];
+        let stored = of(&[&of_body[..], &[("x-new", "old"), ("x-old", "1")]].concat());
+        let says = of_body.map(|(name, _)| (name, "another"));
+        let confirmed = of(&[&says[..], &[("x-new", "new"), ("age", "7"), ("cache-status", "other; hit")]].concat());
+        let expected = of(&[&of_body[..], &[("x-new", "new"), ("x-old", "1")]].concat());
+        assert_eq!(updated_headers(&stored, &confirmed), expected);
+    }
 }

@@ -320,6 +320,8 @@ mod tests {
             (404, &[("cache-control", "max-age=5")], "5"),
             (503, &[("cache-control", "max-age=5")], "5"),
             (503, &[], "failed: status"),
+            (403, &[], "declined: status"),
+            (404, &[], "shared: status"),
             (200, &[modified], "100"),
             (404, &[modified], "100"),
             (501, &[modified], "100"),
@@ -402,6 +404,30 @@ mod tests {
         ] {
             let Verdict::Store(life, _) = judge_as(data_type(), 200, &[("cache-control", control)]) else { panic!() };
             assert_eq!((life.refresh.as_secs(), life.on_error.as_secs()), (refresh, on_error), "{control}");
+        }
+    }
+
+    /// RFC 5861: for how long what has expired is served on purpose.
+    #[test]
+    fn a_window_is_only_tightened_unless_the_response_is_taken_at_its_word() {
+        for (own, says, tightened, by_response) in [
+            (None, "max-age=60", 0, 0),
+            (Some(10), "max-age=60", 10, 10),
+            (None, "max-age=60, stale-while-revalidate=20", 0, 20),
+            (Some(10), "max-age=60, stale-while-revalidate=20", 10, 20),
+            (Some(10), "max-age=60, stale-while-revalidate=5", 5, 5),
+            (Some(10), "max-age=60, stale-while-revalidate=20, must-revalidate", 0, 0),
+        ] {
+            for (freshness, expected) in [(Freshness::Tighten, tightened), (Freshness::Response, by_response)] {
+                let mut data_type = DataType::new("page", Ttl::Standard).freshness(freshness);
+                if let Some(own) = own {
+                    data_type = data_type.stale_while_revalidate(Duration::from_secs(own));
+                }
+                let Verdict::Store(life, _) = judge_as(data_type, 200, &[("cache-control", says)]) else {
+                    panic!("{says} is not stored");
+                };
+                assert_eq!(life.refresh.as_secs(), expected, "{own:?} {says} {freshness:?}");
+            }
         }
     }
 }

@@ -38,6 +38,8 @@ mod tests {
             ("bytes=5-50", Some(Some((5, 9)))),
             ("bytes=10-", Some(None)),
             ("bytes=-0", Some(None)),
+            ("bytes=5-5", Some(Some((5, 5)))),
+            ("bytes=9-", Some(Some((9, 9)))),
             ("bytes=3-2", None),
             ("bytes=0-1,3-4", None),
             ("bytes=a-b", None),
@@ -47,6 +49,9 @@ mod tests {
             ("bytes", None),
         ] {
             assert_eq!(parse_range(&HeaderValue::from_static(range), 10), expected, "{range}");
+        }
+        for range in ["bytes=0-", "bytes=-1", "bytes=0-0"] {
+            assert_eq!(parse_range(&HeaderValue::from_static(range), 0), Some(None), "{range} of nothing");
         }
     }
 }
