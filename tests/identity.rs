@@ -650,6 +650,13 @@ async fn what_a_body_asks_for_is_part_of_the_question() {
         let before = calls.load(Ordering::SeqCst);
         join_all((0..10).map(|_| ask(one, "application/json"))).await;
         assert_eq!(calls.load(Ordering::SeqCst) - before, 1);
+        // What is asked of a part of it, or of what one has, is no question to a `POST` (RFC 9110, sections 13.1 and 14.2).
+        if method == Method::POST {
+            for name in ["if-none-match", "if-modified-since", "range"] {
+                let reply = web.send(with(Method::POST, "/search", &[(name, "bytes=0-1")])).await;
+                assert_eq!(reply.cache_status(), "fwd=bypass; detail=precondition", "{name}");
+            }
+        }
         // Other methods write what is read here.
         web.send(request(Method::DELETE, "/search")).await;
         assert!(!ask(one, "application/json").await.is_hit());

@@ -165,11 +165,33 @@ async fn credentials_are_what_the_route_says() {
     get("/shared/1", &[("authorization", "a")]).await;
     assert!(get("/shared/1", &[("authorization", "b"), ("cookie", "c=d")]).await.is_hit());
     assert_eq!(get("/own/1", &[("authorization", "a")]).await.cache_status(), "fwd=bypass; detail=no-user");
+    assert_eq!(get("/own/1", &[("x-user", "")]).await.cache_status(), "fwd=bypass; detail=no-user");
     assert_eq!(get("/own/1", &[("x-user", "a"), ("x-user", "b")]).await.cache_status(), "fwd=bypass; detail=no-user");
     let a = get("/own/1", &[("x-user", "a"), ("authorization", "a")]).await;
     let b = get("/own/1", &[("x-user", "b"), ("authorization", "b")]).await;
     assert_ne!(a.body, b.body);
     assert_eq!(get("/own/1", &[("x-user", "a")]).await.body, a.body);
+}
+
+/// By a closure, which may find nothing, or nothing in it.
+#[tokio::test]
+async fn a_tenant_may_be_found_by_a_closure() {
+    let calls = Arc::default();
+    let cache = Cache::builder("test")
+        .tenant_from(|parts| Some(parts.headers.get("x-team")?.to_str().ok()?.to_owned()))
+        .data_type(DataType::new("user", Ttl::Standard))
+        .route(Route::new("/users/{user_id}", "user"))
+        .build()
+        .unwrap();
+    let web = Web::new(&cache, counting(&calls));
+    let get = async |teams: &[(&str, &str)]| web.send(with(Method::GET, "/users/1", teams)).await;
+    let red = get(&[("x-team", "red")]).await.body;
+    assert_ne!(get(&[("x-team", "blue")]).await.body, red);
+    let again = get(&[("x-team", "red")]).await;
+    assert!(again.is_hit() && again.body == red);
+    for nobody in [&[][..], &[("x-team", "")]] {
+        assert_eq!(get(nobody).await.cache_status(), "fwd=bypass; detail=no-tenant");
+    }
 }
 
 #[tokio::test]

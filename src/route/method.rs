@@ -31,3 +31,21 @@ pub(super) fn check_method(what: &str, method: &Method) -> Result<(), ConfigErro
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_known_method_in_lower_case_is_a_mistake() {
+        let check = |method: &str| check_method("it", &Method::from_bytes(method.as_bytes()).unwrap());
+        for (method, says) in
+            [("put", "write PUT"), ("Delete", "write DELETE"), ("GET", "safe"), ("head", "write HEAD")]
+        {
+            assert!(check(method).is_err_and(|error| error.to_string().contains(says)), "{method}");
+        }
+        for method in ["PUT", "PURGE", "purge", "LOCK"] {
+            assert!(check(method).is_ok(), "{method}");
+        }
+    }
+}

@@ -118,7 +118,6 @@ pub(crate) fn is_same(matched: &str, pattern: &str, all: bool) -> bool {
             // Every pattern begins with a slash.
             (Some(_), Some(b)) if !all && b.is_empty() && pattern.next().is_none() => return true,
             (None, None) => return true,
-            (Some(_), None) => return !all,
             _ => return false,
         }
     }
@@ -175,6 +174,7 @@ mod tests {
         let none = Extensions::new();
         let place = |mount: Option<&str>| Place::new(&uri, &none, mount).mount().to_owned();
         assert_eq!((place(None), place(Some("/admin"))), (String::new(), "/admin".to_owned()));
+        assert_eq!(Place::new(&uri, &none, None).below("/agents/2"), None);
         let below = |path: &'static str| Place::new(&uri, &none, Some("/admin")).below(path);
         assert_eq!(
             (below("/admin/agents/2"), below("/agents/2"), below("/administration")),

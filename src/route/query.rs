@@ -170,6 +170,7 @@ mod tests {
             ("a+b=1", "a%2Bb=1", false),
             ("%61=1&a=2", "a=2&%61=1", false),
             ("a=%2b", "a=%2B", true),
+            ("a=1+2", "a=12", false),
         ] {
             assert_eq!(variant(a) == variant(b), same, "{a} {b}");
         }
@@ -184,6 +185,18 @@ mod tests {
         for (a, b) in [("a=1&b=2", "b=2&a=1"), ("%61=1", "a=1"), ("a=1&", "a=1"), ("", "a")] {
             assert_ne!(variant_of(&Query::Exact, a), variant_of(&Query::Exact, b), "{a} {b}");
         }
+    }
+
+    /// As it was sent, so that it can be sent again.
+    #[test]
+    #[cfg(feature = "warm")]
+    fn what_counts_of_a_query_is_kept_as_it_was_sent() {
+        let only = Query::only(["limit", "a b"]);
+        for (query, counted) in [("utm=1&limit=2", "limit=2"), ("%6cimit=%31&a+b&c", "%6cimit=%31&a+b"), ("utm", "")] {
+            assert_eq!(only.counted(query), counted, "{query}");
+            assert_eq!(variant_of(&only, counted), variant_of(&only, query), "{query}");
+        }
+        assert_eq!([Query::All, Query::Exact, Query::Ignore].map(|rule| rule.counted("b&a=1")), ["b&a=1", "b&a=1", ""]);
     }
 
     proptest! {

@@ -432,6 +432,8 @@ mod tests {
     fn only_what_shrinks_is_compressed() {
         let packed = |body, headers| encode(&entry(body, headers, true), 0).unwrap().compressed;
         assert!(packed(vec![7; 2_000], &[]).is_some_and(|(from, to)| from == 2_000 && to < 100));
+        let half: Vec<u8> = (0..2_000).map(|i| if i < 1_000 { rand::random() } else { 7 }).collect();
+        assert!(packed(half, &[]).is_some_and(|(from, to)| from == 2_000 && to > 1_000), "half");
         assert_eq!(packed(vec![7; 1_000], &[]), None, "small");
         assert_eq!(packed(vec![7; 2_000], &[("content-encoding", "br")]), None);
         assert_eq!(packed(vec![7; 2_000], &[("content-type", "image/png")]), None);
@@ -602,6 +604,13 @@ mod tests {
             let clocks = Clocks { here, shared };
             let read = Entry::decode(entry.encode(clocks).unwrap().into(), clocks, None).unwrap();
             assert_eq!(read.expires, Millis::MAX);
+        }
+    }
+
+    #[test]
+    fn clocks_may_be_as_far_apart_as_they_like() {
+        for (here, shared, shift) in [(5, 3, -2), (3, 5, 2), (0, u64::MAX, i64::MAX), (u64::MAX, 0, i64::MIN)] {
+            assert_eq!(ahead(here, shared), shift, "{here} {shared}");
         }
     }
 }

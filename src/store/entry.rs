@@ -230,3 +230,44 @@ impl Entry {
         Duration::from_millis(now.saturating_sub(self.created))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http::header;
+
+    use super::*;
+
+    fn entry(life: Lifetime) -> Entry {
+        Entry::new(Payload::Value(Default::default()), [].into(), 1_000, life)
+    }
+
+    #[test]
+    fn a_marker_ends_with_what_it_leads_to() {
+        let second = Duration::from_secs(1);
+        let life = Lifetime { fresh: Some(second), refresh: second * 2, on_error: second * 3, ..Lifetime::default() };
+        let learned = Some(Learned::default());
+        let varied = Some(([header::ACCEPT].into(), Key::new(b"other".to_vec())));
+        let entry = Entry { learned, varied, ..entry(life) };
+        for (known, until) in
+            [(None, 5_000), (Some((4_000, true)), 5_000), (Some((9_000, true)), 9_000), (Some((4_000, false)), 4_000)]
+        {
+            let marker = entry.marker(&[header::ACCEPT], known);
+            let times = [marker.expires, marker.refresh_until, marker.on_error_until, marker.keep_until];
+            assert_eq!(times, [until; 4], "{known:?}");
+            assert!(marker.learned.is_none() && marker.varied.is_none());
+        }
+    }
+
+    /// With the probability that the paper gives: e to the power of −(what is left) / (beta × what a load takes).
+    #[test]
+    fn an_early_refresh_is_as_likely_as_the_paper_says() {
+        let life =
+            Lifetime { fresh: Some(Duration::from_secs(1)), load: Duration::from_millis(100), ..Lifetime::default() };
+        let entry = entry(life);
+        let of_10_000 = |now, beta| (0..10_000).filter(|_| entry.is_due(now, beta)).count();
+        for (left, beta, expected) in [(200, 1.0, 1_353), (200, 2.0, 3_679), (50, 0.5, 3_679), (10, 0.0, 0)] {
+            let found = of_10_000(2_000 - left, beta);
+            assert!(found.abs_diff(expected) <= expected / 5, "{left} ms left, beta {beta}: {found}");
+        }
+    }
+}
