@@ -32,8 +32,8 @@ use tonic::{
 };
 use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, Canonical, Cascade, Changes, Credentials, DataType, GrpcMethod, GrpcTarget, NoCache, OnUnmapped, Ttl,
-    changed, depends_on, testing::Clock,
+    Cache, Canonical, Cascade, Changes, Credentials, DataType, DescribedWrite, GrpcMethod, GrpcTarget, NoCache,
+    OnUnmapped, Ttl, changed, depends_on, testing::Clock,
 };
 
 fn cache() -> Cache {
@@ -67,6 +67,40 @@ fn status(metadata: &MetadataMap) -> String {
     let status = metadata.get("cache-status").map_or("", |v| v.to_str().unwrap());
     let status = status.strip_prefix("tower-cache-aside; ").unwrap_or(status);
     status.split("; fwd-status").next().unwrap().to_owned()
+}
+
+/// What a message says besides the id tells entries apart, and what a call writes is on the page of the mapping.
+#[tokio::test]
+async fn what_a_message_says_is_told() {
+    let cache = cache_with(|read| {
+        read.message(|bytes| {
+            let id = GetAgent::decode(bytes).ok()?.id;
+            Some(GrpcTarget::new(&id[..1]).variant(id))
+        })
+    });
+    let agents = Agents::default();
+    let mut client = AgentsClient::new(connect(&serve(&cache, &agents).await).await, "t");
+    for id in ["1a", "1b"] {
+        client.update(id, &format!("name {id}")).await.unwrap();
+    }
+    for hit in [false, true] {
+        for id in ["1a", "1b"] {
+            let reply = client.get(id).await.unwrap();
+            assert_eq!(status(reply.metadata()).starts_with("hit"), hit);
+            assert_eq!(reply.get_ref().name, format!("name {id}"));
+        }
+    }
+    let [described, whole] = [true, false].map(|is_described| {
+        let mut update = GrpcMethod::mutation(UPDATE, "agent");
+        if is_described {
+            update = update.message(|_| None);
+        }
+        let builder = Cache::builder("test").single_tenant("t").data_type(DataType::new("agent", Ttl::Standard));
+        builder.grpc(update).build().unwrap().describe().writes.remove(0)
+    });
+    assert_eq!(described.name, format!("gRPC {UPDATE}"));
+    let by = |write: &DescribedWrite| write.drops[0].by.clone();
+    assert_eq!((by(&described), by(&whole)), (vec!["agent".to_owned()], vec![]));
 }
 
 #[tokio::test]
