@@ -696,4 +696,75 @@ mod tests {
         }
         assert!(Arc::ptr_eq(&store.peek(key.as_bytes(), 1).unwrap(), &small));
     }
+
+    /// However many others are asked for meanwhile; and no more is kept of those than is in use.
+    #[tokio::test]
+    async fn a_tag_in_use_is_not_forgotten() {
+        let (store, key) = (MemoryStore::new(8 << 20), Key::new(b"s{t}:doc:=1".to_vec()));
+        fill(&store, &key, 100).await;
+        for i in 1..100 {
+            store.open(&group(i * 500..(i + 1) * 500)[0].tags).await.unwrap();
+        }
+        let states: usize = store.tags.iter().map(|shard| shard.lock().unwrap().states.len()).sum();
+        assert!(states <= TAG_SHARDS * 512, "{states} of 49,501");
+        assert!(store.peek(key.as_bytes(), 1).is_some());
+        store.invalidate(&group(0..1), None).await.unwrap();
+        assert!(store.peek(key.as_bytes(), 1).is_none());
+    }
+
+    #[tokio::test]
+    async fn what_was_dropped_is_counted_exactly_and_far_more_by_what_was_filled() {
+        for count in [1, 3, COUNT_LIMIT, COUNT_LIMIT + 5] {
+            let store = MemoryStore::new(64 << 20);
+            for i in 0..count {
+                fill(&store, &Key::new(format!("s{{t}}:doc:={i}").into_bytes()), 10).await;
+            }
+            assert_eq!(store.count(&group(0..1)).await.unwrap(), [count.min(COUNT_LIMIT) as u64]);
+            assert_eq!(store.invalidate(&group(0..1), None).await.unwrap(), [count as u64]);
+            assert_eq!(store.invalidate(&group(0..1), None).await.unwrap(), [0]);
+        }
+    }
+
+    /// How full it is, what had to go, and how often that was looked for: once for each time that it went.
+    #[tokio::test]
+    async fn what_has_to_go_is_told() {
+        let store = MemoryStore::with_largest(1 << 20, 64 << 10);
+        let key = |i: usize| Key::new(format!("s{{t}}:doc:={i}").into_bytes());
+        fill(&store, &key(0), 10_000).await;
+        let Usage { bytes, capacity, entries, evictions, evicted_misses, .. } = store.usage();
+        assert_eq!((capacity, entries, evictions, evicted_misses), (1 << 20, 1, 0, 0));
+        assert!((10_000..11_000).contains(&bytes), "{bytes}");
+        for i in 0..300 {
+            fill(&store, &key(i), 10_000).await;
+        }
+        let gone: Vec<_> = (0..300).filter(|i| store.peek(key(*i).as_bytes(), 1).is_none()).collect();
+        let Usage { bytes, entries, evictions, .. } = store.usage();
+        assert!(bytes <= 1 << 20 && entries as usize == 300 - gone.len(), "{bytes} {entries}");
+        assert_eq!(evictions as usize, gone.len());
+        for again in [false, true] {
+            let before = store.usage().evicted_misses;
+            for i in &gone {
+                store
+                    .lookup(Inquiry {
+                        key: &key(*i),
+                        tags: &[],
+                        required: 0,
+                        tier: Tier::default(),
+                        longest: None,
+                        now: 1,
+                    })
+                    .await
+                    .unwrap();
+            }
+            let missed = store.usage().evicted_misses - before;
+            assert!(if again { missed == 0 } else { missed as usize > gone.len() / 2 }, "{missed} of {}", gone.len());
+        }
+        // What was dropped before it had to go is no loss.
+        store.invalidate(&group(0..1), None).await.unwrap();
+        let before = store.usage().evictions;
+        for i in 300..320 {
+            fill(&store, &key(i), 10_000).await;
+        }
+        assert!(store.usage().evictions - before < 20);
+    }
 }
