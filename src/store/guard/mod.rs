@@ -471,4 +471,25 @@ mod tests {
         guard.invalidate(&[TagGroup::new("doc", tags.to_vec())], None).await.unwrap();
         assert_ne!(read.await.unwrap().generations, before);
     }
+
+    /// A store that says no works, and one that was not asked has shown nothing: each is counted as what it is.
+    #[tokio::test(start_paused = true)]
+    async fn only_silence_opens_the_breaker() {
+        let refused = || Err(StoreError::new("no"));
+        let silent = || Err(StoreError::unreachable("nothing"));
+        let away = || Err(StoreError::away("elsewhere"));
+        let answers: [(fn() -> Result<(), StoreError>, _); 4] =
+            [(refused, [100, 0, 0]), (silent, [0, 20, 80]), (away, [0, 0, 100]), (|| Ok(()), [0, 0, 0])];
+        for (answer, counts) in answers {
+            let guard = Guard::new(MemoryStore::new(1 << 20));
+            for _ in 0..100 {
+                assert_eq!(guard.call(|_| async { answer() }).await.is_err(), counts != [0; 3]);
+            }
+            assert_eq!(guard.usage().errors, Vec::from_iter(["refused", "silent", "away"].into_iter().zip(counts)));
+            assert_eq!(matches!(guard.health(), Health::Degraded(_)), counts[1] > 0, "{counts:?}");
+        }
+        let guard = Guard::new(MemoryStore::new(1 << 20));
+        let error = guard.call(|_| std::future::pending::<Result<(), _>>()).await.unwrap_err();
+        assert!(error.is_silence() && error.to_string().contains("no answer within 50ms"), "{error}");
+    }
 }
