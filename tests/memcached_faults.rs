@@ -473,6 +473,57 @@ async fn another_list_of_servers_is_another_cache() {
     assert!(turned.get(PATH).await.is_hit());
 }
 
+/// However many there are, and whichever of them has a tenant's entries.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_several_servers_drop_is_counted() {
+    let (servers, db) = ([(); 2].map(|()| Memcached::start(&[])), Db::default());
+    let list = servers.each_ref().map(|server| server.address());
+    let store = MemcachedStore::builder(list).settle(Duration::ZERO).budget(FOREVER);
+    let cache = Cache::builder("test")
+        .tenant_header("x-tenant")
+        .data_type(DataType::new("doc", Ttl::Standard))
+        .route(Route::new("/docs/{doc_id}", "doc"))
+        .mutation(Mutation::put("/docs/{doc_id}", "doc"))
+        .report_header(true)
+        .store(store.build().unwrap());
+    let (cache, start) = (cache.build().unwrap(), Instant::now());
+    let web = Web::new(&cache, origin(&db));
+    for tenant in ["a", "b", "c", "d", "e", "f", "g", "h"] {
+        let ask = |method| web.send(web::with(method, PATH, &[("x-tenant", tenant)]));
+        while !ask(Method::GET).await.is_hit() {
+            assert!(start.elapsed() < FOREVER, "{tenant}");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        for count in ["doc=1, total=1", "doc=0, total=0"] {
+            assert_eq!(ask(Method::PUT).await.header("cache-invalidated"), count, "{tenant}");
+        }
+    }
+}
+
+/// What the tier forbids, and what has no room, is not held in the process.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_held_in_the_process_is_what_the_tier_says() {
+    let server = Memcached::start(&[]);
+    for (room, tier, held) in [(8 << 20, Tier::Validated, 1), (8 << 20, Tier::Off, 0), (0, Tier::Validated, 0)] {
+        let store = patient(&server.address()).prefix(format!("{room}{tier:?}")).in_process(room).build().unwrap();
+        let web = Web::new(&over(store.clone(), tier).build().unwrap(), origin(&Db::default()));
+        until_hit(&web, "0").await;
+        assert!(web.get(PATH).await.is_hit());
+        assert_eq!(store.usage().entries, held, "{room} {tier:?}");
+    }
+}
+
+#[test]
+fn a_prefix_is_short_and_plain() {
+    for (prefix, is_good) in
+        [("cas", true), (&*"x".repeat(64), true), (&*"x".repeat(65), false), ("", false), ("a b", false), ("ä", false)]
+    {
+        let error = MemcachedStore::builder(["127.0.0.1:11211"]).prefix(prefix).build().err().map(|e| e.to_string());
+        assert_eq!(error.is_none(), is_good, "{prefix}");
+        assert!(error.is_none_or(|error| error.contains(&format!("prefix `{prefix}`"))));
+    }
+}
+
 /// What is held in the process holds nothing else: not what was read from the network together with it.
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread")]
