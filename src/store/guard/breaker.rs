@@ -196,7 +196,8 @@ mod tests {
         }
         let breaker = Breaker::new();
         for i in 0..100 {
-            assert!(breaker.call(1 + i * 11_000, false), "each in a window of its own");
+            let now = 1 + i * 11_000;
+            assert!(breaker.call(now, false) && !breaker.is_open_at(now), "each in a window of its own");
         }
     }
 
