@@ -59,11 +59,13 @@ async fn a_cluster_serves_tenants_from_all_its_nodes() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn whoever_connects_to_a_cluster_is_well_soon() {
     let cluster = RedisCluster::start();
+    // Their heartbeats are rare: so many are more than a busy machine has time for.
+    let store = || RedisStore::builder([cluster.url()]).heartbeat(Duration::from_secs(1)).build().unwrap();
     for _ in 0..3 {
-        let stores: Vec<_> = (0..50).map(|_| RedisStore::builder([cluster.url()]).build().unwrap()).collect();
+        let stores: Vec<_> = (0..50).map(|_| store()).collect();
         let start = Instant::now();
         while let Some(ill) = stores.iter().find(|store| store.health() != Health::Ok) {
-            assert!(start.elapsed() < Duration::from_secs(20), "{}", ill.health());
+            assert!(start.elapsed() < Duration::from_secs(60), "{}", ill.health());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
