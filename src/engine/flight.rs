@@ -165,10 +165,6 @@ impl Follower {
         self.1.tags()
     }
 
-    pub(super) fn is_fenced(&self) -> bool {
-        self.1.is_fenced()
-    }
-
     pub(super) fn landed(&self) -> Option<Landed> {
         self.0.borrow().clone()
     }

@@ -208,7 +208,7 @@ impl Engine {
             return match other.landed() {
                 // What came to nothing just now fails those who have joined it, and they try again together.
                 None | Some(Landed::Failed | Landed::Unshareable) => Begin::Follow(other, leader.stale.clone()),
-                Some(Landed::Done(entry)) if self.is_good_after(&other, &entry, leader.flight.tags()).await => {
+                Some(Landed::Done(entry)) if self.is_good_after(&entry, leader.flight.tags()).await => {
                     Begin::Hit(entry)
                 }
                 // It is good only for those who waited: no reason to wait.
@@ -240,10 +240,10 @@ impl Engine {
         }
     }
 
-    /// Whether the result of a flight that has landed is good for a request that comes now: what is not to be stored, or
-    /// was read while a write is under way, is not.
-    async fn is_good_after(&self, flight: &Follower, entry: &Entry, joined: &[Tag]) -> bool {
-        entry.is_fresh(self.now()) && !flight.is_fenced() && self.is_proven(entry, joined).await
+    /// Whether the result of a flight that has landed is good for a request that comes now: what is not to be stored is not.
+    /// (Nor is what was read while a write is under way: its generations are nobody's who boards.)
+    async fn is_good_after(&self, entry: &Entry, joined: &[Tag]) -> bool {
+        entry.is_fresh(self.now()) && self.is_proven(entry, joined).await
     }
 
     /// Whether a flight's result is good for a request that joined it by these tags. Those that only the response
@@ -334,4 +334,154 @@ pub(super) fn validity(entry: &Entry, required: &[Tag], asked: &[Tag], generatio
         }
     }
     if unknown.is_empty() { Validity::Valid } else { Validity::Unknown(unknown) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        Cache,
+        catalog::{DataType, Lifetime, Ttl},
+        store::{Payload, TagGroup},
+    };
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// An engine, and what requests for one key bring.
+    struct Bench {
+        engine: Arc<Engine>,
+        key: Key,
+        tags: [Tag; 1],
+        policy: Policy,
+    }
+
+    fn tag(id: &str) -> Tag {
+        Tag::entity(b"engine{t}", "doc", "doc", id.as_bytes())
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let doc = DataType::new("doc", SECOND * 60);
+            let policy = doc.policy.clone();
+            let cache = Cache::builder("engine").single_tenant("t").data_type(doc).build().unwrap();
+            Self {
+                engine: cache.0.engine.clone(),
+                key: Key::new(b"engine{t}:doc:=1".to_vec()),
+                tags: [tag("1")],
+                policy,
+            }
+        }
+
+        async fn begin(&self) -> Begin {
+            self.engine.begin(&self.key, &self.tags, &self.policy, Attempt::default()).await
+        }
+
+        async fn look(&self) -> Looked<'_> {
+            self.engine.look(&self.key, &self.tags, &self.policy).await
+        }
+
+        async fn go_on(&self, looked: Looked<'_>) -> Begin {
+            self.engine.go_on_from(looked, &self.key, &self.tags, &self.policy, Attempt::default()).await
+        }
+
+        async fn lead(&self) -> Leader {
+            let Begin::Lead(leader) = self.begin().await else { panic!("somebody else leads") };
+            leader
+        }
+
+        async fn drop(&self, tag: Tag) {
+            self.engine.store.invalidate(&[TagGroup::new("doc", vec![tag])], None).await.unwrap();
+        }
+    }
+
+    fn value() -> Payload {
+        Payload::Value(b"value".as_slice().into())
+    }
+
+    fn fresh_for(time: Duration) -> Lifetime {
+        Lifetime::fresh_for(Some(time))
+    }
+
+    /// What only the response has declared may have been dropped between its landing and who joined it, and could not see it.
+    #[tokio::test]
+    async fn a_result_is_shared_for_as_long_as_what_it_declared_stands() {
+        for (falls, time) in [(false, SECOND), (true, SECOND), (false, Duration::ZERO), (true, Duration::ZERO)] {
+            let bench = Bench::new();
+            let leader = bench.lead().await;
+            let Begin::Follow(waits, _) = bench.begin().await else { panic!("it is not joined") };
+            // Who has looked before it is known what the response declares.
+            let late = bench.look().await;
+            let sealed = leader.seal(value(), vec![tag("late")], fresh_for(time), None).await.unwrap();
+            if falls {
+                bench.drop(tag("late")).await;
+            }
+            assert_eq!(matches!(bench.engine.follow(waits).await, Landed::Done(_)), !falls, "who has waited");
+            // Who comes only now has no part in what was good for those who have waited.
+            let is_good = !falls && !time.is_zero();
+            assert_eq!(matches!(bench.go_on(late).await, Begin::Hit(_)), is_good, "{falls} {time:?}");
+            drop(sealed);
+        }
+    }
+
+    /// Once each, in the order of the flight; what is not declared again is none of an entry's tags.
+    #[tokio::test]
+    async fn what_a_response_declares_is_asked_for_with_it_until_it_does_not() {
+        let bench = Bench::new();
+        let [own, late] = [bench.tags[0].clone(), tag("late")];
+        for (declared, tags) in
+            [(vec![late.clone(), own.clone(), late.clone()], vec![own.clone(), late]), (vec![], vec![own.clone()])]
+        {
+            let sealed = bench.lead().await.seal(value(), declared, fresh_for(SECOND), None).await.unwrap();
+            assert!(sealed.entry.stamps.iter().map(|stamp| &stamp.tag).eq(&tags));
+            sealed.store().await;
+            assert_eq!(bench.look().await.asked, tags);
+            bench.drop(own.clone()).await;
+        }
+    }
+
+    /// Who has waited for a response that is its own request's tries again with the others; a failure is another thing.
+    #[tokio::test]
+    async fn who_has_waited_is_told_why_for_nothing() {
+        let bench = Bench::new();
+        for declines in [true, false] {
+            let leader = bench.lead().await;
+            let Begin::Follow(waits, _) = bench.begin().await else { panic!("it is not joined") };
+            if declines {
+                leader.decline()
+            } else {
+                drop(leader)
+            }
+            let landed = bench.engine.follow(waits).await;
+            assert_eq!(matches!(landed, Landed::Unshareable), declines);
+            assert_eq!(matches!(landed, Landed::Failed), !declines);
+        }
+    }
+
+    /// A reload tells of changes of the variant that it has loaded, and of none that a write has made.
+    #[tokio::test]
+    async fn a_poll_is_of_the_same_variant() {
+        let doc = DataType::new("doc", Ttl::adaptive(SECOND, SECOND * 60, 0.5));
+        let bench = Bench { policy: doc.policy.clone(), ..Bench::new() };
+        let life = Lifetime { validate: SECOND * 3_600, is_mapped: true, ..fresh_for(Duration::ZERO) };
+        let entry =
+            bench.lead().await.seal(value(), vec![], Lifetime { age: SECOND * 60, ..life }, None).await.unwrap();
+        entry.store().await;
+        let leader = bench.lead().await;
+        let other = Key::new(b"engine{t}:doc:=1 other".to_vec());
+        for (varied, is_poll) in [(None, true), (Some(&bench.key), true), (Some(&other), false)] {
+            assert_eq!(leader.poll(&value(), &life, varied).is_some(), is_poll, "{varied:?}");
+        }
+        drop(leader);
+        bench.drop(tag("1")).await;
+        assert!(bench.lead().await.poll(&value(), &life, None).is_none());
+    }
+
+    #[test]
+    fn only_what_is_newer_is_better() {
+        let entry = |age| Entry::new(value(), [].into(), 10_000, Lifetime { age, ..fresh_for(SECOND) });
+        let attempt = Attempt { lacking: Some(9_000), ..Attempt::default() };
+        assert!(attempt.takes(&entry(Duration::ZERO)));
+        assert!(!attempt.takes(&entry(SECOND)) && !attempt.takes(&entry(SECOND * 2)));
+        assert!(Attempt::default().takes(&entry(SECOND * 2)));
+    }
 }

@@ -435,6 +435,7 @@ mod tests {
             ("/tools/1", None),
             ("/1/tools/1", Some("/teams")),
             ("/a/b", None),
+            ("/healthz", None),
             ("/", None),
         ] {
             assert_eq!(cache.0.routes.prefix_of(path).as_deref(), prefix, "{path}");
