@@ -21,8 +21,8 @@ pub struct Target {
 
 const A_LITTLE: u64 = 2 << 20;
 const PER_BYTE: u64 = 2 << 10;
-/// Of serde, each sequence that is open may take a MiB, and it begins with five bytes.
-const PER_BYTE_OF_VALUES: u64 = (1 << 20) / 5;
+/// Of serde, each sequence that is open may take a MiB, and it begins with three bytes (MessagePack's `array 16`).
+const PER_BYTE_OF_VALUES: u64 = (1 << 20) / 3;
 /// Of the client library, which is asked what it makes of the same: of what is garbled it keeps all that it might have expected.
 const PER_BYTE_OF_RESP: u64 = 8 << 10;
 
