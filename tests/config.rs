@@ -7,7 +7,7 @@ mod web;
 use std::time::Duration;
 
 use tower_cache_aside::{
-    Cache, Canonical, Cascade, Coalesce, Config, DataType, Mutation, OnUnreachable, Query, Route, Tier, Ttl,
+    BodyKey, Cache, Canonical, Cascade, Coalesce, Config, DataType, Mutation, OnUnreachable, Query, Route, Tier, Ttl,
 };
 use web::{Web, ok, with};
 
@@ -77,6 +77,9 @@ const GOOD: &str = r#"
 
 #[tokio::test]
 async fn a_file_says_the_same_as_code() {
+    let search = "[[routes]]\npath = \"/search\"\ntype = \"result\"\nmethod = \"POST\"\nbody = \"json\"";
+    let search = Config::from_toml(search).unwrap();
+    assert_eq!(search.routes, [Route::new("/search", "result").method(http::Method::POST).body(BodyKey::Json)]);
     let config = Config::from_toml(GOOD).unwrap();
     assert_eq!(config.tenant_header.as_deref(), Some("x-tenant-id"));
     assert_eq!(config.fence, Some(Duration::from_secs(5)));

@@ -546,6 +546,7 @@ fn mistakes_are_refused_with_their_place() {
     for (builder, names, says) in [
         (builder().grpc(GrpcMethod::read("/agents.v1.Agents/GetAgent", "agnet")), "GetAgent", "unknown data type"),
         (builder().grpc(GrpcMethod::read("GetAgent", "agent")), "GetAgent", "/package.Service/Method"),
+        (builder().grpc(GrpcMethod::read("agents/v1/GetAgent", "agent")), "GetAgent", "/package.Service/Method"),
         (builder().grpc(GrpcMethod::read(GET, "agent")).grpc(GrpcMethod::read(GET, "agent")), "GetAgent", "twice"),
         (builder().grpc(GrpcMethod::mutation(UPDATE, "agent").include("friends")), "UpdateAgent", "friends"),
         // A list under the type of its rows: no update of one would find it.
@@ -563,6 +564,38 @@ fn mistakes_are_refused_with_their_place() {
 }
 
 /// Spellings of an id, and tags that responses declare, are for gRPC what they are for HTTP.
+/// A message that does not say whose its answer is: no write of that would find it.
+#[tokio::test]
+async fn what_no_write_would_find_is_not_stored() {
+    let inner = service_fn(|_: Request<_>| async {
+        Ok::<_, Infallible>(answer(vec![Ok(Frame::data(framed(b"x"))), Ok(trailers("0"))]))
+    });
+    for owner in [None, Some("user"), Some("team")] {
+        let target = move |bytes: &[u8]| {
+            let target = GrpcTarget::new(GetAgent::decode(bytes).ok()?.id);
+            Some(match owner {
+                Some(owner) => target.tag(owner, "8"),
+                None => target,
+            })
+        };
+        let cache = Cache::builder("test")
+            .tenant_header("x-tenant-id")
+            .data_type(DataType::new("agent", Ttl::Standard))
+            .data_type(DataType::new("user", Ttl::Standard))
+            .grpc(GrpcMethod::read(GET, "agent").message(target))
+            .grpc(GrpcMethod::mutation(UPDATE, "user").message(|_| Some(GrpcTarget::new("8"))))
+            .cascade(Cascade::new("user").drops(["agent"]))
+            .build()
+            .unwrap();
+        let service = cache.grpc_layer().layer(inner);
+        let message = prost::Message::encode_to_vec(&GetAgent { id: "1".into() });
+        let response = service.oneshot(call(GET, framed(&message))).await.unwrap();
+        let status = status(&MetadataMap::from_headers(response.into_parts().0.headers));
+        let expected = if owner == Some("user") { "fwd=uri-miss; stored" } else { "fwd=bypass; detail=tags" };
+        assert_eq!(status, expected, "{owner:?}");
+    }
+}
+
 #[tokio::test]
 async fn ids_are_canonical_and_tags_are_declared() {
     let calls = Arc::new(AtomicU64::new(0));

@@ -70,6 +70,15 @@ fn what_cannot_work_is_refused_with_the_mend() {
             "GET /agents/by-name/{name}",
             "declare tags",
         ),
+        // Called like an entity, elsewhere, and not for certain that.
+        (
+            agent()
+                .route(Route::new("/browsers/{agent}", "conversation"))
+                .mutation(put())
+                .cascade(Cascade::new("agent").drops(["conversation"])),
+            "GET /browsers/{agent}",
+            "{agent_id}",
+        ),
         // Declared in the other order it is the same.
         (
             agents()

@@ -1145,6 +1145,43 @@ impl Store for Between {
     }
 }
 
+/// What the creation of anything drops whole is fenced like what it is of: a list that is read meanwhile is not stored.
+#[tokio::test]
+async fn a_creation_fences_what_it_drops_whole() {
+    let cache = Cache::builder("test")
+        .single_tenant("t")
+        .data_type(DataType::new("agent", Ttl::Standard))
+        .data_type(DataType::new("agents", Ttl::Standard))
+        .route(Route::new("/agents", "agents"))
+        .route(Route::new("/agents/{agent_id}", "agent"))
+        .mutation(Mutation::post("/agents").creates("agent"))
+        .cascade(Cascade::new("agent").all(["agents"]).fenced(Duration::from_secs(60)))
+        .build()
+        .unwrap();
+    let gate = Arc::new(tokio::sync::Semaphore::new(0));
+    let own = gate.clone();
+    let web = answering(&cache, move |_| {
+        let gate = own.clone();
+        async move {
+            gate.acquire().await.unwrap().forget();
+            Ok(ok("created"))
+        }
+    });
+    let creation = web.send(request(Method::POST, "/agents"));
+    tokio::pin!(creation);
+    for _ in 0..10 {
+        assert!(futures_util::poll!(creation.as_mut()).is_pending());
+        tokio::task::yield_now().await;
+    }
+    for _ in 0..3 {
+        assert!(!web.get("/agents").await.is_hit());
+    }
+    gate.add_permits(1);
+    creation.await;
+    web.get("/agents").await;
+    assert!(web.get("/agents").await.is_hit());
+}
+
 /// What is made of an old value, which a tier in process still has, is not stored as if it were made of the new one.
 #[tokio::test]
 async fn a_response_is_no_newer_than_its_parts() {
