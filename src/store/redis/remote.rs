@@ -911,4 +911,29 @@ mod tests {
         assert_eq!(told(Value::Nil, Value::BulkString(b"foreign".to_vec())), None);
         assert_eq!(super::told(&[Value::Okay, Value::Okay], &[stored(1)], reign), None, "too few");
     }
+
+    /// By each of the groups: it was delivered to a reader, who has nothing left of what came up to it.
+    #[test]
+    fn an_entry_is_acknowledged_when_no_reader_has_it_before_him() {
+        let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let group = |name, last| Value::Array(vec![text("name"), text(name), text("last-delivered-id"), text(last)]);
+        let pending = |first: Option<&str>| Value::Array(vec![Value::Int(1), first.map_or(Value::Nil, text)]);
+        for (last, first, is_done) in [
+            ("5-0", None, true),
+            ("4-9", None, false),
+            ("10-0", None, true),
+            ("6-0", Some("5-0"), false),
+            ("6-0", Some("4-0"), false),
+            ("6-0", Some("5-1"), true),
+            ("6-0", Some("10-0"), true),
+        ] {
+            let groups = Value::Array(vec![group("east", "9-0"), group("west", last)]);
+            let replies = [groups, pending(None), pending(first)];
+            assert_eq!(is_acknowledged("5-0", &["east", "west"], &replies), is_done, "{last} {first:?}");
+            assert!(is_acknowledged("5-0", &["east"], &replies));
+            assert!(!is_acknowledged("5-0", &["north"], &replies), "a group that is not there");
+            assert!(!is_acknowledged("5-0", &["east"], &[Value::Nil, pending(None)]), "no groups");
+            assert!(!is_acknowledged("5-0", &["east"], &[replies[0].clone(), Value::Nil]), "no answer");
+        }
+    }
 }

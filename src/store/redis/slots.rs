@@ -66,9 +66,6 @@ impl Slots {
                 (None, None) => true,
                 _ => false,
             }),
-            #[cfg(feature = "redis-cluster")]
-            _ => false,
-            #[cfg(not(feature = "redis-cluster"))]
             _ => false,
         }
     }
