@@ -64,14 +64,11 @@ mod tests {
 
     use super::*;
     use crate::{
-        Cache,
-        catalog::{Coalesce, DataType, Lifetime},
-        engine::stale::Attempt,
+        catalog::{Coalesce, DataType, Lifetime, Tier},
+        engine::lookup::tests::{Bench, SECOND, value},
         key::Key,
-        store::{Entry, Fence, Generation, Inquiry, Mark, MemoryStore, Opened, Payload, Store, StoreFuture, TagGroup},
+        store::{Entry, Fence, Generation, Inquiry, Mark, MemoryStore, Opened, Store, StoreFuture, TagGroup},
     };
-
-    const SECOND: Duration = Duration::from_secs(1);
 
     /// In which another process has every claim, for ever.
     struct Claimed(MemoryStore);
@@ -89,7 +86,7 @@ mod tests {
         fn extend<'a>(&'a self, mark: Mark, tags: &'a [Tag]) -> StoreFuture<'a, Option<Vec<Generation>>> {
             self.0.extend(mark, tags)
         }
-        fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: crate::Tier, now: u64) -> StoreFuture<'a, ()> {
+        fn fill<'a>(&'a self, key: &'a Key, entry: Arc<Entry>, tier: Tier, now: u64) -> StoreFuture<'a, ()> {
             self.0.fill(key, entry, tier, now)
         }
         fn invalidate<'a>(&'a self, groups: &'a [TagGroup], fence: Option<&'a Fence>) -> StoreFuture<'a, Vec<u64>> {
@@ -107,20 +104,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_claim_is_waited_for_no_longer_than_it_may_last() {
         let doc = DataType::new("doc", SECOND).coalesce(Coalesce::Fleet);
-        let (policy, store) = (doc.policy.clone(), Claimed(MemoryStore::new(1 << 20)));
-        let cache = Cache::builder("fleet").single_tenant("t").data_type(doc).store(store).build().unwrap();
-        let (engine, key) = (cache.0.engine.clone(), Key::new(b"fleet{t}:doc:=1".to_vec()));
-        let tags = [Tag::entity(b"fleet{t}", "doc", "doc", b"1")];
+        let bench = Bench::of(doc, Claimed(MemoryStore::new(1 << 20)));
         let start = Instant::now();
-        let Begin::Lead(leader) = engine.begin(&key, &tags, &policy, Attempt::default()).await else {
-            panic!("who has the claim has stored nothing")
-        };
+        let leader = bench.lead().await;
         assert!((CLAIM..CLAIM + SECOND).contains(&start.elapsed()), "{:?}", start.elapsed());
         let life = Lifetime { refresh: SECOND * 60, ..Lifetime::fresh_for(Some(Duration::ZERO)) };
-        let sealed = leader.seal(Payload::Value(b"old".as_slice().into()), vec![], life, None).await.unwrap();
-        sealed.store().await;
+        leader.seal(value(), vec![], life, None).await.unwrap().store().await;
         let start = Instant::now();
-        let begun = engine.begin(&key, &tags, &policy, Attempt::default()).await;
+        let begun = bench.begin().await;
         assert!(matches!(begun, Begin::Hit(_)) && start.elapsed().is_zero());
     }
 }

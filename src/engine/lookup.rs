@@ -337,19 +337,19 @@ pub(super) fn validity(entry: &Entry, required: &[Tag], asked: &[Tag], generatio
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::{
         Cache,
         catalog::{DataType, Lifetime, Ttl},
-        store::{Payload, TagGroup},
+        store::{MemoryStore, Payload, Store, TagGroup},
     };
 
-    const SECOND: Duration = Duration::from_secs(1);
+    pub(in crate::engine) const SECOND: Duration = Duration::from_secs(1);
 
     /// An engine, and what requests for one key bring.
-    struct Bench {
-        engine: Arc<Engine>,
+    pub(in crate::engine) struct Bench {
+        pub(in crate::engine) engine: Arc<Engine>,
         key: Key,
         tags: [Tag; 1],
         policy: Policy,
@@ -361,9 +361,12 @@ mod tests {
 
     impl Bench {
         fn new() -> Self {
-            let doc = DataType::new("doc", SECOND * 60);
+            Self::of(DataType::new("doc", SECOND * 60), MemoryStore::new(1 << 20))
+        }
+
+        pub(in crate::engine) fn of(doc: DataType, store: impl Store) -> Self {
             let policy = doc.policy.clone();
-            let cache = Cache::builder("engine").single_tenant("t").data_type(doc).build().unwrap();
+            let cache = Cache::builder("engine").single_tenant("t").data_type(doc).store(store).build().unwrap();
             Self {
                 engine: cache.0.engine.clone(),
                 key: Key::new(b"engine{t}:doc:=1".to_vec()),
@@ -372,7 +375,7 @@ mod tests {
             }
         }
 
-        async fn begin(&self) -> Begin {
+        pub(in crate::engine) async fn begin(&self) -> Begin {
             self.engine.begin(&self.key, &self.tags, &self.policy, Attempt::default()).await
         }
 
@@ -384,7 +387,7 @@ mod tests {
             self.engine.go_on_from(looked, &self.key, &self.tags, &self.policy, Attempt::default()).await
         }
 
-        async fn lead(&self) -> Leader {
+        pub(in crate::engine) async fn lead(&self) -> Leader {
             let Begin::Lead(leader) = self.begin().await else { panic!("somebody else leads") };
             leader
         }
@@ -394,7 +397,7 @@ mod tests {
         }
     }
 
-    fn value() -> Payload {
+    pub(in crate::engine) fn value() -> Payload {
         Payload::Value(b"value".as_slice().into())
     }
 
@@ -461,7 +464,7 @@ mod tests {
     #[tokio::test]
     async fn a_poll_is_of_the_same_variant() {
         let doc = DataType::new("doc", Ttl::adaptive(SECOND, SECOND * 60, 0.5));
-        let bench = Bench { policy: doc.policy.clone(), ..Bench::new() };
+        let bench = Bench::of(doc, MemoryStore::new(1 << 20));
         let life = Lifetime { validate: SECOND * 3_600, is_mapped: true, ..fresh_for(Duration::ZERO) };
         let entry =
             bench.lead().await.seal(value(), vec![], Lifetime { age: SECOND * 60, ..life }, None).await.unwrap();

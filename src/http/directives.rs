@@ -183,13 +183,14 @@ fn members(headers: &HeaderMap, name: &HeaderName) -> impl Iterator<Item = (Stri
         if quoted {
             parts = line.split(',').collect();
         }
-        let parts: Vec<String> = parts.into_iter().map(|member| member.trim().to_owned()).collect();
-        parts.into_iter().filter(|member| !member.is_empty()).map(|member| match member.split_once('=') {
+        let members = parts.into_iter().map(str::trim).filter(|member| !member.is_empty());
+        let members = members.map(|member| match member.split_once('=') {
             None => (member.to_ascii_lowercase(), Value::None),
             // No spaces belong around the equals sign.
             Some((name, _)) if name.trim() != name => (name.trim().to_ascii_lowercase(), Value::Malformed),
             Some((name, value)) => (name.to_ascii_lowercase(), Value::parse(value)),
-        })
+        });
+        members.collect::<Vec<_>>()
     })
 }
 

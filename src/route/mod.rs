@@ -50,6 +50,8 @@ use crate::{
     observe::Tellers,
 };
 use check::{Cause, Check, Expected, Reader};
+#[cfg(any(test, fuzzing))]
+pub(crate) use pattern::MOST_PARAMS;
 pub(crate) use pattern::Pattern;
 use pattern::{Param, pattern_error};
 

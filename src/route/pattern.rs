@@ -10,6 +10,9 @@ use crate::{
     error::ConfigError,
 };
 
+/// The router names its own a to y, and panics at the next.
+pub(crate) const MOST_PARAMS: usize = 25;
+
 /// The parameters of a path, in the order of the path.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Pattern {
@@ -142,9 +145,6 @@ fn unescaped(raw: &str) -> Vec<u8> {
 fn is_delimiter(byte: u8) -> bool {
     b":/?#[]@!$&'()*+,;=%\\".contains(&byte)
 }
-
-/// The router names its own a to y.
-const MOST_PARAMS: usize = 25;
 
 /// What no path of a request can look like.
 fn check_path(path: &str) -> Result<(), String> {
