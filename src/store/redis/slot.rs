@@ -19,6 +19,10 @@ pub(crate) fn name_in(own: &[(u16, u16)], nth: usize) -> Option<String> {
         let at = slot(format!("{{{name}}}").as_bytes());
         own.iter().any(|&(first, last)| (usize::from(first)..=usize::from(last)).contains(&at))
     };
+    // A server that is no cluster's claims none, and a search in vain takes milliseconds.
+    if own.is_empty() {
+        return None;
+    }
     // Few masters have so few slots that this finds none; those are not worth a longer search.
     (0..4 * SLOTS).map(|n| format!("~{n}")).filter(is_own).nth(nth)
 }
