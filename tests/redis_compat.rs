@@ -423,7 +423,9 @@ async fn without_scripts_nothing_is_fenced() {
         assert_eq!(process(&strict, &db).put("/docs/1").await.status, StatusCode::SERVICE_UNAVAILABLE);
         // It is known of the next connection as well.
         redis.command(&["CLIENT", "KILL", "TYPE", "normal"]);
+        redis.signal("-STOP");
         until_health(&fenced, "down").await;
+        redis.signal("-CONT");
         until_health(&fenced, "EVAL").await;
         // What stands under our keys is replaced without a script, too.
         redis.command(&["LPUSH", "cas:g:test{t}:doc:doc=2", "x"]);
