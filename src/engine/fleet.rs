@@ -59,7 +59,7 @@ impl Engine {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::sync::Arc;
 
     use super::*;
@@ -70,8 +70,8 @@ mod tests {
         store::{Entry, Fence, Generation, Inquiry, Mark, MemoryStore, Opened, Store, StoreFuture, TagGroup},
     };
 
-    /// In which another process has every claim, for ever.
-    struct Claimed(MemoryStore);
+    /// In which another process has every claim, for ever; and which is not here.
+    pub(in crate::engine) struct Claimed(pub(in crate::engine) MemoryStore);
 
     impl Store for Claimed {
         fn claim<'a>(&'a self, _: &'a Key, _: Duration) -> StoreFuture<'a, bool> {

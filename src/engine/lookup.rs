@@ -342,6 +342,7 @@ pub(super) mod tests {
     use crate::{
         Cache,
         catalog::{DataType, Lifetime, Ttl},
+        engine::fleet::tests::Claimed,
         store::{MemoryStore, Payload, Store, TagGroup},
     };
 
@@ -350,9 +351,9 @@ pub(super) mod tests {
     /// An engine, and what requests for one key bring.
     pub(in crate::engine) struct Bench {
         pub(in crate::engine) engine: Arc<Engine>,
-        key: Key,
-        tags: [Tag; 1],
-        policy: Policy,
+        pub(in crate::engine) key: Key,
+        pub(in crate::engine) tags: [Tag; 1],
+        pub(in crate::engine) policy: Policy,
     }
 
     fn tag(id: &str) -> Tag {
@@ -360,7 +361,7 @@ pub(super) mod tests {
     }
 
     impl Bench {
-        fn new() -> Self {
+        pub(in crate::engine) fn new() -> Self {
             Self::of(DataType::new("doc", SECOND * 60), MemoryStore::new(1 << 20))
         }
 
@@ -392,7 +393,7 @@ pub(super) mod tests {
             leader
         }
 
-        async fn drop(&self, tag: Tag) {
+        pub(in crate::engine) async fn drop(&self, tag: Tag) {
             self.engine.store.invalidate(&[TagGroup::new("doc", vec![tag])], None).await.unwrap();
         }
     }
@@ -401,7 +402,7 @@ pub(super) mod tests {
         Payload::Value(b"value".as_slice().into())
     }
 
-    fn fresh_for(time: Duration) -> Lifetime {
+    pub(in crate::engine) fn fresh_for(time: Duration) -> Lifetime {
         Lifetime::fresh_for(Some(time))
     }
 
@@ -424,6 +425,27 @@ pub(super) mod tests {
             assert_eq!(matches!(bench.go_on(late).await, Begin::Hit(_)), is_good, "{falls} {time:?}");
             drop(sealed);
         }
+    }
+
+    /// One that has landed since the look-up, whose entry that just missed.
+    #[tokio::test]
+    async fn who_looked_while_another_loaded_has_its_result() {
+        let bench = Bench::of(DataType::new("doc", SECOND * 60), Claimed(MemoryStore::new(1 << 20)));
+        let leader = bench.lead().await;
+        let late = bench.look().await;
+        leader.seal(value(), vec![], fresh_for(SECOND), None).await.unwrap().store().await;
+        assert!(matches!(bench.go_on(late).await, Begin::Hit(_)));
+    }
+
+    /// Else nothing would be learned of what is asked for less often than it expires.
+    #[tokio::test]
+    async fn what_learns_its_ttl_is_kept_for_the_longest_that_may_be() {
+        let doc = DataType::new("doc", Ttl::adaptive(SECOND, SECOND * 60, 0.5));
+        let bench = Bench::of(doc, MemoryStore::new(1 << 20));
+        let life = Lifetime { is_mapped: true, ..fresh_for(SECOND) };
+        let sealed = bench.lead().await.seal(value(), vec![], life, None).await.unwrap();
+        assert!(sealed.entry.keep_until - sealed.entry.created >= 60_000);
+        assert_eq!(sealed.key(), bench.key.as_bytes());
     }
 
     /// Once each, in the order of the flight; what is not declared again is none of an entry's tags.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use tokio::time::timeout;
 
 use super::{
-    Engine, Inside,
+    Engine, Inside, MAX_ATTEMPTS,
     flight::{Follower, Landed},
     leader::Leader,
     lookup::{Begin, Looked},
@@ -108,16 +108,13 @@ impl Round {
         let created = entry.created;
         match asker.judge(&mut entry, source) {
             Use::Answer(answer) => return Some(answer),
-            Use::Elsewhere(other) => {
-                self.key = other;
-                self.attempt.failures += 1;
-            }
+            Use::Elsewhere(other) => self.key = other,
             Use::Useless => self.attempt.reload = true,
-            Use::Lacking => {
-                self.attempt.lacking = Some(created);
-                self.attempt.failures += 1;
-            }
+            Use::Lacking => self.attempt.lacking = Some(created),
         }
+        self.attempt.failures += 1;
+        // What leads in a circle, or is never good enough, is replaced.
+        self.attempt.reload |= self.attempt.failures >= MAX_ATTEMPTS;
         None
     }
 }
@@ -278,12 +275,98 @@ mod tests {
     use std::time::Duration;
 
     use bytes::Bytes;
+    use tokio::time::{Instant, sleep};
 
     use super::*;
     use crate::{
-        catalog::{Lifetime, Ttl},
-        store::Payload,
+        catalog::{DataType, Lifetime, Ttl},
+        engine::lookup::tests::{Bench, SECOND, fresh_for, value},
+        store::{MemoryStore, Payload},
     };
+
+    /// Who takes what is there, or finds something else in it each time.
+    #[derive(Default)]
+    struct Client {
+        finds: Option<fn(&Bench) -> Use<Source>>,
+        is_alone: bool,
+        only_stored: bool,
+    }
+
+    /// The same, with what it asks.
+    struct Asking<'a>(&'a Client, &'a Bench);
+
+    impl Asker for Asking<'_> {
+        type Answer = Source;
+
+        fn judge(&mut self, _: &mut Arc<Entry>, source: Source) -> Use<Source> {
+            self.0.finds.map_or(Use::Answer(source), |finds| finds(self.1))
+        }
+        fn is_alone(&self) -> bool {
+            self.0.is_alone
+        }
+        fn only_stored(&self) -> bool {
+            self.0.only_stored
+        }
+    }
+
+    impl Client {
+        async fn obtain(&self, bench: &Bench) -> Obtained<Source> {
+            bench.engine.obtain(bench.key.clone(), &bench.tags, &bench.policy, &mut Asking(self, bench)).await
+        }
+    }
+
+    #[tokio::test]
+    async fn no_entry_leads_in_a_circle_for_ever() {
+        let finds: [fn(&Bench) -> Use<Source>; 3] =
+            [|bench| Use::Elsewhere(bench.key.clone()), |_| Use::Lacking, |_| Use::Useless];
+        for finds in finds {
+            let bench = Bench::new();
+            bench.lead().await.seal(value(), vec![], fresh_for(SECOND * 60), None).await.unwrap().store().await;
+            let client = Client { finds: Some(finds), ..Client::default() };
+            assert!(matches!(client.obtain(&bench).await, Obtained::Load(Some(_))));
+        }
+    }
+
+    #[tokio::test]
+    async fn who_does_not_wait_is_not_made_to() {
+        let bench = Bench::new();
+        let _leader = bench.lead().await;
+        let client = Client { only_stored: true, ..Client::default() };
+        assert!(matches!(client.obtain(&bench).await, Obtained::Absent));
+        let client = Client { is_alone: true, ..Client::default() };
+        assert!(matches!(client.obtain(&bench).await, Obtained::Load(Some(_))));
+    }
+
+    /// Patience is for who has something else to serve.
+    #[tokio::test(start_paused = true)]
+    async fn another_call_is_waited_for_where_there_is_nothing_else_to_serve() {
+        for falls in [false, true] {
+            let bench = Bench::of(
+                DataType::new("doc", SECOND).stale_if_error(SECOND * 60).soft_timeout(SECOND),
+                MemoryStore::new(1 << 20),
+            );
+            let life = Lifetime { on_error: SECOND * 60, ..fresh_for(Duration::ZERO) };
+            bench.lead().await.seal(value(), vec![], life, None).await.unwrap().store().await;
+            if falls {
+                bench.drop(bench.tags[0].clone()).await;
+            }
+            let (leader, client, start) = (bench.lead().await, Client::default(), Instant::now());
+            let load = async {
+                sleep(SECOND * 10).await;
+                leader.seal(value(), vec![], fresh_for(SECOND), None).await.unwrap().store().await;
+            };
+            let (obtained, ()) = tokio::join!(
+                async {
+                    let obtained = client.obtain(&bench).await;
+                    assert_eq!(start.elapsed().as_secs(), if falls { 10 } else { 1 });
+                    obtained
+                },
+                load
+            );
+            let expected = if falls { Source::Flight } else { Source::Stale };
+            assert!(matches!(obtained, Obtained::Answer(source) if source == expected), "{falls}");
+        }
+    }
 
     /// Made at 0; fresh for 10 s, served for 10 s more while it is refreshed, and for 20 s when the origin fails.
     fn stale(invalidated: bool) -> Stale {
@@ -319,10 +402,14 @@ mod tests {
             (Landed::Failed, 29_000, true, Ttl::Short.into(), false),
             (Landed::Failed, 29_000, true, serving, true),
             (Landed::Unshareable, 29_000, false, Ttl::Short.into(), false),
+            (Landed::Overdue, 29_000, false, Ttl::Short.into(), true),
+            (Landed::Overdue, 30_000, false, Ttl::Short.into(), false),
         ] {
+            let is_overdue = matches!(landed, Landed::Overdue);
             let landing = landing(landed, Some(stale(invalidated)), now, &policy);
             assert_eq!(matches!(landing, Landing::ServeStale(_)), served, "{now} {invalidated}");
-            assert!(served || matches!(landing, Landing::TryAgain));
+            // Who has waited too long does not wait again.
+            assert_eq!(matches!(landing, Landing::TryAgain), !served && !is_overdue);
         }
     }
 }
