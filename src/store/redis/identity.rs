@@ -50,3 +50,29 @@ impl Identity {
 fn is_forbidden(error: &ServerError) -> bool {
     ["NOPERM", "ERR"].contains(&error.code())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(text: &str) -> Value {
+        redis::parse_redis_value(text.as_bytes()).unwrap()
+    }
+
+    /// A server may keep to itself which it is; one that cannot answer now is not asked twice in the same breath.
+    #[test]
+    fn what_may_not_be_asked_is_unknown_and_what_fails_fails() {
+        for (line, is_hidden) in [
+            ("-NOPERM no permissions to run the 'info' command\r\n", true),
+            ("-ERR unknown command 'INFO'\r\n", true),
+            ("-LOADING Redis is loading the dataset in memory\r\n", false),
+            ("-NOAUTH Authentication required.\r\n", false),
+        ] {
+            let role = "$13\r\nrole:master\r\n\r\n";
+            for replies in [[info(line), info(role)], [info(role), info(line)]] {
+                let identity = Identity::of(&replies);
+                assert_eq!(identity.is_ok_and(|identity| identity.reign.is_none()), is_hidden, "{line}");
+            }
+        }
+    }
+}

@@ -187,6 +187,7 @@ mod tests {
                 async move { echo(&lane, &key).await }
             })
             .await;
+            assert!(!lane.is_over());
         }
     }
 

@@ -112,3 +112,69 @@ fn code(text: &str) -> Option<&'static str> {
         () => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use redis::{ErrorKind, Value};
+
+    use super::*;
+
+    /// As a server says it.
+    fn refused(line: &str) -> Trouble {
+        match redis::parse_redis_value(format!("-{line}\r\n").as_bytes()).unwrap() {
+            Value::ServerError(error) => (&error).into(),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_with_its_mend() {
+        for (line, mend) in [
+            ("READONLY You can't write against a read only replica.", "address of the master"),
+            ("NOREPLICAS Not enough good replicas to write.", "min-replicas-to-write"),
+            ("MISCONF Redis is configured to save RDB snapshots", "make room"),
+            ("OOM command not allowed when used memory > 'maxmemory'.", "allkeys-lru"),
+            ("NOPERM this user has no permissions to run the 'get' command", "ACL"),
+            ("NOAUTH Authentication required.", "user and password"),
+            ("WRONGPASS invalid username-password pair", "user and password"),
+            ("MOVED 3999 127.0.0.1:6381", "redis+cluster://"),
+            ("CROSSSLOT Keys in request don't hash to the same slot", "redis+cluster://"),
+            ("CLUSTERDOWN The cluster is down", "the cluster is changing"),
+            ("TRYAGAIN Multiple keys request during rehashing of slot", "the cluster is changing"),
+            ("LOADING Redis is loading the dataset in memory", "it is starting"),
+            ("MASTERDOWN Link with MASTER is down", "it is starting"),
+            ("ERR unknown command 'EVAL', with args beginning with:", "no such command"),
+            ("ERR unknown command `HELLO`, with args beginning with: `3`,", "RESP3"),
+        ] {
+            assert!(refused(line).to_string().contains(mend), "{line}: {}", refused(line));
+        }
+        assert!(Trouble::new("FOREIGN", "another's").to_string().contains("this prefix"));
+        assert!(Trouble::new(HIDDEN, "hidden").to_string().contains("assume_one_server"));
+        assert_eq!(Trouble::silent("nobody answers").to_string(), "nobody answers");
+    }
+
+    /// As old servers, new ones and those of others write it.
+    #[test]
+    fn a_command_is_missed_only_where_the_server_says_so() {
+        for line in
+            ["ERR unknown command 'EVAL', with", "ERR unknown command `eval`, with", "ERR unknown command 'EvAl'"]
+        {
+            assert!(refused(line).is_without("EVAL"), "{line}");
+            assert!(!refused(line).is_without("WAIT"), "{line}");
+        }
+        for line in ["NOPERM no permissions to run the 'EVAL' command", "ERR unknown command", "ERR wrong 'EVAL'"] {
+            assert!(!refused(line).is_without("EVAL"), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_client_library_names_what_it_found_out_itself() {
+        for (kind, code) in [
+            (ErrorKind::RESP3NotSupported, HELLO),
+            (ErrorKind::AuthenticationFailed, "WRONGPASS"),
+            (ErrorKind::Io, SILENT),
+        ] {
+            assert_eq!(&*Trouble::from(RedisError::from((kind, "it"))).code, code);
+        }
+    }
+}
