@@ -15,9 +15,9 @@ use crate::{
     key::{Key, Tag},
     store::{Entry, Generation, Stamp},
     sync::{
-        Mutex, MutexGuard,
+        Mutex, MutexGuard, Notify,
         atomic::{AtomicBool, Ordering},
-        timeout_at, watch,
+        timeout_at,
     },
 };
 
@@ -51,13 +51,15 @@ pub(crate) struct Flight {
     /// Those that its own call waits for.
     awaits: Mutex<Vec<Arc<Flight>>>,
     is_overdue: AtomicBool,
-    landed: watch::Sender<Option<Landed>>,
+    landed: Mutex<Option<Landed>>,
+    /// Who waits is woken in the order of their coming, so that a simulated run is the same each time.
+    is_over: Notify,
 }
 
 impl Flight {
     pub(crate) fn new(tags: Vec<Tag>, generations: Vec<Generation>, began: Millis, until: Instant) -> Self {
-        let (awaits, is_overdue, landed) = (Mutex::default(), AtomicBool::new(false), watch::channel(None).0);
-        Self { tags, generations, began, until, awaits, is_overdue, landed }
+        let (awaits, is_overdue) = (Mutex::default(), AtomicBool::new(false));
+        Self { tags, generations, began, until, awaits, is_overdue, landed: Mutex::default(), is_over: Notify::new() }
     }
 
     fn awaits(&self) -> MutexGuard<'_, Vec<Arc<Self>>> {
@@ -103,20 +105,21 @@ impl Flight {
 
     /// Not one that takes too long, nor one that came to nothing: who meets that before it is off the table leads the next.
     fn is_worth_joining(&self) -> bool {
-        match *self.landed.borrow() {
+        match *self.landed() {
             None => Instant::now() < self.until,
             Some(Landed::Failed | Landed::Unshareable) => false,
             Some(_) => true,
         }
     }
 
+    fn landed(&self) -> MutexGuard<'_, Option<Landed>> {
+        self.landed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The first word counts.
     pub(crate) fn land(&self, how: Landed) {
-        self.landed.send_if_modified(|landed| {
-            let first = landed.is_none();
-            landed.get_or_insert(how);
-            first
-        });
+        self.landed().get_or_insert(how);
+        self.is_over.notify_waiters();
     }
 }
 
@@ -146,7 +149,7 @@ impl Flights {
         if other.is_none() {
             flights.insert(key.clone(), own.clone());
         }
-        other.map(|flight| Follower(flight.landed.subscribe(), flight))
+        other.map(Follower)
     }
 
     pub(crate) fn remove(&self, key: &Key, own: &Arc<Flight>) {
@@ -158,43 +161,42 @@ impl Flights {
 }
 
 /// A seat in another's flight, which it keeps from being forgotten.
-pub(crate) struct Follower(watch::Receiver<Option<Landed>>, Arc<Flight>);
+pub(crate) struct Follower(Arc<Flight>);
 
 impl Follower {
     pub(super) fn tags(&self) -> &[Tag] {
-        self.1.tags()
+        self.0.tags()
     }
 
     pub(super) fn landed(&self) -> Option<Landed> {
-        self.0.borrow().clone()
+        self.0.landed().clone()
     }
 
     /// Whether it is one of these, or comes to an end only after one of them.
     pub(super) fn is_needed_by(&self, inside: &[Arc<Flight>]) -> bool {
-        inside.iter().any(|own| Arc::ptr_eq(own, &self.1)) || self.1.needs(inside)
+        inside.iter().any(|own| Arc::ptr_eq(own, &self.0)) || self.0.needs(inside)
     }
 
     /// Waits until it has landed, and no longer than anybody should. `inside` are the flights whose calls the caller is a part
     /// of: one of them, or one that waits for them, it must not wait for.
     pub(super) async fn wait(&self, inside: &[Arc<Flight>]) -> Landed {
         // Said before it is asked: of two that begin to wait for each other, one sees it.
-        let waiting = Waiting::new(inside, &self.1);
+        let waiting = Waiting::new(inside, &self.0);
         if self.is_needed_by(inside) {
             return Landed::Alone;
         }
-        let mut landed = self.0.clone();
-        let landed = timeout_at(self.1.until, landed.wait_for(Option::is_some)).await;
-        drop(waiting);
-        match landed {
-            Ok(Ok(landed)) => landed.clone().unwrap_or(Landed::Failed),
-            Ok(Err(_)) => Landed::Failed,
-            Err(_) => {
-                if !self.1.is_overdue.swap(true, Ordering::Relaxed) {
-                    tracing::warn!("a call takes longer than its `coalesce_timeout`: who waited for it calls alone");
-                }
-                Landed::Overdue
-            }
+        // What lands from here on is heard.
+        let is_over = self.0.is_over.notified();
+        if self.landed().is_none() {
+            let _ = timeout_at(self.0.until, is_over).await;
         }
+        drop(waiting);
+        self.landed().unwrap_or_else(|| {
+            if !self.0.is_overdue.swap(true, Ordering::Relaxed) {
+                tracing::warn!("a call takes longer than its `coalesce_timeout`: who waited for it calls alone");
+            }
+            Landed::Overdue
+        })
     }
 }
 

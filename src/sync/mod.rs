@@ -15,11 +15,10 @@ mod real {
     #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
     pub(crate) use tokio::{
         runtime::Handle,
-        sync::Notify,
         time::{sleep, timeout},
     };
     pub(crate) use tokio::{
-        sync::watch,
+        sync::Notify,
         task_local,
         time::{Instant, timeout_at},
     };

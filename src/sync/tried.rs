@@ -33,10 +33,9 @@ pub(crate) mod shared {
     #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
     pub(crate) use shuttle_tokio::{
         runtime::Handle,
-        sync::Notify,
         time::{sleep, timeout},
     };
-    pub(crate) use shuttle_tokio::{sync::watch, task_local, time::timeout_at};
+    pub(crate) use shuttle_tokio::{sync::Notify, task_local, time::timeout_at};
 
     /// A clock that stands still until a program [advances](super::advance) it.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
