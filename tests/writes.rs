@@ -307,6 +307,41 @@ async fn a_resolver_cannot_lose_an_invalidation() {
 
 /// A thousand ids are one question, before and after.
 #[tokio::test]
+async fn of_very_many_children_all_fall() {
+    let (tasks, drafts) = (AtomicU64::new(0), AtomicU64::new(0));
+    let counts = Arc::new([tasks, drafts]);
+    let some = |nth: usize| {
+        let counts = counts.clone();
+        move |_: Vec<String>| {
+            let count = counts[nth].load(Ordering::SeqCst);
+            async move { Ok::<_, io::Error>((0..count).map(|i| format!("{nth}-{i}")).collect::<Vec<_>>()) }
+        }
+    };
+    let (some_tasks, some_drafts) = (some(0), some(1));
+    let cache = Cache::builder("test")
+        .single_tenant("t")
+        .data_type(DataType::new("project", Ttl::Standard))
+        .data_type(DataType::new("task", Ttl::Standard))
+        .route(Route::new("/projects/{project_id}", "project"))
+        .route(Route::new("/tasks/{task_id}", "task"))
+        .cascade(Cascade::new("project").relation("tasks", "task").relation("drafts", "task"))
+        .resolver("tasks", move |_, ids| some_tasks(ids))
+        .resolver("drafts", move |_, ids| some_drafts(ids))
+        .mutation(Mutation::put("/projects/{project_id}", "project").include("tasks").include("drafts"))
+        .build()
+        .unwrap();
+    let web = answering(&cache, |_| async { Ok(status(204)) });
+    for (tasks, drafts, all) in [(1_000, 0, false), (1_001, 0, true), (500, 500, false), (501, 500, true)] {
+        counts[0].store(tasks, Ordering::SeqCst);
+        counts[1].store(drafts, Ordering::SeqCst);
+        web.get("/tasks/10").await;
+        assert!(web.get("/tasks/10").await.is_hit());
+        web.put("/projects/1").await;
+        assert_eq!(!web.get("/tasks/10").await.is_hit(), all, "{tasks} {drafts}");
+    }
+}
+
+#[tokio::test]
 async fn resolvers_are_asked_for_many_at_once() {
     let asked = Arc::new(Mutex::new(vec![]));
     let questions = asked.clone();
@@ -473,6 +508,49 @@ async fn unmapped_methods_drop_what_is_read_there() {
             let fallen = dropped(&web, async |web| _ = web.send(request(method.clone(), path)).await).await;
             assert_eq!(fallen, *falls, "{method} {path}");
         }
+    }
+}
+
+/// Each method of a path is declared for itself.
+#[tokio::test]
+async fn a_mutation_is_of_its_method() {
+    let cache = tasks().mutation(Mutation::put("/tasks/{task_id}/done", "task")).build().unwrap();
+    let web = answering(&cache, |_| async { Ok(status(204)) });
+    for (method, falls) in [(Method::DELETE, &[][..]), (Method::PUT, &["/tasks/10", "/tasks"])] {
+        let fallen = dropped(&web, async |web| _ = web.send(request(method.clone(), "/tasks/10/done")).await).await;
+        assert_eq!(fallen, falls, "{method}");
+    }
+}
+
+/// A list of the same type names none of those that are in it.
+#[tokio::test]
+async fn what_no_id_finds_falls_whole() {
+    let cache = Cache::builder("test")
+        .single_tenant("t")
+        .data_type(DataType::new("project", Ttl::Standard))
+        .data_type(DataType::new("task", Ttl::Standard))
+        .route(Route::new("/projects/{project_id}", "project"))
+        .route(Route::new("/projects", "project"))
+        .route(Route::new("/tasks/{task_id}", "task"))
+        .route(Route::new("/tasks", "task"))
+        .build()
+        .unwrap();
+    let web = answering(&cache, |_| async { Ok(status(204)) });
+    let fallen = dropped(&web, async |web| _ = web.put("/tasks/10").await).await;
+    assert_eq!(fallen, ["/tasks/10", "/tasks/20", "/tasks"]);
+}
+
+/// A `Location` may lead to what has not changed: it is followed where that is declared.
+#[tokio::test]
+async fn where_a_response_leads_is_no_part_of_a_write() {
+    for follows in [false, true] {
+        let mutation = Mutation::put("/tasks/{task_id}", "task");
+        let cache = tasks().mutation(if follows { mutation.follows_locations() } else { mutation }).build().unwrap();
+        let web = answering(&cache, |_| async {
+            Ok(Response::builder().status(303).header("location", "/projects/1").body(full("")).unwrap())
+        });
+        let fallen = dropped(&web, async |web| _ = web.put("/tasks/10").await).await;
+        assert_eq!(fallen.contains(&"/projects/1"), follows, "{fallen:?}");
     }
 }
 

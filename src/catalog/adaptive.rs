@@ -171,6 +171,39 @@ mod tests {
         one <= other + other / 500_000 + Duration::from_millis(1)
     }
 
+    /// The rate stays as it is, and less is known of it.
+    #[test]
+    fn no_more_is_remembered_than_the_longest_ttl_needs() {
+        let bounds = bounds(0.5);
+        let most = REMEMBERED * millis(bounds.max) / bounds.share();
+        for (known, expected) in [
+            (Learned { polls: 5.0, changes: 1.0, exposure: 1e6, surprise: 0.0 }, [5.0, 1.0, 1e6]),
+            (Learned { polls: 5.0, changes: 1.0, exposure: (most * 8.0) as f32, surprise: 0.0 }, [5.0, 0.125, most]),
+            (Learned { polls: 8.0, changes: 1.0, exposure: 1e6, surprise: 0.0 }, [4.0, 0.5, 5e5]),
+            (Learned { polls: 8.0, changes: 0.9, exposure: 1e6, surprise: 0.0 }, [4.0, 0.9, 1e6]),
+        ] {
+            let Learned { polls, changes, exposure, .. } = known.faded(&bounds);
+            for (found, expected) in [polls, changes, exposure].into_iter().zip(expected) {
+                assert!((f64::from(found) / expected - 1.0).abs() < 1e-6, "{known:?}: {found}, not {expected}");
+            }
+        }
+    }
+
+    /// What a type has shown is assumed of its keys, and what it has not is not.
+    #[test]
+    fn a_key_begins_with_the_rate_of_its_type() {
+        let known = Learned { polls: 100.0, changes: 40.0, exposure: 1e7, surprise: 0.0 };
+        let rates = [known.rate(), known.seed().rate()].map(Option::unwrap);
+        assert!((rates[0] / rates[1] - 1.0).abs() < 1e-6, "{rates:?}");
+        assert_eq!(Learned { polls: ENOUGH - 1.0, ..known }.seed(), Learned::default());
+    }
+
+    #[test]
+    fn a_change_that_was_never_seen_before_is_anywhere_in_its_interval() {
+        assert_eq!(until_change(0.0, 1_000.0, 10.0), 5.0);
+        assert!((until_change(1e-3, 1e6, 1.0) - 0.5).abs() < 1e-6);
+    }
+
     /// Any state that polls lead to.
     fn learned() -> impl Strategy<Value = Learned> {
         let poll = (any::<bool>(), 1e-3..1e7);

@@ -328,3 +328,17 @@ impl<'de> Deserialize<'de> for Tier {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::DataType;
+
+    /// Where the mapping decides.
+    #[test]
+    fn an_entry_is_fresh_for_no_longer_than_its_type_says() {
+        let doc = DataType::new("doc", Duration::from_secs(60));
+        assert_eq!(doc.policy.longest(), Some(Duration::from_secs(60)));
+        assert_eq!(doc.freshness(Freshness::Response).policy.longest(), None);
+    }
+}

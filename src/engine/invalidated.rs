@@ -67,3 +67,17 @@ impl fmt::Display for Invalidated {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_relation_reached_is_counted_under_its_name_and_its_type() {
+        let line = |line: &str, data_type: &str, count| ((line.into(), data_type.into()), count);
+        let counts = [line("agent", "agent", 1), line("conversations", "message", 4), line("messages", "message", 3)];
+        let report = Invalidated::new(counts.into_iter(), 0);
+        assert_eq!((report.count("agent"), report.count("message"), report.count("conversations")), (1, 7, 0));
+        assert_eq!(report.to_string(), "agent=1, conversations=4, messages=3, total=8");
+    }
+}

@@ -337,6 +337,18 @@ mod tests {
         assert!(matches!(client.obtain(&bench).await, Obtained::Load(Some(_))));
     }
 
+    /// It is a part of the call that replaces what is stale: that is no answer to it.
+    #[tokio::test]
+    async fn a_call_reads_nothing_stale_of_what_it_makes() {
+        let bench = Bench::new();
+        let life = Lifetime { refresh: SECOND * 60, ..fresh_for(Duration::ZERO) };
+        bench.lead().await.seal(value(), vec![], life, None).await.unwrap().store().await;
+        let (leader, client) = (bench.lead().await, Client::default());
+        assert!(matches!(client.obtain(&bench).await, Obtained::Answer(Source::Stale)));
+        let inside = Inside::of(Some(&leader)).around(client.obtain(&bench)).await;
+        assert!(matches!(inside, Obtained::Load(Some(_))));
+    }
+
     /// Patience is for who has something else to serve.
     #[tokio::test(start_paused = true)]
     async fn another_call_is_waited_for_where_there_is_nothing_else_to_serve() {

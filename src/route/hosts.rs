@@ -237,4 +237,18 @@ mod tests {
             assert!(wrong.clone().checked().is_err(), "{wrong:?}");
         }
     }
+
+    /// A key for each would be as many as a client can think of.
+    #[test]
+    fn of_few_hosts_there_are_two_schemes() {
+        for (hosts, value, is_known) in [
+            (Hosts::only(["a"]), "http", true),
+            (Hosts::only(["a"]), "https", true),
+            (Hosts::only(["a"]), "gopher", false),
+            (Hosts::Each, "gopher", true),
+        ] {
+            let found = place(&hosts, "/", &[("host", "a"), ("x-forwarded-proto", value)]);
+            assert_eq!(found.is_ok(), is_known, "{hosts:?} {value}: {found:?}");
+        }
+    }
 }

@@ -241,6 +241,17 @@ mod tests {
         Entry::new(Payload::Value(Default::default()), [].into(), 1_000, life)
     }
 
+    /// A short one is not replaced all of its time.
+    #[test]
+    fn the_end_is_near_in_a_quarter_of_the_time_at_most() {
+        let ends = |seconds, ahead, now| {
+            entry(Lifetime::fresh_for(Some(Duration::from_secs(seconds)))).ends_within(ahead, now)
+        };
+        assert!(ends(100, 10_000, 91_001) && !ends(100, 10_000, 91_000));
+        assert!(ends(20, 10_000, 16_001) && !ends(20, 10_000, 16_000));
+        assert!(!entry(Lifetime::fresh_for(None)).ends_within(10_000, 91_001));
+    }
+
     #[test]
     fn a_marker_ends_with_what_it_leads_to() {
         let second = Duration::from_secs(1);

@@ -174,6 +174,17 @@ mod tests {
         assert!(breaker.call(1_100, false) && breaker.call(1_100, true));
     }
 
+    /// By its own clock.
+    #[tokio::test(start_paused = true)]
+    async fn it_is_tried_again_in_a_second() {
+        let breaker = Breaker::new();
+        (0..MIN_CALLS).for_each(|_| breaker.permit().unwrap().failed());
+        tokio::time::advance(MIN_OPEN - Duration::from_millis(1)).await;
+        assert!(breaker.permit().is_none());
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(breaker.permit().is_some());
+    }
+
     #[test]
     fn it_is_open_only_while_it_refuses() {
         let breaker = Breaker::new();

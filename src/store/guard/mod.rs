@@ -497,4 +497,14 @@ mod tests {
         let error = guard.call(|_| std::future::pending::<Result<(), _>>()).await.unwrap_err();
         assert!(error.is_silence() && error.to_string().contains("no answer within 50ms"), "{error}");
     }
+
+    #[tokio::test]
+    async fn it_says_what_is_undelivered() {
+        let guard = Guard::new(MemoryStore::new(1 << 20));
+        let tag = Tag::entity(b"s{t}", "doc", "doc", b"1");
+        guard.shared.journal().add(&[TagGroup::new("doc", vec![tag])]);
+        assert_eq!(guard.usage().journal_tags, 1);
+        guard.shared.journal().add_everything();
+        assert_eq!(guard.usage().journal_tags, 1, "that is all there is to tell");
+    }
 }

@@ -108,4 +108,11 @@ mod tests {
             let _ = Record::decode(noise.into());
         }
     }
+
+    #[test]
+    fn that_everything_was_dropped_is_told_as_that() {
+        for (record, kind) in [(Record::clear(), Kind::Clear), (Record::beat(), Kind::Beat)] {
+            assert_eq!(Record::decode(record.bytes().into()).map(|read| read.kind), Some(kind));
+        }
+    }
 }

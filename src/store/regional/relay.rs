@@ -191,3 +191,39 @@ pub(crate) fn steps(entries: &[StreamEntry], own: u128, hold: Duration) -> Vec<S
     }
     steps
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::Tag;
+
+    const HOLD: Duration = Duration::from_secs(5);
+
+    fn drops(writer: u128, stands: Duration, count: usize) -> StreamEntry {
+        let tag = |i: usize| Tag::entity(b"s{t}", "doc", "doc", i.to_string().as_bytes());
+        let record = Record { kind: Kind::Drop, writer, stands, tags: (0..count).map(tag).collect() };
+        StreamEntry::of(vec![(FIELD.to_vec(), record.bytes())])
+    }
+
+    /// Of each step: who holds what, for how long, and how many tags.
+    fn told(entries: &[StreamEntry]) -> Vec<(u128, Duration, usize)> {
+        let steps = steps(entries, 7, HOLD).into_iter();
+        steps
+            .map(|step| match step {
+                Step::Drop(fence, group) => (fence.writer, fence.hold, group.tags.len()),
+                other => panic!("{other:?}"),
+            })
+            .collect()
+    }
+
+    /// As far as they are of one writer, held for as long, and no more than can be dropped in time.
+    #[test]
+    fn drops_that_follow_each_other_are_one() {
+        let (nobody, long) = (Fence::NOBODY.writer, HOLD * 2);
+        assert_eq!(told(&[drops(nobody, HOLD, 2), drops(nobody, HOLD, 3)]), [(7, HOLD, 5)]);
+        assert_eq!(told(&[drops(1, HOLD, 2), drops(2, HOLD, 3)]), [(1, HOLD, 2), (2, HOLD, 3)]);
+        assert_eq!(told(&[drops(1, HOLD, 2), drops(1, long, 3)]), [(1, HOLD, 2), (1, long, 3)]);
+        let full = [drops(1, HOLD, MOST - 1), drops(1, HOLD, 1), drops(1, HOLD, 1)];
+        assert_eq!(told(&full), [(1, HOLD, MOST), (1, HOLD, 1)]);
+    }
+}
