@@ -85,3 +85,40 @@ impl Held {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn push(kind: PushKind, key: Option<&str>) -> PushInfo {
+        let data = key.map(|key| Value::Array(vec![Value::BulkString(key.into())]));
+        PushInfo { kind, data: data.into_iter().collect() }
+    }
+
+    #[test]
+    fn what_was_held_before_a_gap_is_not_answered() {
+        let invalidates = |key| push(PushKind::Invalidate, key);
+        for (push, is_alive) in [
+            (invalidates(Some("cas:g:tag")), true),
+            // Everything was flushed: it is dropped, and what comes now is heard of.
+            (invalidates(None), true),
+            // Somebody else's, though nothing else was asked for.
+            (invalidates(Some("other")), false),
+            (push(PushKind::Disconnection, None), false),
+            (push(PushKind::Message, Some("cas:g:tag")), true),
+        ] {
+            let held = Held::new(MemoryStore::new(1 << 20), Clock::default());
+            assert!(!held.is_alive());
+            held.prove(Millis::MAX);
+            held.hear(&push, b"cas:g:");
+            assert_eq!(held.is_alive(), is_alive, "{push:?}");
+        }
+    }
+
+    #[test]
+    fn that_it_is_wanted_is_news_once() {
+        let held = Held::new(MemoryStore::new(1 << 20), Clock::default());
+        assert!(!held.is_wanted() && held.want());
+        assert!(held.is_wanted() && !held.want());
+    }
+}

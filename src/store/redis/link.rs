@@ -346,3 +346,118 @@ fn tell(address: &str, known: &mut Option<Trouble>, now: Option<Trouble>, what: 
     }
     *known = now;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Clock;
+    use crate::store::{
+        MemoryStore,
+        redis::server::tests::{Fake, terms},
+    };
+
+    fn link(urls: &[String], held: Option<Arc<Held>>) -> Link {
+        let address = Address::parse(urls.iter().map(String::as_str)).unwrap();
+        Link::new(address, terms(), Duration::ZERO, held)
+    }
+
+    fn url(fake: &Fake) -> String {
+        format!("redis://{}", fake.address())
+    }
+
+    fn error(kind: std::io::ErrorKind) -> Result<(), RedisError> {
+        Err(std::io::Error::from(kind).into())
+    }
+
+    /// Only what is wrong with the connection costs the connection.
+    #[tokio::test]
+    async fn a_call_that_fails_says_how() {
+        let refused = redis::parse_redis_value(b"-NOPERM no permissions\r\n").unwrap();
+        let refused = refused.extract_error().map(drop).unwrap_err();
+        for (answer, is_silence, is_lost) in [
+            (error(std::io::ErrorKind::TimedOut), true, false),
+            (error(std::io::ErrorKind::BrokenPipe), true, true),
+            (error(std::io::ErrorKind::ConnectionReset), true, true),
+            (error(std::io::ErrorKind::Other), true, true),
+            (Err(refused), false, false),
+        ] {
+            let fake = Fake::new(|_| None).await;
+            let link = link(&[url(&fake)], None);
+            let (server, _) = fake.connect(&link.terms, false).await;
+            let said = format!("{answer:?}");
+            let failed = link.call(&server, Step::Read, async { answer }).await.unwrap_err();
+            assert_eq!(failed.is_silence(), is_silence, "{said}");
+            assert_eq!(server.beat(&link.terms).await.is_err(), is_lost, "{said}");
+        }
+    }
+
+    /// What is held is answered where every drop is heard of: of all servers, tracked, readable, and the same as before.
+    #[tokio::test]
+    async fn what_is_held_is_proven_by_all_servers() {
+        let held = Arc::new(Held::new(MemoryStore::new(1 << 20), Clock::default()));
+        let fake = Fake::new(|_| None).await;
+        let link = link(&[url(&fake)], Some(held.clone()));
+        assert!(!link.had_outage(&fake.address()) && matches!(link.health(), Health::Down(_)));
+        let (server, _) = fake.connect(&link.terms, false).await;
+        let up = async |server: &Arc<Server>| {
+            let beat = server.beat(&link.terms).await.unwrap();
+            link.up(&fake.address(), server, beat, None);
+            held.is_alive()
+        };
+        assert!(!up(&server).await && !up(&server).await, "it is not tracked");
+        server.track(&link.terms).await.unwrap();
+        assert!(up(&server).await);
+        server.settle(Duration::from_secs(60));
+        held.lose();
+        assert!(!up(&server).await, "it is not to be read");
+        server.settle(Duration::ZERO);
+        assert!(up(&server).await && link.health() == Health::Ok && link.had_outage(&fake.address()));
+        let (other, _) = fake.connect(&link.terms, false).await;
+        other.track(&link.terms).await.unwrap();
+        assert!(!up(&other).await, "what the one before it did not say is not known");
+        assert!(up(&other).await);
+        link.lost(&fake.address(), Trouble::silent("it burns"));
+        assert!(!held.is_alive() && link.had_outage(&fake.address()));
+        assert_eq!(link.health().to_string(), "down: it burns");
+        assert!(link.writing(b"{t}").await.is_err_and(|error| error.to_string().contains("it burns")));
+        link.forget_all();
+        assert!(!link.had_outage(&fake.address()) && link.slots().servers().is_empty());
+    }
+
+    /// Slots that nobody is known to serve are told of by nobody.
+    #[cfg(feature = "redis-cluster")]
+    #[tokio::test]
+    async fn a_cluster_is_well_when_all_of_it_is_served() {
+        const HALF: u16 = 8_191;
+        let held = Arc::new(Held::new(MemoryStore::new(1 << 20), Clock::default()));
+        let fakes = [Fake::new(|_| None).await, Fake::new(|_| None).await];
+        let link = link(&[url(&fakes[0]), url(&fakes[1])], Some(held.clone()));
+        let addresses = fakes.each_ref().map(Fake::address);
+        let mut servers = vec![];
+        for fake in &fakes {
+            let (server, _) = fake.connect(&link.terms, false).await;
+            server.track(&link.terms).await.unwrap();
+            servers.push(server);
+        }
+        let up = async |nth: usize, own: (u16, u16)| {
+            let beat = servers[nth].beat(&link.terms).await.unwrap();
+            let claim = Claim { own: vec![own], masters: addresses.to_vec() };
+            link.up(&addresses[nth], &servers[nth], Beat { claim, ..beat }, None);
+            held.is_alive()
+        };
+        assert_eq!(link.masters(), addresses.clone().into());
+        link.learn(vec!["elsewhere:1".to_owned()]);
+        assert!(link.masters().contains("elsewhere:1"));
+        assert!(!up(0, (0, HALF)).await && !up(0, (0, HALF)).await, "half of it is nobody's");
+        assert_eq!(link.masters(), addresses.clone().into(), "who is up knows better");
+        assert!(link.health().to_string().contains("nobody is known to serve"), "{}", link.health());
+        assert!(!up(1, (HALF + 1, 16_383)).await && up(1, (HALF + 1, 16_383)).await && link.health() == Health::Ok);
+        // A slot that has moved, two that claim it, and a claim of what is no slot.
+        assert!(!up(1, (HALF + 1, 16_382)).await && !up(0, (0, HALF + 1)).await);
+        assert!(!up(1, (HALF + 2, 16_384)).await && up(1, (HALF + 2, 16_384)).await);
+        link.keep(&std::collections::BTreeSet::from(addresses.clone()));
+        assert!(held.is_alive(), "nobody is gone");
+        link.keep(&std::collections::BTreeSet::from([addresses[0].clone()]));
+        assert!(!held.is_alive() && !link.had_outage(&addresses[1]) && link.had_outage(&addresses[0]));
+    }
+}

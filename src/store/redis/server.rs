@@ -530,3 +530,139 @@ pub(crate) fn node(address: &str, seed: &ConnectionInfo) -> Result<ConnectionInf
     };
     Ok(seed.clone().set_addr(addr))
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use bytes::BytesMut;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+        time::timeout,
+    };
+
+    use super::*;
+    use crate::{mux::Framing, store::redis::resp::Resp};
+
+    /// A server that says of itself what a test wants to hear.
+    pub(in crate::store::redis) struct Fake {
+        pub(in crate::store::redis) info: ConnectionInfo,
+        connections: Arc<AtomicUsize>,
+    }
+
+    impl Fake {
+        /// It answers what this does not as a master does, whose clock says 1 s.
+        pub(in crate::store::redis) async fn new(answer: fn(&str) -> Option<&'static str>) -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let url = format!("redis://{}", listener.local_addr().unwrap());
+            let connections = Arc::new(AtomicUsize::new(0));
+            let count = connections.clone();
+            tokio::spawn(async move {
+                while let Ok((mut stream, _)) = listener.accept().await {
+                    count.fetch_add(1, Ordering::SeqCst);
+                    tokio::spawn(async move {
+                        let (mut scanner, mut bytes) = (Resp::default(), BytesMut::new());
+                        while matches!(stream.read_buf(&mut bytes).await, Ok(1..)) {
+                            while let Some(command) = scanner.next(&mut bytes).unwrap() {
+                                let words = command.strings().unwrap().flatten().map(String::from_utf8_lossy);
+                                let line = words.collect::<Vec<_>>().join(" ");
+                                let reply = answer(&line).unwrap_or_else(|| as_master(&line));
+                                stream.write_all(reply.as_bytes()).await.unwrap();
+                            }
+                        }
+                    });
+                }
+            });
+            Self { info: redis::IntoConnectionInfo::into_connection_info(url).unwrap(), connections }
+        }
+
+        pub(in crate::store::redis) async fn connect(&self, terms: &Terms, is_cluster: bool) -> (Arc<Server>, Claim) {
+            let (server, claim) = Server::connect(self.info.clone(), terms, is_cluster, None).await.unwrap();
+            (Arc::new(server), claim)
+        }
+
+        pub(in crate::store::redis) fn address(&self) -> String {
+            self.info.addr().to_string()
+        }
+    }
+
+    fn as_master(line: &str) -> &'static str {
+        match line.split(' ').next().unwrap_or_default() {
+            "HELLO" => "%1\r\n$5\r\nproto\r\n:3\r\n",
+            "INFO" if line.contains("server") => "$8\r\nrun_id:a\r\n",
+            "INFO" => "$30\r\nrole:master\r\nmaster_replid:b\r\n\r\n",
+            "TIME" => "*2\r\n$1\r\n1\r\n$1\r\n0\r\n",
+            "MGET" => "*2\r\n_\r\n_\r\n",
+            "UNLINK" | "PEXPIREAT" => ":0\r\n",
+            _ => "+OK\r\n",
+        }
+    }
+
+    pub(in crate::store::redis) fn terms() -> Terms {
+        Terms {
+            prefix: "cas:".into(),
+            heartbeat: Duration::from_secs(60),
+            assume_one_server: false,
+            replicas: 0,
+            clock: Clock::default(),
+            dial: Dial::Network,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_is_read_while_all_that_has_to_hold_does() {
+        let terms = terms();
+        for (answer, is_readable) in [
+            ((|_| None) as fn(&str) -> Option<&'static str>, true),
+            // A time that makes no sense: nobody knows when its fences end.
+            (|line| (line == "TIME").then_some("*2\r\n$1\r\nx\r\n$1\r\n0\r\n"), false),
+            (|line| line.starts_with("MGET").then_some("-NOPERM no permissions\r\n"), false),
+        ] {
+            let fake = Fake::new(answer).await;
+            let (server, _) = fake.connect(&terms, false).await;
+            assert!(!server.is_proven() && !server.is_readable(), "before the first heartbeat");
+            let before = terms.clock.now();
+            server.beat(&terms).await.unwrap();
+            assert!(server.is_proven());
+            assert!((before + 120_000..=terms.clock.now() + 120_000).contains(&server.proven_until()));
+            assert_eq!(server.is_readable(), is_readable);
+            server.settle(Duration::from_secs(60));
+            assert!(server.is_proven() && !server.is_readable(), "others may have something to deliver");
+            server.settle(Duration::ZERO);
+            assert_eq!(server.is_readable(), is_readable);
+            server.doubt();
+            assert!(!server.is_proven() && !server.is_readable());
+            assert_eq!(fake.connections.load(Ordering::SeqCst), 1, "nothing waits for replicas");
+        }
+    }
+
+    /// A task that beats waits for its time, or for whoever finds the server wrong.
+    #[tokio::test]
+    async fn who_beats_is_woken_when_it_is_wrong() {
+        let terms = terms();
+        let (server, _) = Fake::new(|_| None).await.connect(&terms, false).await;
+        assert!(timeout(Duration::from_millis(20), server.wrong()).await.is_err());
+        server.lose();
+        timeout(Duration::from_secs(10), server.wrong()).await.unwrap();
+        assert!(server.beat(&terms).await.is_err_and(|trouble| trouble.to_string() == "a connection was lost"));
+    }
+
+    /// A node that does not say where it is, is where it was asked.
+    #[tokio::test]
+    async fn nodes_are_where_they_say_or_where_they_were_asked() {
+        for (host, expected) in [("", "127.0.0.1:7"), ("?", "127.0.0.1:7"), ("b.example", "b.example:7")] {
+            let range = format!("*3\r\n:1\r\n:5\r\n*3\r\n${}\r\n{host}\r\n:7\r\n$2\r\nid\r\n", host.len());
+            let slots = redis::parse_redis_value(format!("*1\r\n{range}").as_bytes()).unwrap();
+            let claim = claim(Some(&slots), Some(&Value::BulkString(b"id".to_vec())), "127.0.0.1");
+            assert_eq!((claim.masters, claim.own), (vec![expected.to_owned()], vec![(1, 5)]), "{host}");
+        }
+        let unsaid = "*1\r\n*3\r\n:1\r\n:5\r\n*3\r\n$0\r\n\r\n:7\r\n$2\r\nid\r\n";
+        assert!(unsaid.len() > 1);
+        let fake = Fake::new(|line| {
+            line.starts_with("CLUSTER SLOTS").then_some("*1\r\n*3\r\n:1\r\n:5\r\n*3\r\n$0\r\n\r\n:7\r\n$2\r\nid\r\n")
+        })
+        .await;
+        assert_eq!(fake.connect(&terms(), true).await.1.masters, ["127.0.0.1:7"]);
+    }
+}
