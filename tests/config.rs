@@ -272,6 +272,8 @@ fn addresses_of_memcached_are_checked() {
         ("['a', 'a:11211']", "twice"),
         ("['a:011211', 'a:11211']", "twice"),
         ("['::1']", "in brackets"),
+        ("['[::1']", "in brackets"),
+        ("['::1]']", "in brackets"),
         ("['a:0']", "the port"),
         ("['a:70000']", "the port"),
         ("['a b']", "host:port"),

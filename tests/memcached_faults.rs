@@ -362,6 +362,52 @@ async fn a_write_during_an_outage_is_delivered_before_anything_is_read() {
     assert_eq!(elsewhere.get(PATH).await.text(), "1");
 }
 
+/// Others have until then to deliver what they could not, also to a server that was away from the beginning.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_away_is_not_read_before_it_has_settled() {
+    let (mut server, db) = (Memcached::start(&[]), Db::default());
+    let address = server.address();
+    let process = |settle| {
+        let store = store(&address).budget(FOREVER).settle(settle);
+        let cache = builder(store, Tier::Off).build().unwrap();
+        let web = Web::new(&cache, origin(&db));
+        (cache, web)
+    };
+    let (early, hasty) = (process(FOREVER), process(Duration::ZERO));
+    until_hit(&early.1, "0").await;
+    until_hit(&hasty.1, "0").await;
+    server.kill();
+    let late = process(FOREVER);
+    for (cache, web) in [&early, &hasty, &late] {
+        web.get(PATH).await;
+        until(|| matches!(cache.health(), Health::Down(_))).await;
+    }
+    // That it cannot be reached at all was seen as well.
+    until(|| !late.0.health().to_string().contains("not connected")).await;
+    server.restart();
+    for (cache, web) in [&early, &hasty, &late] {
+        web.get(PATH).await;
+        until(|| cache.health() == Health::Ok).await;
+    }
+    until_hit(&hasty.1, "0").await;
+    for (_, web) in [&early, &late] {
+        for _ in 0..3 {
+            assert!(!web.get(PATH).await.is_hit());
+        }
+    }
+}
+
+/// A cache that is a `static` outlives runtimes.
+#[test]
+fn a_store_lives_on_in_the_next_runtime() {
+    let (server, db) = (Memcached::start(&[]), Db::default());
+    let web = Web::new(&builder(patient(&server.address()), Tier::Off).build().unwrap(), origin(&db));
+    for _ in 0..3 {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        runtime.block_on(until_hit(&web, "0"));
+    }
+}
+
 /// Callers that go away cost neither a connection nor anybody else's answer.
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_that_go_away_cost_nothing() {

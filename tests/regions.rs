@@ -547,6 +547,27 @@ fn mistakes_are_found_when_the_store_is_built() {
     assert!(of_file("[regions]\nname = 'eu'\nclock = 'mine'").unwrap_err().to_string().contains("clock"));
 }
 
+/// What is worse comes first.
+#[tokio::test]
+async fn a_region_that_is_not_heard_is_told() {
+    let mut redis = Redis::start(&[]);
+    let regional = Regional::builder("eu").peer("us", "redis://127.0.0.1:1");
+    let store = regional.build(RedisStore::builder([redis.url()]).settle(Duration::ZERO)).unwrap();
+    let cache = Cache::builder("docs").store(store).on_unreachable(OnUnreachable::Journal).build().unwrap();
+    let until = async |says: &str| {
+        let start = Instant::now();
+        while !cache.health().to_string().contains(says) {
+            assert!(start.elapsed() < Duration::from_secs(60), "{} is not {says}", cache.health());
+            sleep(ms(10)).await;
+        }
+    };
+    until("degraded: region `us` is not heard").await;
+    redis.kill();
+    until("down").await;
+    redis.restart();
+    until("degraded: region `us` is not heard").await;
+}
+
 /// The agent service, in two regions over one database.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_agent_service_has_regions() {

@@ -27,7 +27,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 use tower::{Layer, ServiceExt, service_fn, util::BoxCloneSyncService};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Credentials, DataType, Mutation, Route, Ttl, Warm, Warming, store::RedisStore,
+    Cache, CacheBuilder, Credentials, DataType, Mutation, Query, Route, Ttl, Warm, Warming, store::RedisStore,
 };
 use web::{Reply, Web, ok, with};
 
@@ -356,7 +356,10 @@ async fn an_inner_service_in_trouble_is_spared() {
 async fn what_is_private_is_never_asked_again() {
     let user = Route::new("/mine/{agent_id}", "agent").credentials(Credentials::PerUser("x-user".to_owned()));
     let shared = Route::new("/shared/{agent_id}", "agent").credentials(Credentials::Shared);
-    let cache = builder().route(user).route(shared).build().unwrap();
+    let own = Route::new("/own/{agent_id}", "agent").credentials(Credentials::User);
+    let listed = Route::new("/listed/{agent_id}", "agent").query(Query::only(["page"]));
+    let user_from = |_: &http::request::Parts| Some("eve".to_owned());
+    let cache = builder().route(user).route(shared).route(own).route(listed).user_from(user_from).build().unwrap();
     let app = App::new(cache);
     app.warm(Warm::new());
     for _ in 0..60 {
@@ -367,12 +370,14 @@ async fn what_is_private_is_never_asked_again() {
         ] {
             app.web.send(with(Method::GET, path, &[("x-tenant-id", "acme"), header])).await;
         }
-        app.get("acme", "/agents/2").await;
+        app.get("acme", "/own/1").await;
+        // No more of it than counts.
+        app.get("acme", "/listed/2?session=1&page=3").await;
     }
     until("nothing is popular", || !app.cache.stats().popular.is_empty()).await;
     sleep(Duration::from_millis(300)).await;
     let popular: Vec<_> = app.cache.stats().popular.into_iter().map(|one| one.request).collect();
-    assert_eq!(popular, ["GET /agents/2"]);
+    assert_eq!(popular, ["GET /listed/2?page=3"]);
 }
 
 /// A route that reads by a body is asked with that body.

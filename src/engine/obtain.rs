@@ -352,11 +352,10 @@ mod tests {
     /// Patience is for who has something else to serve.
     #[tokio::test(start_paused = true)]
     async fn another_call_is_waited_for_where_there_is_nothing_else_to_serve() {
-        for falls in [false, true] {
-            let bench = Bench::of(
-                DataType::new("doc", SECOND).stale_if_error(SECOND * 60).soft_timeout(SECOND),
-                MemoryStore::new(1 << 20),
-            );
+        for (falls, is_served) in [(false, true), (true, false), (true, true)] {
+            let doc = DataType::new("doc", SECOND).stale_if_error(SECOND * 60).soft_timeout(SECOND);
+            let doc = if is_served { doc.serve_invalidated_on_error() } else { doc };
+            let bench = Bench::of(doc, MemoryStore::new(1 << 20));
             let life = Lifetime { on_error: SECOND * 60, ..fresh_for(Duration::ZERO) };
             bench.lead().await.seal(value(), vec![], life, None).await.unwrap().store().await;
             if falls {
@@ -364,13 +363,13 @@ mod tests {
             }
             let (leader, client, start) = (bench.lead().await, Client::default(), Instant::now());
             let load = async {
-                sleep(SECOND * 10).await;
+                sleep(SECOND * 5).await;
                 leader.seal(value(), vec![], fresh_for(SECOND), None).await.unwrap().store().await;
             };
             let (obtained, ()) = tokio::join!(
                 async {
                     let obtained = client.obtain(&bench).await;
-                    assert_eq!(start.elapsed().as_secs(), if falls { 10 } else { 1 });
+                    assert_eq!(start.elapsed().as_secs(), if falls { 5 } else { 1 });
                     obtained
                 },
                 load

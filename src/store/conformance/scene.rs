@@ -291,6 +291,9 @@ pub(super) fn text(entry: &Entry) -> String {
 }
 
 /// How an entry differs from what was filled, but for its times; what a hit fills in is left out.
+/// Milliseconds by which a time may be another when it has been told by the clock of a server, which may count seconds.
+const BETWEEN_CLOCKS: Millis = 10_000;
+
 pub(super) fn difference(filled: &Entry, found: &Entry) -> Option<String> {
     let (one, other) = match (&filled.payload, &found.payload) {
         (Payload::Response(one), Payload::Response(other)) => (one, other),
@@ -314,6 +317,10 @@ pub(super) fn difference(filled: &Entry, found: &Entry) -> Option<String> {
 }
 
 fn none_but_stamps(filled: &Entry, found: &Entry) -> Option<String> {
+    let times = [("made", filled.created, found.created), ("fresh until", filled.expires, found.expires)];
+    if let Some((what, one, other)) = times.into_iter().find(|(_, one, other)| one.abs_diff(*other) > BETWEEN_CLOCKS) {
+        return Some(format!("{what} {other} instead of {one}, in milliseconds since 1970"));
+    }
     (filled.stamps != found.stamps)
         .then(|| format!("the generations {:?} instead of {:?}", found.stamps, filled.stamps))
 }

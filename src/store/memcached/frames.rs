@@ -134,4 +134,26 @@ mod tests {
         assert_eq!(said("ERROR Too many open connections\r\n"), Err(Garbled(FULL)));
         assert_eq!(said("ERROR\r\n"), Err(Garbled(OLD)));
     }
+
+    /// A number that nobody has asked under is no place.
+    #[test]
+    fn a_reply_is_to_a_command_of_its_call() {
+        let mut frames = Frames { largest: 0 };
+        let mut place = |line: &str, first| {
+            let reply = frames.next(&mut line.into()).unwrap().unwrap();
+            frames.place(&reply, Asked { first, count: 2 })
+        };
+        for (line, first, expected) in [
+            ("HD O7\r\n", 7, Place::Command(0)),
+            ("HD O8\r\n", 7, Place::Command(1)),
+            ("HD O9\r\n", 7, Place::Stray),
+            ("HD O6\r\n", 7, Place::Stray),
+            ("HD O0\r\n", u32::MAX, Place::Command(1)),
+            ("HD\r\n", 7, Place::Stray),
+            ("MN\r\n", 7, Place::End),
+            ("SERVER_ERROR out of memory\r\n", 7, Place::Some),
+        ] {
+            assert_eq!(place(line, first), expected, "{line:?} {first}");
+        }
+    }
 }

@@ -419,3 +419,27 @@ impl fmt::Debug for MemcachedStore {
         f.debug_list().entries(servers.map(|remote| &remote.server)).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ports that nobody listens on.
+    #[tokio::test]
+    async fn what_was_in_vain_is_counted_over_all_servers() {
+        let store = MemcachedStore::builder(["127.0.0.1:1", "127.0.0.1:2"]).build().unwrap();
+        for tenant in 0..8 {
+            let tags = [Tag::entity(format!("s{{{tenant}}}").as_bytes(), "doc", "doc", b"1")];
+            assert!(store.open(&tags).await.is_err());
+            assert!(store.invalidate(&[TagGroup::new("doc", tags.to_vec())], None).await.is_err());
+        }
+        let Usage { journal_tags, errors, .. } = store.usage();
+        assert_eq!(journal_tags, 8);
+        assert!(errors.iter().map(|(_, count)| count).sum::<u64>() >= 8, "{errors:?}");
+        let kinds: std::collections::BTreeSet<_> = errors.iter().map(|(kind, _)| kind).collect();
+        assert_eq!(kinds.len(), errors.len(), "each kind once");
+        // What a store cannot do, its guard cannot.
+        assert!(Guard::new(store).refuses(Tier::On).is_some());
+        assert!(!Guard::new(MemoryStore::new(1 << 20)).is_shared());
+    }
+}

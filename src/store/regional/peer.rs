@@ -148,3 +148,32 @@ impl Peer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_known_of_a_region_is_told() {
+        let peer = Peer::new("us".to_owned());
+        assert_eq!((peer.behind(), peer.usage().behind, peer.why()), (Duration::MAX, None, None), "it was never heard");
+        peer.trouble("no answer".to_owned());
+        assert_eq!((peer.why(), peer.usage().trouble), (Some("no answer".to_owned()), Some("no answer".to_owned())));
+        let ago = Duration::from_secs(5);
+        peer.prove(Instant::now() - ago);
+        assert!(
+            peer.why().is_none() && peer.behind() >= ago && peer.usage().behind.is_some_and(|behind| behind >= ago)
+        );
+        peer.tear("it was trimmed", true);
+        assert!(peer.is_torn() && peer.behind() == Duration::MAX && peer.usage().gaps == 1);
+        peer.mend();
+        assert!(!peer.is_torn());
+    }
+
+    /// A fence that one region holds is lifted by no other, nor by a writer of this one.
+    #[test]
+    fn each_region_holds_for_itself() {
+        let [us, ap] = ["us", "ap"].map(|name| Peer::new(name.to_owned()).writer());
+        assert!(us != ap && us == Peer::new("us".to_owned()).writer() && us > u128::from(u64::MAX));
+    }
+}
