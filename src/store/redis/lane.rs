@@ -206,6 +206,18 @@ mod tests {
         assert!(lane.is_over() && matches!(echo(&lane, "more").await, Err(Broken::Unsent(_))));
     }
 
+    /// A heartbeat that nobody answers is none, and what is given up is over.
+    #[tokio::test(start_paused = true)]
+    async fn it_lives_while_it_is_answered() {
+        let (near, far) = lane(1 << 16);
+        tokio::spawn(serve(far, 1 << 16, usize::MAX));
+        assert!(near.beat().await.is_ok() && !near.is_over());
+        near.end("enough");
+        assert!(near.is_over() && near.beat().await.is_err());
+        let (near, _far) = lane(1 << 16);
+        assert!(near.beat().await.is_err() && near.is_over());
+    }
+
     /// A server that answers whatever it is asked with what it says of itself.
     async fn named(says: [String; 2]) -> ConnectionInfo {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -563,3 +563,34 @@ impl fmt::Debug for RedisBuilder {
         f.debug_struct("RedisBuilder").field("urls", &urls).field("prefix", &self.prefix).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nobody listens there.
+    fn nowhere() -> RedisBuilder {
+        RedisStore::builder(["redis://127.0.0.1:1"])
+    }
+
+    #[tokio::test]
+    async fn what_was_in_vain_is_counted() {
+        let store = nowhere().build().unwrap();
+        let tags = [Tag::entity(b"s{t}", "doc", "doc", b"1")];
+        assert!(store.open(&tags).await.is_err());
+        assert!(store.invalidate(&[TagGroup::new("doc", tags.to_vec())], None).await.is_err());
+        let Usage { journal_tags, errors, .. } = store.usage();
+        assert!(journal_tags == 1 && errors.iter().map(|(_, count)| count).sum::<u64>() >= 1, "{errors:?}");
+        // A region that has missed something is not read before all of this has happened.
+        assert!(store.clear_here().await.is_err());
+    }
+
+    #[test]
+    fn a_prefix_is_there_and_plain() {
+        for bad in ["", "a{", "a}", "a*", "a?", "a[", "a]", "a\\", "a^", "a b", "a\t"] {
+            let error = nowhere().prefix(bad).build().unwrap_err().to_string();
+            assert!(error.contains(&format!("Redis prefix `{bad}`")), "{error}");
+        }
+        assert!(nowhere().prefix("a:b-c").build().is_ok());
+    }
+}

@@ -100,6 +100,7 @@ mod tests {
         refusals.refused(Step::Fill, &no, 10);
         refusals.done(Step::Open);
         assert_eq!(refusals.now(FORGOTTEN), Some(no.clone()));
+        assert_eq!(refusals.now(FORGOTTEN), Some(no.clone()), "until then");
         refusals.done(Step::Fill);
         assert_eq!(refusals.now(FORGOTTEN), None);
         refusals.refused(Step::Fill, &no, 10);

@@ -637,6 +637,17 @@ pub(super) mod tests {
         }
     }
 
+    /// Where a heartbeat writes says something of that server alone.
+    #[cfg(feature = "redis-cluster")]
+    #[test]
+    fn a_heartbeat_writes_where_the_server_serves() {
+        let claim = Claim { own: vec![(100, 200)], masters: vec![] };
+        for nth in [0, 1] {
+            let slot = super::super::slot::slot(format!("{{{}}}", probe_in(&claim, nth)).as_bytes());
+            assert!((100..=200).contains(&slot), "{slot}");
+        }
+    }
+
     /// A task that beats waits for its time, or for whoever finds the server wrong.
     #[tokio::test]
     async fn who_beats_is_woken_when_it_is_wrong() {
