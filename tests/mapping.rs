@@ -117,6 +117,13 @@ fn what_cannot_work_is_refused_with_the_mend() {
             "PUT /changes/{agent_id}",
             "{agent_id}",
         ),
+        // What is missing is a name as the type's own routes have it, or as they should.
+        (agent().mutation(Mutation::put("/changes/{x}", "agent")), "PUT /changes/{x}", "name one `agent_id`"),
+        (
+            agents().route(Route::new("/agents/{id}", "agent")).mutation(Mutation::put("/changes/{x}", "agent")),
+            "PUT /changes/{x}",
+            "call it `{agent_id}` here and in the routes",
+        ),
         // Nor is one agent another, within one type.
         (
             agents()
