@@ -17,16 +17,29 @@ use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use tokio::sync::Semaphore;
 use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, Changes, DataType, Freshness, Invalidated, Key, Mutation, OnUnmapped, Route, Tag,
-    Tier, Ttl, changed, depends_on,
-    store::{Entry, Fence, Generation, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreFuture, TagGroup},
+    Cache, CacheBuilder, Cascade, Changes, DataType, Freshness, Invalidated, Key, Mutation, OnUnmapped, OnUnreachable,
+    Route, Tag, Tier, Ttl, changed, depends_on,
+    store::{
+        Entry, Fence, Generation, Guard, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreFuture, TagGroup,
+    },
+    testing::Faulty,
 };
 use web::{Body, Reply, Web, full, ok, request, with};
 
 /// Tasks of projects: a list of each type, and a cascade from one to the other.
 fn tasks() -> CacheBuilder {
+    tasks_of(|projects| async move { projects.into_iter().map(|id| format!("{id}0")).collect() })
+}
+
+/// The same, with what says which a project has.
+fn tasks_of<F, Fut>(children: F) -> CacheBuilder
+where
+    F: Fn(Vec<String>) -> Fut + Send + Sync + 'static,
+    Fut: Future<Output = Vec<String>> + Send + 'static,
+{
     Cache::builder("test")
         .single_tenant("t")
         .data_type(DataType::new("project", Ttl::Standard))
@@ -39,8 +52,9 @@ fn tasks() -> CacheBuilder {
         .route(Route::new("/tasks", "tasks"))
         .cascade(Cascade::new("project").all(["projects"]).relation("tasks", "task"))
         .cascade(Cascade::new("task").all(["tasks"]))
-        .resolver("tasks", |_, projects| async move {
-            Ok::<_, io::Error>(projects.into_iter().map(|id| format!("{id}0")).collect())
+        .resolver("tasks", move |_, projects| {
+            let children = children(projects);
+            async move { Ok::<_, io::Error>(children.await) }
         })
         .report_header(true)
 }
@@ -306,6 +320,52 @@ async fn a_resolver_cannot_lose_an_invalidation() {
 }
 
 /// A thousand ids are one question, before and after.
+/// A handler is dropped when its client hangs up: between its commit and its invalidation nothing is lost, and nobody else's
+/// write is refused for it.
+#[tokio::test(start_paused = true)]
+async fn an_invalidation_by_hand_goes_on_without_its_caller() {
+    let store = Faulty::new(MemoryStore::new(8 << 20));
+    let faults = store.faults();
+    let gate = Arc::new(Semaphore::new(0));
+    let asked = gate.clone();
+    let cache = tasks_of(move |_| {
+        let gate = asked.clone();
+        async move {
+            gate.acquire().await.unwrap().forget();
+            vec!["10".to_owned()]
+        }
+    })
+    .mutation(Mutation::put("/tasks/{task_id}", "task"))
+    .on_unreachable(OnUnreachable::Reject)
+    .store(Guard::new(store).budget(Duration::from_secs(5)))
+    .build()
+    .unwrap();
+    let web = answering(&cache, |_| async { Ok(status(204)) });
+    for clears in [false, true] {
+        for path in PATHS {
+            web.get(path).await;
+            assert!(web.get(path).await.is_hit(), "{path}");
+        }
+        let run = async {
+            match clears {
+                true => _ = cache.clear().await,
+                false => _ = cache.invalidate("t").mutated("project", "1").include("tasks").run().await,
+            }
+        };
+        // It asks for the children, and the store takes its time: in both it is dropped.
+        faults.slow(Duration::from_millis(200));
+        assert!(tokio::time::timeout(Duration::from_millis(50), run).await.is_err());
+        gate.add_permits(10);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(web.put("/tasks/30").await.status, 204);
+        faults.heal();
+        cache.settled().await;
+        for path in ["/projects/1", "/tasks/10"] {
+            assert!(!web.get(path).await.is_hit(), "{path}, {clears}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn of_very_many_children_all_fall() {
     let (tasks, drafts) = (AtomicU64::new(0), AtomicU64::new(0));

@@ -77,7 +77,8 @@ impl Invalidation {
         Ok(drops)
     }
 
-    /// Drops it all. When it returns, nobody is served any of it again.
+    /// Drops it all. When it returns, nobody is served any of it again. Once begun it goes on, also when this future is
+    /// dropped, as a handler's is when its client hangs up.
     ///
     /// Relations are resolved as they are now: call it *after* the write, and after a delete whose children only the
     /// database knew, name those as well.
@@ -86,6 +87,11 @@ impl Invalidation {
     /// What would drop nothing: an unknown data type or relation, a type whose entities have no ids in its routes, a tenant
     /// that is empty or not the single one. Then nothing was dropped.
     pub async fn run(self) -> Result<Invalidated, ConfigError> {
+        let core = self.core.clone();
+        core.engine.anyway(self.finish()).await
+    }
+
+    async fn finish(self) -> Result<Invalidated, ConfigError> {
         let drops = self.drops().await?;
         let blame = Blame { by: By::Hand, what: self.what, tenant: Some(self.tenant.as_bytes()) };
         Ok(self.core.drop_all(drops, None, &blame).await)

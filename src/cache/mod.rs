@@ -144,12 +144,14 @@ impl Cache {
     }
 
     /// Drops everything of all tenants: after a restore, a migration, between tests. When it returns, nobody is served any
-    /// of it again.
+    /// of it again. Once begun it goes on, also when this future is dropped.
     ///
     /// # Errors
     /// The store could not be told about it: this process serves none of it, others may until the TTL.
     pub async fn clear(&self) -> Result<(), StoreError> {
-        self.0.clear(&Blame { by: By::Hand, what: "Cache::clear", tenant: None }).await
+        let core = self.0.clone();
+        let clear = async move { core.clear(&Blame { by: By::Hand, what: "Cache::clear", tenant: None }).await };
+        self.0.engine.anyway(clear).await
     }
 
     /// Whether the store does what it is there for, and why not. While it is down, requests go to the origin.

@@ -1,5 +1,6 @@
-//! A load that is polled by the request that it is for: no task is made of it, and no other thread woken, while its client is
-//! there and waits. When he goes, or has his reply, what is left of it goes on in a task of its own.
+//! A load that is polled by the request that it is for, or an invalidation by the code that wants it: no task is made of it, and
+//! no other thread woken, while its client is there and waits. When he goes, or has his reply, what is left of it goes on in a
+//! task of its own.
 
 use std::{
     pin::Pin,
@@ -40,6 +41,19 @@ impl Engine {
             span: Span::current(),
             _counted: self.tasks.token(),
         }
+    }
+
+    /// Does this for whoever waits for it, and once begun also when nobody does any more.
+    pub(crate) async fn anyway<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> T {
+        let (reply, replied) = oneshot::channel();
+        let work = async move {
+            // Who has gone does not want it.
+            let _ = reply.send(work.await);
+        };
+        self.attend(work, replied).await
     }
 }
 

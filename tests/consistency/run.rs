@@ -35,6 +35,9 @@ const WRITE: u64 = 3_300;
 /// After a fault: until the journal is delivered.
 const DELIVERED: u64 = 2_500;
 
+/// How long a process may take to find out that its store is well.
+const YOUNG: u64 = 100;
+
 /// How long a process that stops has for it.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -182,7 +185,7 @@ impl Run {
             Err(_) => {}
             Ok(Written::Refused) => {
                 world.count(|counts| counts.refused += 1);
-                let is_young = begin <= process.since + DELIVERED;
+                let is_young = begin <= process.since + YOUNG;
                 if !rejects || !(is_young || world.had_fault(process.slot, DELIVERED)) {
                     world.wrong(format!("{who}: refused"));
                 }
