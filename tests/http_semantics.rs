@@ -15,7 +15,11 @@ use std::{
 
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use proptest::prelude::*;
-use tower_cache_aside::{Cache, CacheBuilder, CacheTags, Cascade, DataType, Freshness, Mutation, NoCache, Route, Ttl};
+use tower_cache_aside::{
+    Cache, CacheBuilder, CacheTags, Cascade, DataType, Freshness, Mutation, NoCache, Route, Ttl,
+    store::{Guard, MemoryStore},
+    testing::Faulty,
+};
 use web::{Body, Reply, Web, full, ok, request, with};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -185,6 +189,18 @@ async fn request_directives_are_ignored_unless_switched_on() {
     assert_eq!(bench.get(&[("cache-control", "max-stale=5")]).await.cache_status(), "hit; ttl=-5");
     assert!(!bench.get(&[("cache-control", "max-stale=4")]).await.is_hit());
     assert!(bench.get(&[("cache-control", "no-cache")]).await.cache_status().starts_with("fwd=request; stored"));
+}
+
+/// RFC 9111, section 5.2.1.7: what cannot be looked up is not stored.
+#[tokio::test]
+async fn who_wants_only_what_is_stored_is_not_given_to_the_origin() {
+    let store = Faulty::new(MemoryStore::new(1 << 20));
+    let faults = store.faults();
+    let bench = Bench::with(rfc(), |b| b.request_directives(true).store(Guard::new(store)));
+    faults.gone();
+    assert_eq!(bench.get(&[("cache-control", "only-if-cached")]).await.status, 504);
+    assert_eq!(bench.calls(), 0);
+    assert_eq!(bench.get(&[]).await.status, 200);
 }
 
 /// RFC 9110, sections 13.1.2, 13.1.3 and 15.4.5; RFC 9111, section 4.3.2.

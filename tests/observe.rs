@@ -2,6 +2,8 @@
 //! who look after it are told why. Against the agent service over HTTP where that is the point.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/memcached.rs"]
+mod memcached;
 #[path = "support/redis.rs"]
 mod redis;
 #[path = "support/mod.rs"]
@@ -26,7 +28,7 @@ use support::{Http, Service};
 use tower::{Layer, ServiceExt};
 use tower_cache_aside::{
     Admin, AdminService, AlertRules, Cache, CacheBuilder, Cascade, DataType, Mutation, Route, Ttl,
-    store::{Health, RedisStore},
+    store::{Health, MemcachedStore, RedisStore},
 };
 use web::{Web, full, ok, with};
 
@@ -849,10 +851,32 @@ async fn a_fleet_is_seen_as_one() {
     assert_eq!(health["store"]["state"], "ok", "{health:#}");
 }
 
+/// Whichever store they share.
+#[tokio::test]
+async fn a_fleet_that_shares_memcached_is_seen_as_one() {
+    let server = memcached::Memcached::start(&[]);
+    let fleet = [(); 2].map(|()| {
+        let store = MemcachedStore::builder([server.address()]).settle(Duration::ZERO).build().unwrap();
+        let cache = shop().store(store).build().unwrap();
+        let web = Web::new(&cache, |_| async { Ok(ok("text")) });
+        (cache.admin(Admin::bearer(TOKEN).unwrap()), web)
+    });
+    for (_, web) in &fleet {
+        web.send(of("a", Method::GET, "/items/1")).await;
+    }
+    until(|| async {
+        let stats = get(&fleet[0].0, "/api/stats").await;
+        (stats["types"]["item"]["requests"] == 2 && stats["processes"].as_array().unwrap().len() == 2, stats)
+    })
+    .await;
+}
+
 /// Entries are found by what their keys hold, of one tenant or of all, with what would become of them.
 #[tokio::test]
 async fn entries_are_searched() {
     let redis = redis::Redis::start(&[]);
+    // However many other keys there are.
+    redis.command(&["EVAL", "for i = 1, 20000 do redis.call('SET', 'hay:' .. i, 1) end", "0"]);
     for shared in [false, true] {
         let mut builder = shop().mutation(Mutation::put("/items/{item_id}", "item"));
         if shared {

@@ -180,6 +180,7 @@ mod tests {
             (Learned { polls: 5.0, changes: 1.0, exposure: 1e6, surprise: 0.0 }, [5.0, 1.0, 1e6]),
             (Learned { polls: 5.0, changes: 1.0, exposure: (most * 8.0) as f32, surprise: 0.0 }, [5.0, 0.125, most]),
             (Learned { polls: 8.0, changes: 1.0, exposure: 1e6, surprise: 0.0 }, [4.0, 0.5, 5e5]),
+            (Learned { polls: 8.0, changes: 1.0, exposure: (most * 8.0) as f32, surprise: 0.0 }, [4.0, 0.125, most]),
             (Learned { polls: 8.0, changes: 0.9, exposure: 1e6, surprise: 0.0 }, [4.0, 0.9, 1e6]),
         ] {
             let Learned { polls, changes, exposure, .. } = known.faded(&bounds);

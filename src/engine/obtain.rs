@@ -287,19 +287,22 @@ mod tests {
     /// Who takes what is there, or finds something else in it each time.
     #[derive(Default)]
     struct Client {
-        finds: Option<fn(&Bench) -> Use<Source>>,
+        /// And how often.
+        finds: Option<(fn(&Bench) -> Use<Source>, u32)>,
         is_alone: bool,
         only_stored: bool,
     }
 
-    /// The same, with what it asks.
-    struct Asking<'a>(&'a Client, &'a Bench);
+    /// The same, with what it asks, and how often it has found something.
+    struct Asking<'a>(&'a Client, &'a Bench, u32);
 
     impl Asker for Asking<'_> {
         type Answer = Source;
 
         fn judge(&mut self, _: &mut Arc<Entry>, source: Source) -> Use<Source> {
-            self.0.finds.map_or(Use::Answer(source), |finds| finds(self.1))
+            self.2 += 1;
+            let finds = self.0.finds.filter(|(_, times)| self.2 <= *times);
+            finds.map_or(Use::Answer(source), |(finds, _)| finds(self.1))
         }
         fn is_alone(&self) -> bool {
             self.0.is_alone
@@ -311,7 +314,7 @@ mod tests {
 
     impl Client {
         async fn obtain(&self, bench: &Bench) -> Obtained<Source> {
-            bench.engine.obtain(bench.key.clone(), &bench.tags, &bench.policy, &mut Asking(self, bench)).await
+            bench.engine.obtain(bench.key.clone(), &bench.tags, &bench.policy, &mut Asking(self, bench, 0)).await
         }
     }
 
@@ -322,9 +325,14 @@ mod tests {
         for finds in finds {
             let bench = Bench::new();
             bench.lead().await.seal(value(), vec![], fresh_for(SECOND * 60), None).await.unwrap().store().await;
-            let client = Client { finds: Some(finds), ..Client::default() };
+            let client = Client { finds: Some((finds, u32::MAX)), ..Client::default() };
             assert!(matches!(client.obtain(&bench).await, Obtained::Load(Some(_))));
         }
+        // As far as any that means something does.
+        let bench = Bench::new();
+        bench.lead().await.seal(value(), vec![], fresh_for(SECOND * 60), None).await.unwrap().store().await;
+        let client = Client { finds: Some((finds[0], 2)), ..Client::default() };
+        assert!(matches!(client.obtain(&bench).await, Obtained::Answer(Source::Store)));
     }
 
     #[tokio::test]

@@ -179,6 +179,7 @@ mod tests {
         let mut journal = Journal::default();
         journal.add(&[group(1, "a", 0..TAGS), group(1, "b", 0..1)]);
         journal.add(&[group(1, "c", 0..1)]);
+        assert_eq!(journal.len(), 3, "two types and a tag");
         let mut tags = drain(&mut journal).unwrap();
         tags.sort_by_key(|t| t.as_bytes().to_vec());
         let all = |t: &str| Tag::all(b"s{t1}", t);
