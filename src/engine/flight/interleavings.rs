@@ -376,9 +376,12 @@ async fn wait_unsaid(flight: Follower, inside: &[Arc<Flight>]) -> Landed {
     if flight.is_needed_by(inside) {
         return Landed::Alone;
     }
-    let _waiting = Waiting::new(inside, &flight.1);
-    let landed = flight.0.clone().wait_for(Option::is_some).await.unwrap().clone();
-    landed.unwrap()
+    let _waiting = Waiting::new(inside, &flight.0);
+    let is_over = flight.0.is_over.notified();
+    if flight.landed().is_none() {
+        is_over.await;
+    }
+    flight.landed().unwrap()
 }
 
 /// A call that needs another key, whose call needs this one.
@@ -486,7 +489,7 @@ fn a_landing(waits: Waits) {
                 assert!(matches!(block_on(follower.wait(&[])), Landed::Unshareable), "the second word");
             } else if follower.landed().is_none() {
                 thread::yield_now();
-                block_on(follower.1.landed.subscribe().changed()).unwrap();
+                block_on(follower.0.is_over.notified());
             }
         })
     });
@@ -543,7 +546,7 @@ fn a_wait_without_a_bound_is_found_out() {
 fn a_follower_that_goes_away_is_forgotten() {
     holds(|| {
         let (inside, own) = (flight(2), flight(1));
-        let follower = Follower(own.landed.subscribe(), own.clone());
+        let follower = Follower(own.clone());
         let waiting = {
             let inside = inside.clone();
             thread::spawn(move || _ = follower.wait(&[inside]).now_or_never())
