@@ -284,11 +284,13 @@ mod tests {
         store::{MemoryStore, Payload},
     };
 
+    type Find = fn(&Bench) -> Use<Source>;
+
     /// Who takes what is there, or finds something else in it each time.
     #[derive(Default)]
     struct Client {
         /// And how often.
-        finds: Option<(fn(&Bench) -> Use<Source>, u32)>,
+        finds: Option<(Find, u32)>,
         is_alone: bool,
         only_stored: bool,
     }
@@ -320,8 +322,7 @@ mod tests {
 
     #[tokio::test]
     async fn no_entry_leads_in_a_circle_for_ever() {
-        let finds: [fn(&Bench) -> Use<Source>; 3] =
-            [|bench| Use::Elsewhere(bench.key.clone()), |_| Use::Lacking, |_| Use::Useless];
+        let finds: [Find; 3] = [|bench| Use::Elsewhere(bench.key.clone()), |_| Use::Lacking, |_| Use::Useless];
         for finds in finds {
             let bench = Bench::new();
             bench.lead().await.seal(value(), vec![], fresh_for(SECOND * 60), None).await.unwrap().store().await;
