@@ -558,11 +558,12 @@ async fn a_network_that_swallows_everything_is_noticed() {
             loop {
                 match process.source.next().await {
                     Ok(Received::Proof(_)) => {}
-                    other => break other.unwrap_err().to_string(),
+                    other => break other.unwrap_err(),
                 }
             }
         });
-        assert!(error.await.unwrap().contains("for 2s"));
+        // The server gives it up after as long, and may be the first.
+        error.await.unwrap();
     }
     proxy.set(Mode::Pass);
     assert_eq!(process.events().await, [agents("acme", "insert", &["a"])]);

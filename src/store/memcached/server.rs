@@ -441,3 +441,58 @@ impl fmt::Debug for Server {
         f.debug_struct("Server").field("address", &self.address).field("health", &self.health()).finish()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connection(time: (u64, Millis, Millis), proven: Millis) -> Connection {
+        let (mux, _) = Mux::new(tokio::io::duplex(1).0, Frames { largest: 0 }, PATIENCE);
+        Connection {
+            address: String::new(),
+            mux,
+            time: Mutex::new(time),
+            settles: AtomicU64::new(0),
+            proven: AtomicU64::new(proven),
+            largest: AtomicUsize::new(0),
+        }
+    }
+
+    /// It counts seconds, and its answer was under way for a while.
+    #[tokio::test]
+    async fn times_are_told_by_the_clock_of_the_server() {
+        let now = clock::uptime();
+        let connection = connection((1_000, now - 300, now - 100), 0);
+        let [least, most] = [connection.time_at_least(), connection.time_at_most()];
+        let until = connection.until(Duration::from_secs(40 * 86_400));
+        let since = (clock::uptime() - now) as i64;
+        assert!((1_000_100..=1_000_100 + since).contains(&least), "{least}");
+        assert!((1_001_299..=1_001_299 + since).contains(&most), "{most}");
+        let seconds = 40 * 86_400 + 1;
+        let ends = [0, 1].map(|late| format!("{:?}", Until::after(Duration::from_secs(seconds - 1), 1_001 + late)));
+        assert!(ends.contains(&format!("{until:?}")), "{until:?}");
+    }
+
+    /// Also when nothing runs that could notice that its heartbeats have ended.
+    #[tokio::test]
+    async fn a_heartbeat_is_good_for_a_while() {
+        assert!(!connection((0, 0, 0), clock::uptime()).is_proven());
+        assert!(connection((0, 0, 0), clock::uptime() + 60_000).is_proven());
+    }
+
+    #[test]
+    fn what_was_refused_is_known_until_nothing_has_been_for_a_while() {
+        let terms = Terms { prefix: "cas:".into(), heartbeat: Duration::ZERO, settle: Duration::ZERO };
+        let server = Server::new("localhost:1".to_owned(), terms);
+        let why = || lock(&server.state).refusal.clone().map(|(why, _)| why);
+        server.refuses(None);
+        assert_eq!(why(), None);
+        server.refuses(Some("out of memory"));
+        server.refuses(None);
+        assert_eq!(why().as_deref(), Some("out of memory"), "it may take small items and no larger ones");
+        let long_ago = clock::uptime() - REFUSES - 1_000;
+        lock(&server.state).refusal = Some(("out of memory".into(), long_ago));
+        server.refuses(None);
+        assert_eq!(why(), None);
+    }
+}

@@ -552,7 +552,7 @@ pub(super) mod tests {
     }
 
     impl Fake {
-        /// It answers what this does not as a master does, whose clock says 1 s.
+        /// It answers what this does not as a master does, whose clock stands at 1.25 s.
         pub(in crate::store::redis) async fn new(answer: fn(&str) -> Option<&'static str>) -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("redis://{}", listener.local_addr().unwrap());
@@ -592,7 +592,7 @@ pub(super) mod tests {
             "HELLO" => "%1\r\n$5\r\nproto\r\n:3\r\n",
             "INFO" if line.contains("server") => "$8\r\nrun_id:a\r\n",
             "INFO" => "$30\r\nrole:master\r\nmaster_replid:b\r\n\r\n",
-            "TIME" => "*2\r\n$1\r\n1\r\n$1\r\n0\r\n",
+            "TIME" => "*2\r\n$1\r\n1\r\n$6\r\n250000\r\n",
             "MGET" => "*2\r\n_\r\n_\r\n",
             "UNLINK" | "PEXPIREAT" => ":0\r\n",
             _ => "+OK\r\n",
@@ -648,6 +648,24 @@ pub(super) mod tests {
         }
     }
 
+    /// All processes share its clock, whatever theirs say.
+    #[tokio::test]
+    async fn times_are_told_by_the_clock_of_the_server() {
+        let (terms, fake) = (terms(), Fake::new(|_| None).await);
+        let (server, _) = fake.connect(&terms, false).await;
+        let before = terms.clock.now();
+        server.beat(&terms).await.unwrap();
+        let took = (terms.clock.now() - before) as i64;
+        let [least, most] = [server.time_at_least(), server.time_at_most()];
+        let since = (terms.clock.now() - before) as i64;
+        assert!((1_250..=1_250 + since).contains(&least), "{least}");
+        assert!(most >= least && most <= least + took + since, "{least} {most}");
+        assert_eq!(server.name(), "unknown");
+        assert_eq!(server.without(), "nothing that is needed");
+        server.miss_scripts();
+        assert!(server.without().contains("EVAL"));
+    }
+
     /// A task that beats waits for its time, or for whoever finds the server wrong.
     #[tokio::test]
     async fn who_beats_is_woken_when_it_is_wrong() {
@@ -657,6 +675,23 @@ pub(super) mod tests {
         server.lose();
         timeout(Duration::from_secs(10), server.wrong()).await.unwrap();
         assert!(server.beat(&terms).await.is_err_and(|trouble| trouble.to_string() == "a connection was lost"));
+    }
+
+    /// A password goes to no node in the clear, where it did not go so to the first.
+    #[cfg(all(feature = "redis-cluster", feature = "redis-tls"))]
+    #[test]
+    fn nodes_are_reached_as_the_first_one_is() {
+        for (seed, is_encrypted) in [("redis://eve:pw@a:1", false), ("rediss://eve:pw@a:1", true)] {
+            let seed = redis::IntoConnectionInfo::into_connection_info(seed).unwrap();
+            let node = node("[::1]:7000", &seed).unwrap();
+            match node.addr() {
+                redis::ConnectionAddr::TcpTls { host, port, insecure, .. } => {
+                    assert!(is_encrypted && (host.as_str(), *port, *insecure) == ("::1", 7_000, false));
+                }
+                other => assert_eq!((other.to_string(), is_encrypted), ("::1:7000".to_owned(), false)),
+            }
+            assert_eq!(node.redis_settings().password(), Some("pw"));
+        }
     }
 
     /// A node that does not say where it is, is where it was asked.
