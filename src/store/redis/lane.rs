@@ -124,7 +124,10 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
     use super::*;
-    use crate::mux::{Framing, tests::all_are_answered};
+    use crate::{
+        mux::{Framing, tests::all_are_answered},
+        store::redis::server::tests::{Answers, Fake},
+    };
 
     const PUSH: &[u8] = b">2\r\n$10\r\ninvalidate\r\n*1\r\n$1\r\ng\r\n";
 
@@ -218,44 +221,20 @@ mod tests {
         assert!(near.beat().await.is_err() && near.is_over());
     }
 
-    /// A server that answers whatever it is asked with what it says of itself.
-    async fn named(says: [String; 2]) -> ConnectionInfo {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                let (says, mut scanner, mut bytes) = (says.clone(), Resp::default(), BytesMut::new());
-                tokio::spawn(async move {
-                    let mut asked = 0;
-                    while matches!(stream.read_buf(&mut bytes).await, Ok(1..)) {
-                        while scanner.next(&mut bytes).unwrap().is_some() {
-                            let text = &says[asked % 2];
-                            asked += 1;
-                            stream.write_all(format!("${}\r\n{text}\r\n", text.len()).as_bytes()).await.unwrap();
-                        }
-                    }
-                });
-            }
-        });
-        redis::IntoConnectionInfo::into_connection_info(format!("redis://{address}")).unwrap()
-    }
-
     /// Behind one address there may be several servers, of which any may be given a new connection.
     #[tokio::test]
     async fn what_leads_to_another_server_is_not_used() {
-        let says = |run: &str, replication: &str| {
-            [format!("run_id:{run}\r\n"), format!("role:master\r\nmaster_replid:{replication}\r\n")]
-        };
-        let values = says("a", "1").map(|text| Value::BulkString(text.into_bytes()));
-        let reign = Identity::of(&values).unwrap().reign.unwrap();
-        for (own, is_used) in [
-            (says("a", "1"), true),
-            (says("b", "1"), false),
-            (says("a", "2"), false),
-            ([String::new(), String::new()], false),
+        let says = ["run_id:a\r\n", "role:master\r\nmaster_replid:b\r\n"];
+        let reign = Identity::of(&says.map(|text| Value::BulkString(text.into()))).unwrap().reign.unwrap();
+        for (answer, is_used) in [
+            ((|_| None) as Answers, true),
+            (|line| (line == "INFO server").then_some("$8\r\nrun_id:b\r\n"), false),
+            (|line| (line == "INFO replication").then_some("$30\r\nrole:master\r\nmaster_replid:c\r\n\r\n"), false),
+            (|line| line.starts_with("INFO").then_some("$0\r\n\r\n"), false),
         ] {
-            let info = named(own.clone()).await;
+            let info = Fake::new(answer).await.info;
             let lane = open(&info, &Dial::Network, reign, Duration::from_secs(10), Duration::from_secs(10)).await;
+            let own = ["INFO server", "INFO replication"].map(answer);
             assert_eq!(lane.is_some(), is_used, "{own:?}");
             // Of a server that hides which it is nothing is proven.
             let hidden = open(&info, &Dial::Network, 0, Duration::from_secs(10), Duration::from_secs(10)).await;

@@ -350,10 +350,12 @@ fn tell(address: &str, known: &mut Option<Trouble>, now: Option<Trouble>, what: 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::Clock;
-    use crate::store::{
-        MemoryStore,
-        redis::server::tests::{Fake, terms},
+    use crate::{
+        clock::Clock,
+        store::{
+            MemoryStore,
+            redis::server::tests::{Fake, terms},
+        },
     };
 
     fn link(urls: &[String], held: Option<Arc<Held>>) -> Link {

@@ -545,6 +545,9 @@ pub(super) mod tests {
     use super::*;
     use crate::{mux::Framing, store::redis::resp::Resp};
 
+    /// What a test wants to hear in answer to a command.
+    pub(in crate::store::redis) type Answers = fn(&str) -> Option<&'static str>;
+
     /// A server that says of itself what a test wants to hear.
     pub(in crate::store::redis) struct Fake {
         pub(in crate::store::redis) info: ConnectionInfo,
@@ -553,7 +556,7 @@ pub(super) mod tests {
 
     impl Fake {
         /// It answers what this does not as a master does, whose clock stands at 1.25 s.
-        pub(in crate::store::redis) async fn new(answer: fn(&str) -> Option<&'static str>) -> Self {
+        pub(in crate::store::redis) async fn new(answer: Answers) -> Self {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let url = format!("redis://{}", listener.local_addr().unwrap());
             let connections = Arc::new(AtomicUsize::new(0));
@@ -614,7 +617,7 @@ pub(super) mod tests {
     async fn a_server_is_read_while_all_that_has_to_hold_does() {
         let terms = terms();
         for (answer, is_readable) in [
-            ((|_| None) as fn(&str) -> Option<&'static str>, true),
+            ((|_| None) as Answers, true),
             // A time that makes no sense: nobody knows when its fences end.
             (|line| (line == "TIME").then_some("*2\r\n$1\r\nx\r\n$1\r\n0\r\n"), false),
             (|line| line.starts_with("MGET").then_some("-NOPERM no permissions\r\n"), false),
