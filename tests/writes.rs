@@ -319,7 +319,6 @@ async fn a_resolver_cannot_lose_an_invalidation() {
     }
 }
 
-/// A thousand ids are one question, before and after.
 /// A handler is dropped when its client hangs up: between its commit and its invalidation nothing is lost, and nobody else's
 /// write is refused for it.
 #[tokio::test(start_paused = true)]
@@ -366,6 +365,7 @@ async fn an_invalidation_by_hand_goes_on_without_its_caller() {
     }
 }
 
+/// Beyond a thousand nobody asks which they are.
 #[tokio::test]
 async fn of_very_many_children_all_fall() {
     let (tasks, drafts) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -401,6 +401,7 @@ async fn of_very_many_children_all_fall() {
     }
 }
 
+/// A thousand ids are one question, before and after.
 #[tokio::test]
 async fn resolvers_are_asked_for_many_at_once() {
     let asked = Arc::new(Mutex::new(vec![]));

@@ -35,11 +35,11 @@ const WRITE: u64 = 3_300;
 /// After a fault: until the journal is delivered.
 const DELIVERED: u64 = 2_500;
 
-/// How long a process may take to find out that its store is well.
-const YOUNG: u64 = 100;
-
 /// How long a process that stops has for it.
 const DRAIN: Duration = Duration::from_secs(5);
+
+/// How long a process may take to find out that its store is well.
+const YOUNG: u64 = 100;
 
 /// The processes that there are.
 type Fleet = Mutex<[Option<Arc<Process>>; PROCESSES]>;
