@@ -2,6 +2,8 @@
 //! users with few rights, against the promises of the Redis store. Two caches on one Redis are two processes here.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+#[path = "support/proxy.rs"]
+mod proxy;
 #[path = "support/redis.rs"]
 mod redis;
 #[path = "support/web.rs"]
@@ -20,6 +22,7 @@ use bytes::Bytes;
 use http::{Method, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody};
+use proxy::{Mode, Proxy};
 use redis::Redis;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -508,6 +511,30 @@ async fn a_fenced_invalidation_is_one_step() {
     assert!(redis.command(&["EXISTS", mark]).starts_with(":0"), "the mark fell with the generations");
     armed.store(false, Ordering::SeqCst);
     assert_eq!(write.await.unwrap().status, StatusCode::OK);
+}
+
+/// A fence that is raised while everything is dropped stands: between the look at a tag and its drop it does, too.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fence_outlives_what_is_cleared_beside_it() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let proxy = Proxy::start(redis.port).await;
+    let (clearing, cache) = (lists(&proxy.url, PATIENCE), lists(&redis.url(), PATIENCE));
+    let web = process(&cache, &db);
+    for cache in [&clearing, &cache] {
+        until("ok", async || cache.health() == Health::Ok).await;
+    }
+    until_hit(&web, "0").await;
+    proxy.set(Mode::HoldAt("UNLINK", "cas:g:"));
+    let cleared = tokio::spawn(async move { clearing.clear().await });
+    proxy.holds().await;
+    let dying = commits_and_hangs(&cache, &db).await;
+    proxy.set(Mode::Pass);
+    assert!(cleared.await.unwrap().is_ok());
+    for _ in 0..3 {
+        let seen = web.get("/docs/1").await;
+        assert_eq!((seen.text(), seen.is_hit()), ("1", false), "nothing is stored of what is being written");
+    }
+    dying.abort();
 }
 
 /// An invalidation that too few replicas have is not acknowledged yet.

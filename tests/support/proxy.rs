@@ -1,12 +1,12 @@
 //! A network of the test's own between a process and its store.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream, tcp},
-    sync::watch,
+    sync::{Semaphore, watch},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -15,6 +15,8 @@ pub enum Mode {
     Delay(Duration),
     /// Nothing arrives; all of it does when this is over.
     Hold,
+    /// What is asked in these words is held, and what its connection asks after it; all of it arrives when this is over.
+    HoldAt(&'static str, &'static str),
     /// Nothing arrives, ever; connections end when this is over.
     Swallow,
     /// Connections end at once.
@@ -31,6 +33,7 @@ pub struct Proxy {
     pub url: String,
     pub address: String,
     mode: watch::Sender<Mode>,
+    held: Arc<Semaphore>,
 }
 
 impl Proxy {
@@ -43,20 +46,27 @@ impl Proxy {
         let listener = TcpListener::bind((host, 0)).await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (mode, modes) = watch::channel(Mode::Pass);
+        let held = Arc::new(Semaphore::new(0));
+        let holds = held.clone();
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
-                let (modes, to) = (modes.clone(), to.clone());
+                let (modes, to, holds) = (modes.clone(), to.clone(), holds.clone());
                 tokio::spawn(async move {
                     let Ok(far) = TcpStream::connect(&to).await else { return };
                     let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
                     tokio::select! {
-                        _ = pump(near_in, far_out, modes.clone(), false) => {}
-                        _ = pump(far_in, near_out, modes, true) => {}
+                        _ = pump(near_in, far_out, modes.clone(), Some(&holds)) => {}
+                        _ = pump(far_in, near_out, modes, None) => {}
                     }
                 });
             }
         });
-        Self { url: format!("redis://{address}"), address, mode }
+        Self { url: format!("redis://{address}"), address, mode, held }
+    }
+
+    /// That something is held by [`Mode::HoldAt`].
+    pub async fn holds(&self) {
+        self.held.acquire().await.unwrap().forget();
     }
 
     /// How long it takes there and back.
@@ -75,7 +85,9 @@ impl Proxy {
 
 type Modes = watch::Receiver<Mode>;
 
-async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut modes: Modes, answers: bool) {
+/// `holds` is told of what is held; nobody is of answers.
+async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut modes: Modes, holds: Option<&Semaphore>) {
+    let answers = holds.is_none();
     let (mut buffer, mut hole, mut ends) = (vec![0; 1 << 16], false, modes.clone());
     loop {
         let bytes = tokio::select! {
@@ -91,6 +103,12 @@ async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut mod
             Mode::Swallow => {
                 hole = true;
                 continue;
+            }
+            Mode::HoldAt(one, other) if !answers && has(bytes, one) && has(bytes, other) => {
+                holds.iter().for_each(|holds| holds.add_permits(1));
+                if modes.wait_for(|now| *now != mode).await.is_err() {
+                    return;
+                }
             }
             Mode::CutShort if answers => {
                 let half = bytes.len() / 2;
@@ -110,4 +128,8 @@ async fn pump(mut from: tcp::OwnedReadHalf, mut to: tcp::OwnedWriteHalf, mut mod
             return;
         }
     }
+}
+
+fn has(bytes: &[u8], text: &str) -> bool {
+    bytes.windows(text.len()).any(|at| at == text.as_bytes())
 }

@@ -139,6 +139,9 @@ impl Remote {
     }
 
     async fn pipeline(&self, server: &Server, step: Step, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
+        if pipeline.is_empty() {
+            return Ok(vec![]);
+        }
         let mut connection = server.connection.clone();
         self.link.call(server, step, pipeline.query_async(&mut connection)).await
     }
@@ -560,7 +563,8 @@ impl Remote {
         Ok(())
     }
 
-    /// One by one: they may be in different slots. Those that are fenced stay so: their writers have not come back.
+    /// One by one: they may be in different slots. Those that are fenced stay so: their writers have not come back. What was
+    /// fenced after it was looked at has lost its generation with the others, and is given another.
     async fn clear_names(&self, server: &Server, names: &[Vec<u8>]) -> Result<(), StoreError> {
         let mut read = redis::pipe();
         read.ignore_errors();
@@ -568,22 +572,34 @@ impl Remote {
             read.cmd("MGET").arg(name);
         }
         let values = self.pipeline(server, Step::Other, &read).await?;
-        let mut pipeline = redis::pipe();
-        pipeline.ignore_errors();
+        let is_fenced =
+            |value| the_only(value).and_then(|value| parse_generation(value, 0)).is_some_and(|g| g.is_fenced());
         let prefix = self.link.terms.prefix.len() + 2;
+        let tag = |name: &[u8]| Tag(Bytes::copy_from_slice(name.get(prefix..).unwrap_or_default()));
+        let (mut fenced, mut free) = (vec![], vec![]);
+        let mut unlink = redis::pipe();
+        unlink.ignore_errors();
         for (name, value) in names.iter().zip(&values) {
-            match the_only(value).and_then(|value| parse_generation(value, 0)).filter(|found| found.is_fenced()) {
-                Some(_) => {
-                    let tag = Tag(Bytes::copy_from_slice(name.get(prefix..).unwrap_or_default()));
-                    let of_tag = std::iter::once(&tag);
-                    self.push_fence(&mut pipeline, server, tag.tenant(), of_tag, &Fence::NOBODY, Duration::ZERO);
-                }
-                None => {
-                    pipeline.cmd("UNLINK").arg(name);
-                }
+            if is_fenced(value) {
+                fenced.push(tag(name));
+            } else {
+                free.push(tag(name));
+                unlink.cmd("UNLINK").arg(name);
             }
         }
-        self.acknowledged(server, Step::Other, pipeline, 0).await.map(drop)
+        self.acknowledged(server, Step::Other, unlink, 0).await?;
+        let mut ask = redis::pipe();
+        ask.ignore_errors();
+        free.iter().for_each(|tag| self.push_fences(&mut ask, tag));
+        let fences = self.pipeline(server, Step::Other, &ask).await?;
+        let is_free = |fences: &Value| fences_in(fences).is_some_and(|all| all.is_empty());
+        fenced.extend(free.into_iter().zip(&fences).filter(|(_, fences)| !is_free(fences)).map(|(tag, _)| tag));
+        let mut raise = redis::pipe();
+        raise.ignore_errors();
+        for tag in &fenced {
+            self.push_fence(&mut raise, server, tag.tenant(), std::iter::once(tag), &Fence::NOBODY, Duration::ZERO);
+        }
+        self.acknowledged(server, Step::Other, raise, 0).await.map(drop)
     }
 }
 
