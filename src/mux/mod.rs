@@ -11,7 +11,7 @@ pub(crate) mod tests;
 use std::{
     collections::VecDeque,
     fmt, io,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
@@ -26,6 +26,7 @@ use smallvec::SmallVec;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::oneshot,
+    task::yield_now,
     time::{Instant, Sleep, sleep},
 };
 use tokio_util::io::{poll_read_buf, poll_write_buf};
@@ -38,6 +39,10 @@ const CALLS: usize = 1 << 16;
 
 /// Replies to one call that do not say to which of its commands, at most.
 const OTHERS: usize = 1_000;
+
+/// What so many ask is written at once, or what half of all who wait do if these are more: the server is to work while others still
+/// ask.
+const GATHERED: usize = 16;
 
 /// Room made for what is read: the replies to all who ask at once.
 const ROOM: usize = 64 << 10;
@@ -239,7 +244,7 @@ impl<F: Framing> Mux<F> {
         write: impl FnOnce(&mut BytesMut, u32),
     ) -> Result<oneshot::Receiver<Answer<F::Reply>>, Broken> {
         let Handle { shared, patience } = &*self.0;
-        let (caller, answered) = oneshot::channel();
+        let ((caller, answered), until) = (oneshot::channel(), Instant::now() + *patience);
         let mut queue = shared.queue();
         if let Some(why) = &queue.end {
             return Err(Broken::Unsent(why.clone()));
@@ -251,12 +256,20 @@ impl<F: Framing> Mux<F> {
         queue.next = queue.next.wrapping_add(count);
         write(&mut queue.bytes, asked.first);
         let answer = Answer { replies: (0..count).map(|_| None).collect(), others: vec![] };
-        queue.calls.push_back(Call { asked, answer, answered: 0, until: Instant::now() + *patience, caller });
-        shared.waiting.fetch_add(1, Ordering::Relaxed);
+        queue.calls.push_back(Call { asked, answer, answered: 0, until, caller });
+        let waiting = shared.waiting.fetch_add(1, Ordering::Relaxed);
+        // Who comes in between finds the task woken.
+        let wakes = queue.calls.len() == 1 || is_enough(queue.calls.len(), waiting);
         drop(queue);
-        shared.task.wake();
+        if wakes {
+            shared.task.wake();
+        }
         Ok(answered)
     }
+}
+
+fn is_enough(queued: usize, waiting: usize) -> bool {
+    queued >= GATHERED.max(waiting / 2)
 }
 
 /// However its task ends, nobody waits on.
@@ -321,13 +334,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
         Ok(())
     }
 
-    /// Whether those who run now may ask first, so that all is written at once: each that asks wakes this task, which would
+    /// Whether those who run now may ask first, so that much is written at once: the first that asks wakes this task, which would
     /// else run before the others.
-    fn waits_for_more(&mut self, cx: &Context<'_>) -> bool {
-        let others = self.guard.0.waiting.load(Ordering::Relaxed) > 1;
-        self.gathers = others && !self.gathers && self.output.is_empty() && !self.guard.0.queue().bytes.is_empty();
+    fn waits_for_more(&mut self, cx: &mut Context<'_>) -> bool {
+        let waiting = self.guard.0.waiting.load(Ordering::Relaxed);
+        let queued = if self.gathers || !self.output.is_empty() { 0 } else { self.guard.0.queue().calls.len() };
+        self.gathers = waiting > 1 && queued > 0 && !is_enough(queued, waiting);
         if self.gathers {
-            cx.waker().wake_by_ref();
+            // Until then it is not scheduled, so that who makes it enough can have it run at once.
+            self.gathers = pin!(yield_now()).poll(cx).is_pending();
         }
         self.gathers
     }
