@@ -20,7 +20,11 @@ use std::{
     time::Duration,
 };
 
-use quick_cache::{Weighter, sync::Cache as Memo};
+use foldhash::fast::RandomState;
+use quick_cache::{
+    Weighter,
+    sync::{Cache as Memo, DefaultLifecycle},
+};
 use tokio::{
     runtime::Handle,
     task::JoinHandle,
@@ -93,7 +97,7 @@ pub(crate) struct Engine {
     flights: Flights,
     /// How many requests have stopped waiting for another's call.
     overdue: AtomicU64,
-    memos: Memo<Key, Arc<KeyMemo>, Weight>,
+    memos: Memo<Key, Arc<KeyMemo>, Weight, RandomState>,
     types: Types,
     clock: Clock,
     /// Loads, writes and fills that go on without their clients.
@@ -123,7 +127,7 @@ impl Weighter<Key, Arc<KeyMemo>> for Weight {
 impl Engine {
     /// `memory` is how many bytes it may take for what it remembers of keys.
     pub(crate) fn new(store: Arc<dyn Store>, clock: Clock, memory: u64) -> Self {
-        let memos = Memo::with_weighter(MEMOS, memory, Weight);
+        let memos = Memo::with(MEMOS, memory, Weight, RandomState::default(), DefaultLifecycle::default());
         let tasks = TaskTracker::new();
         // Whoever waits, waits until there are none; that is no reason to take no more.
         tasks.close();

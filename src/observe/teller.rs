@@ -20,17 +20,17 @@ struct OfType {
     data_type: Arc<str>,
     /// The cache's name in `Cache-Status`; without one the header is not said.
     name: Option<Arc<str>>,
-    watcher: Watcher,
+    watcher: Arc<Watcher>,
 }
 
 impl Teller {
     fn new(data_type: &str, name: Option<&Arc<str>>, observer: &Arc<Observer>) -> Self {
-        let watcher = Watcher::new(observer, data_type);
+        let watcher = Arc::new(Watcher::new(observer, data_type));
         Self(Arc::new(OfType { data_type: data_type.into(), name: name.cloned(), watcher }))
     }
 
     /// Who counts them.
-    pub(crate) fn watcher(&self) -> &Watcher {
+    pub(crate) fn watcher(&self) -> &Arc<Watcher> {
         &self.0.watcher
     }
 

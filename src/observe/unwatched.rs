@@ -14,7 +14,7 @@ pub(crate) struct Observer;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Timer;
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Watcher;
 
 pub(crate) struct Watch;

@@ -17,7 +17,7 @@ use super::{
 };
 
 /// What counts for one data type.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct Watcher {
     data_type: Arc<str>,
     /// And its number among the types.
@@ -32,7 +32,7 @@ pub(crate) struct Watch(Option<Under>);
 struct Under {
     /// What it is if it has no response: why the cache keeps out of it, if it does.
     bypass: Option<&'static str>,
-    watcher: Watcher,
+    watcher: Arc<Watcher>,
     began: Instant,
     tenant: Option<TenantSlot>,
     /// For those who look on.
@@ -65,7 +65,7 @@ impl Watcher {
 
     /// Begins to watch a request.
     pub(crate) fn watch<'t>(
-        &self,
+        self: &Arc<Self>,
         timer: Timer,
         tenant: impl FnOnce() -> Option<Cow<'t, [u8]>>,
         path: impl FnOnce() -> Cow<'t, str>,
@@ -174,9 +174,9 @@ impl Under {
     fn count(self, why: (Handling, Option<&'static str>), tier: Option<FoundIn>, served: Served) {
         let (handling, reason) = why;
         let Self { watcher, began, tenant, note, .. } = self;
-        let Watcher { data_type, counts, observer } = watcher;
+        let Watcher { data_type, counts, observer } = &*watcher;
         let took = began.elapsed();
-        if let (Some(slot), Some((_, data_type))) = (tenant, &counts)
+        if let (Some(slot), Some((_, data_type))) = (tenant, counts)
             && let Some(labelled) = observer.labelled(slot, *data_type)
         {
             labelled.add((handling, reason.unwrap_or(handling.usual())));

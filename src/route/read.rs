@@ -364,11 +364,8 @@ impl ReadRoute {
         }
         let mut key = KeyBuf::with_capacity(256);
         let names = self.pattern.params();
-        let part = |param: &Param| {
-            // No form in which a write would find it.
-            param.value(at.params)?;
-            param.part(at.params)
-        };
+        // Else there is no form in which a write would find it.
+        let part = |param: &Param| param.part(at.params).filter(|part| !part.is_empty());
         let values = names.iter().map(part).collect::<Option<SmallVec<[_; 4]>>>().ok_or("id")?;
         let scope = self.scope.iter().map(|&i| (&*names[i].entity, &*values[i]));
         space.push_entry(&mut key, &tenant);

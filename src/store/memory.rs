@@ -361,26 +361,37 @@ impl MemoryStore {
         &self.changes[(hash >> 32) as usize % CHANGES]
     }
 
-    /// An entry that is in place and valid; and a copy of it, if it is asked for often by this thread.
-    fn resident(&self, which: hot::Which, key: &[u8], now: Millis, often: Option<u64>) -> Option<Arc<Entry>> {
-        let found = self.entries.get(key).filter(|resident| now < resident.until && resident.is_valid());
-        let Some(resident) = found else {
+    /// The entry that is in place: a copy of it, if this thread asks for it often. `valid_at` says when it is to be valid; without
+    /// that it may be neither.
+    fn resident(&self, key: &[u8], valid_at: Option<Millis>) -> Option<Arc<Entry>> {
+        let hash = self.hasher.hash_one(key);
+        let changes = self.changes(hash).load(Ordering::Acquire);
+        // What is good for one is not for the other.
+        let which = if valid_at.is_some() { (self.id, hash) } else { (!self.id, hash.rotate_left(32)) };
+        // Threads that take turns at each step are one thread to copies.
+        let looked =
+            if IS_TRIED { hot::Looked::Seldom } else { hot::look(which, key, valid_at.unwrap_or_default(), changes) };
+        if let hot::Looked::Good(entry) = looked {
+            return Some(entry);
+        }
+        let is_good = |resident: &Arc<Resident>| valid_at.is_none_or(|now| now < resident.until && resident.is_valid());
+        let Some(resident) = self.entries.get(key).filter(is_good) else {
             hot::keep(which, None);
             return None;
         };
-        let copy = often.and_then(|changes| {
-            let (entry, until, tags) = (hot::copied(&resident.entry)?, resident.until, resident.tags.clone());
-            Some(hot::Hot { key: Bytes::copy_from_slice(key), entry, tags, until, changes })
-        });
-        if copy.is_some() {
-            hot::keep(which, copy);
+        if let (hot::Looked::Often, Some(entry)) = (looked, hot::copied(&resident.entry)) {
+            let (until, tags) = match valid_at {
+                Some(_) => (resident.until, resident.tags.clone()),
+                None => (Millis::MAX, Box::default()),
+            };
+            hot::keep(which, Some(hot::Hot { key: Bytes::copy_from_slice(key), entry, tags, until, changes }));
         }
         Some(resident.entry.clone())
     }
 
     /// The entry, valid or not.
     pub(super) fn raw(&self, key: &Key) -> Option<Arc<Entry>> {
-        self.entries.get(&key.0).map(|resident| resident.entry.clone())
+        self.resident(&key.0, None)
     }
 
     /// An entry is looked for: if it had to go not long ago, that is counted.
@@ -446,15 +457,7 @@ fn done<'a, T: Send + 'a>(value: T) -> StoreFuture<'a, T> {
 
 impl Store for MemoryStore {
     fn peek(&self, key: &[u8], now: Millis) -> Option<Arc<Entry>> {
-        let hash = self.hasher.hash_one(key);
-        let changes = self.changes(hash).load(Ordering::Acquire);
-        let which = (self.id, hash);
-        // Threads that take turns at each step are one thread to copies.
-        match if IS_TRIED { hot::Looked::Seldom } else { hot::look(which, key, now, changes) } {
-            hot::Looked::Good(entry) => Some(entry),
-            hot::Looked::Often => self.resident(which, key, now, Some(changes)),
-            hot::Looked::Seldom => self.resident(which, key, now, None),
-        }
+        self.resident(key, Some(now))
     }
 
     fn lookup<'a>(&'a self, Inquiry { key, tags, .. }: Inquiry<'a>) -> StoreFuture<'a, Lookup> {

@@ -56,6 +56,8 @@ struct Shared<S> {
     store: S,
     breaker: Breaker,
     journal: Mutex<Journal>,
+    /// Whether there is anything in it: each call asks.
+    behind: AtomicBool,
     outage: Mutex<Option<Outage>>,
     /// Whether a task is delivering the journal.
     delivering: AtomicBool,
@@ -89,6 +91,7 @@ impl<S: Store> Guard<S> {
             store,
             breaker: Breaker::new(),
             journal: Mutex::default(),
+            behind: AtomicBool::new(false),
             outage: Mutex::default(),
             delivering: AtomicBool::new(false),
             emptied: Notify::new(),
@@ -173,7 +176,7 @@ impl<S: Store> Guard<S> {
 
 impl<S: Store> Shared<S> {
     fn is_behind(&self) -> bool {
-        !self.journal().is_empty()
+        self.behind.load(Ordering::SeqCst)
     }
 
     fn journal(&self) -> MutexGuard<'_, Journal> {
@@ -191,6 +194,7 @@ impl<S: Store> Shared<S> {
             What::Groups(groups) => journal.add(groups),
             What::Everything => journal.add_everything(),
         }
+        self.behind.store(!journal.is_empty(), Ordering::SeqCst);
         let mut outage = self.outage();
         if outage.is_none() {
             tracing::error!(
@@ -213,7 +217,9 @@ impl<S: Store> Shared<S> {
                 return;
             }
             // Before anything is added: what is, begins another.
-            self.outage().take()
+            let over = self.outage().take();
+            self.behind.store(false, Ordering::SeqCst);
+            over
         };
         if let Some(Outage { since, writes, .. }) = over {
             let after = since.elapsed();

@@ -106,6 +106,10 @@ fn line(bytes: &[u8], from: usize) -> Result<Option<(&[u8], usize)>, Garbled> {
 }
 
 fn number_in(digits: &[u8]) -> Result<i64, Garbled> {
+    // What all lengths look like, and what does not overflow.
+    if (1..=18).contains(&digits.len()) && digits.iter().all(u8::is_ascii_digit) {
+        return Ok(digits.iter().fold(0, |number, digit| number * 10 + i64::from(digit - b'0')));
+    }
     let number = str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok());
     number.ok_or(Garbled("a number that is none"))
 }
@@ -128,11 +132,14 @@ impl Reply {
         let count = length_in(head.strip_prefix(b"*")?, VALUES).ok()??;
         let mut rest = self.0.get(after..)?;
         Some((0..count).map_while(move |_| {
+            if let Some((string, after)) = string(rest) {
+                rest = after;
+                return Some(Some(string));
+            }
             let mut value = Resp::default();
             value.scan(rest).ok()?.then_some(())?;
-            let (value, others) = rest.split_at_checked(value.scanned)?;
-            rest = others;
-            Some(string(value))
+            rest = rest.get(value.scanned..)?;
+            Some(None)
         }))
     }
 
@@ -147,11 +154,11 @@ impl Reply {
     }
 }
 
-/// A string that is there.
-fn string(value: &[u8]) -> Option<&[u8]> {
-    let (head, after) = line(value, 0).ok()??;
+/// The string that these values begin with, if it is one that is there, and what comes after it.
+fn string(values: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (head, after) = line(values, 0).ok()??;
     let length = length_in(head.strip_prefix(b"$")?, LONGEST).ok()??;
-    value.get(after..after + length)
+    Some((values.get(after..after + length)?, values.get(after + length + 2..)?))
 }
 
 /// Writes a command: its name, and so many arguments, in parts.
