@@ -30,6 +30,8 @@ use tower_cache_aside::{Tier, store::RedisStore, testing::Clock};
 const CALLS: usize = 1_000;
 /// So few that what the allocator keeps at hand is enough for them, as it is where requests come one by one.
 const BATCH: usize = 4;
+/// So many ask at once, where many do.
+const TASKS: usize = 64;
 /// What the first calls make is then there.
 const BEFORE: usize = 200;
 
@@ -43,6 +45,8 @@ fn main() {
         Some("hit") => run(&runtime, in_process(), "/agents/4711", is_hit),
         Some("redis-off") => in_redis(&runtime, Tier::Off),
         Some("redis-validated") => in_redis(&runtime, Tier::Validated),
+        Some("many-off") => many_in_redis(&runtime, Tier::Off),
+        Some("many-validated") => many_in_redis(&runtime, Tier::Validated),
         _ => eprintln!("run by: bash .ci/instructions"),
     }
 }
@@ -89,7 +93,60 @@ where
     println!("{CALLS}");
 }
 
+fn run_many<S, B>(runtime: &Runtime, service: S, path: &'static str, is_right: impl Fn(&Response<B>) -> bool)
+where
+    S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Never, Future: Send> + Clone + Send + 'static,
+    B: Send + 'static,
+{
+    let mut first = service.clone();
+    runtime.block_on(async {
+        for _ in 0..BEFORE {
+            let _ = first.call(served(path)).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    let mut responses = Vec::with_capacity(TASKS);
+    for round in 0..CALLS / TASKS {
+        let mut tasks = Vec::with_capacity(TASKS);
+        for _ in 0..TASKS {
+            let (mut service, request) = (service.clone(), served(path));
+            tasks.push(runtime.spawn(async move { service.call(request).await.unwrap() }));
+        }
+        let mut all = || {
+            runtime.block_on(async {
+                for task in tasks.drain(..) {
+                    responses.push(task.await.unwrap());
+                }
+            });
+        };
+        if round == 0 {
+            all()
+        } else {
+            measured(all)
+        }
+        assert!(responses.iter().all(&is_right), "something else was measured");
+        responses.clear();
+    }
+    println!("{}", (CALLS / TASKS - 1) * TASKS);
+}
+
 fn in_redis(runtime: &Runtime, tier: Tier) {
+    let (_server, service) = over_redis(tier);
+    run(runtime, service, "/agents/4711", is_hit);
+}
+
+/// Of tasks that ask at once, what they share is shared.
+fn many_in_redis(runtime: &Runtime, tier: Tier) {
+    let (_server, service) = over_redis(tier);
+    run_many(runtime, service, "/agents/4711", is_hit);
+}
+
+fn over_redis(
+    tier: Tier,
+) -> (
+    redis::Redis,
+    impl Service<Request<Full<Bytes>>, Response = Response<impl Send>, Error = Never, Future: Send> + Clone + Send,
+) {
     let server = redis::Redis::start(&[]);
     let port = server.port;
     let connect = move || async move {
@@ -100,7 +157,7 @@ fn in_redis(runtime: &Runtime, tier: Tier) {
     let store = RedisStore::builder([server.url()]).connect_by(connect).clock(Clock::running());
     let store = store.budget(Duration::from_secs(10)).build().unwrap();
     let cache = support::tiered(tier).store(store).clock(Clock::running()).build().unwrap();
-    run(runtime, cache.layer().layer(origin()), "/agents/4711", is_hit);
+    (server, cache.layer().layer(origin()))
 }
 
 struct Played(Pin<Box<dyn Future<Output = io::Result<()>> + Send>>);

@@ -16,6 +16,7 @@ use tokio::sync::oneshot;
 
 use crate::{
     catalog::{Lifetime, Policy},
+    clock::Millis,
     engine::{self, Asker, Inside, Leader, Obtained, Use},
     key::{Key, Tag, Tenant},
     layer::{Core, Reads},
@@ -214,7 +215,7 @@ struct Ask<T, V, C> {
 impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
     type Answer = V;
 
-    fn judge(&mut self, entry: &mut Arc<Entry>, source: engine::Source) -> Use<V> {
+    fn judge(&mut self, entry: &mut Arc<Entry>, source: engine::Source, _: Millis) -> Use<V> {
         let Some(value) = self.shape.decode::<C>(entry) else { return Use::Lacking };
         let bytes = match &entry.payload {
             Payload::Value(bytes) => bytes.len() as u64,
@@ -254,8 +255,9 @@ where
     C: Codec,
 {
     let Some((key, tags)) = place else { return Obtained::Load(None) };
-    let held = core.engine.peek(key.as_bytes(), core.engine.now());
-    match held.map(|mut entry| ask.judge(&mut entry, engine::Source::Store)) {
+    let now = core.engine.now();
+    let held = core.engine.peek(key.as_bytes(), now);
+    match held.map(|mut entry| ask.judge(&mut entry, engine::Source::Store, now)) {
         Some(Use::Answer(value)) => Obtained::Answer(value),
         _ => core.engine.obtain(key, &tags, policy, ask).await,
     }

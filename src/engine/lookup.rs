@@ -66,27 +66,31 @@ pub(super) struct Looked<'t> {
 }
 
 impl Looked<'_> {
-    /// The entry, if it is the answer.
-    pub(super) fn hit(&mut self, now: Millis, attempt: Attempt) -> Option<Arc<Entry>> {
-        let found = self.found.as_mut().ok()?;
-        found.take_if(|found| found.answers(now, attempt)).map(|found| found.entry)
+    /// The entry, if it is the answer. What is given back is not lent: futures keep room for what was.
+    #[expect(clippy::result_large_err, reason = "it is where it is needed")]
+    pub(super) fn hit(mut self, now: Millis, attempt: Attempt) -> Result<Arc<Entry>, Self> {
+        let found = self.found.as_mut().ok().and_then(|found| found.take_if(|found| found.answers(now, attempt)));
+        found.map(|found| found.entry).ok_or(self)
     }
 }
 
 impl Engine {
     /// Looks the key up.
-    pub(super) async fn look<'t>(&self, key: &Key, tags: &'t [Tag], policy: &Policy) -> Looked<'t> {
-        let began = self.now();
-        let memo = self.memos.get(key);
-        let seen = self.flights.current(key);
-        let mut asked = Cow::Borrowed(tags);
-        let late = memo.iter().flat_map(|memo| memo.late.iter());
-        late.filter(|tag| !tags.contains(tag)).for_each(|tag| asked.to_mut().push(tag.clone()));
-        let (found, now) = match self.find(key, tags, &mut asked, policy).await {
-            Ok((found, now)) => (Ok(found), now),
-            Err(error) => (Err(error), Lookup::default()),
-        };
-        Looked { began, memo, seen, asked, found, now }
+    #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+    pub(super) fn look<'t>(&self, key: &Key, tags: &'t [Tag], policy: &Policy) -> impl Future<Output = Looked<'t>> {
+        async move {
+            let began = self.now();
+            let memo = self.memos.get(key);
+            let seen = self.flights.current(key);
+            let mut asked = Cow::Borrowed(tags);
+            let late = memo.iter().flat_map(|memo| memo.late.iter());
+            late.filter(|tag| !tags.contains(tag)).for_each(|tag| asked.to_mut().push(tag.clone()));
+            let (found, now) = match self.find(key, tags, &mut asked, policy, began).await {
+                Ok((found, now)) => (Ok(found), now),
+                Err(error) => (Err(error), Lookup::default()),
+            };
+            Looked { began, memo, seen, asked, found, now }
+        }
     }
 
     /// Looks the key up, and goes on from there.
@@ -98,16 +102,16 @@ impl Engine {
     /// On a miss captures the generations and joins the flight that has the same ones, or leads one.
     pub(super) async fn go_on_from(
         self: &Arc<Self>,
-        mut looked: Looked<'_>,
+        looked: Looked<'_>,
         key: &Key,
         tags: &[Tag],
         policy: &Policy,
         attempt: Attempt,
     ) -> Begin {
-        if let Some(entry) = looked.hit(self.now(), attempt) {
-            return Begin::Hit(entry);
-        }
-        let Looked { began, memo, seen, asked, found, now } = looked;
+        let Looked { began, memo, seen, asked, found, now } = match looked.hit(self.now(), attempt) {
+            Ok(entry) => return Begin::Hit(entry),
+            Err(looked) => looked,
+        };
         let stale = match found {
             Err(error) => return unavailable(&error),
             Ok(found) => found,
@@ -140,31 +144,44 @@ impl Engine {
         self.board(leader, seen, tags, policy, attempt).await
     }
 
-    pub(super) fn inquiry<'a>(&self, key: &'a Key, tags: &'a [Tag], required: usize, policy: &Policy) -> Inquiry<'a> {
-        Inquiry { key, tags, required, tier: policy.tier(), longest: policy.longest(), now: self.now() }
+    pub(super) fn inquiry<'a>(
+        &self,
+        key: &'a Key,
+        tags: &'a [Tag],
+        required: usize,
+        policy: &Policy,
+        now: Millis,
+    ) -> Inquiry<'a> {
+        Inquiry { key, tags, required, tier: policy.tier(), longest: policy.longest(), now }
     }
 
     /// Reads the entry with the generations of all its tags. What it turns out to have besides is `asked` from then on.
-    async fn find(
+    #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+    fn find(
         &self,
         key: &Key,
         tags: &[Tag],
         asked: &mut Cow<'_, [Tag]>,
         policy: &Policy,
-    ) -> Result<(Option<Stale>, Lookup), StoreError> {
-        for _ in 0..2 {
-            let mut now = self.store.lookup(self.inquiry(key, asked, tags.len(), policy)).await?;
-            let Some(entry) = now.entry.take() else { return Ok((None, now)) };
-            match validity(&entry, tags, asked, &now.generations) {
-                Validity::Valid => return Ok((Some(Stale { entry, invalidated: false }), now)),
-                Validity::Invalid => return Ok((Some(Stale { entry, invalidated: true }), now)),
-                Validity::Unknown(late) => {
-                    self.remember_late(key, &late);
-                    asked.to_mut().extend(late);
+        began: Millis,
+    ) -> impl Future<Output = Result<(Option<Stale>, Lookup), StoreError>> {
+        async move {
+            let mut at = began;
+            for _ in 0..2 {
+                let mut now = self.store.lookup(self.inquiry(key, asked, tags.len(), policy, at)).await?;
+                let Some(entry) = now.entry.take() else { return Ok((None, now)) };
+                match validity(&entry, tags, asked, &now.generations) {
+                    Validity::Valid => return Ok((Some(Stale { entry, invalidated: false }), now)),
+                    Validity::Invalid => return Ok((Some(Stale { entry, invalidated: true }), now)),
+                    Validity::Unknown(late) => {
+                        self.remember_late(key, &late);
+                        asked.to_mut().extend(late);
+                        at = self.now();
+                    }
                 }
             }
+            Ok((None, Lookup::default()))
         }
-        Ok((None, Lookup::default()))
     }
 
     fn leader(
@@ -296,7 +313,7 @@ impl Engine {
 
     /// Of who looks on: what is found is not held in this process for requests, which may need tags that nobody asks for here.
     fn looking_on<'a>(&self, key: &'a Key, tags: &'a [Tag], policy: &Policy) -> Inquiry<'a> {
-        Inquiry { tier: crate::catalog::Tier::Off, ..self.inquiry(key, tags, tags.len(), policy) }
+        Inquiry { tier: crate::catalog::Tier::Off, ..self.inquiry(key, tags, tags.len(), policy, self.now()) }
     }
 
     /// What is stored under a key, valid or not, with the generations that its tags have now.

@@ -30,7 +30,7 @@ pub(crate) trait Asker {
     type Answer;
 
     /// What to do with an entry that is valid. One that nobody else has may be used up by an answer.
-    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source) -> Use<Self::Answer>;
+    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source, now: Millis) -> Use<Self::Answer>;
 
     /// Neither waits for others nor lets them wait.
     fn is_alone(&self) -> bool {
@@ -104,9 +104,15 @@ struct Round {
 }
 
 impl Round {
-    fn judge<A: Asker>(&mut self, asker: &mut A, mut entry: Arc<Entry>, source: Source) -> Option<A::Answer> {
+    fn judge<A: Asker>(
+        &mut self,
+        asker: &mut A,
+        mut entry: Arc<Entry>,
+        source: Source,
+        now: Millis,
+    ) -> Option<A::Answer> {
         let created = entry.created;
-        match asker.judge(&mut entry, source) {
+        match asker.judge(&mut entry, source, now) {
             Use::Answer(answer) => return Some(answer),
             Use::Elsewhere(other) => self.key = other,
             Use::Useless => self.attempt.reload = true,
@@ -120,25 +126,29 @@ impl Round {
 }
 
 impl Engine {
-    /// Looks the key up, waits for others' calls and tries again, until there is an answer or a call to make.
-    pub(crate) async fn obtain<A: Asker>(
+    /// Looks the key up, waits for others' calls and tries again, until there is an answer or a call to make. (An async fn would
+    /// hold what it is given twice.)
+    pub(crate) fn obtain<A: Asker>(
         self: &Arc<Self>,
         key: Key,
         tags: &[Tag],
         policy: &Policy,
         asker: &mut A,
-    ) -> Obtained<A::Answer> {
+    ) -> impl Future<Output = Obtained<A::Answer>> {
         let mut round = Round { key, attempt: Attempt { alone: asker.is_alone(), ..Attempt::default() } };
-        let mut looked = self.look(&round.key, tags, policy).await;
-        let looked = match looked.hit(self.now(), round.attempt) {
-            Some(entry) => match round.judge(asker, entry, Source::Store) {
-                Some(answer) => return Obtained::Answer(answer),
-                None => None,
-            },
-            None => Some(looked),
-        };
-        // A hit, which most requests are, does not pay for what it does not need.
-        Box::pin(self.go_on(round, looked, tags, policy, asker)).await
+        async move {
+            let looked = self.look(&round.key, tags, policy).await;
+            let now = self.now();
+            let looked = match looked.hit(now, round.attempt) {
+                Ok(entry) => match round.judge(asker, entry, Source::Store, now) {
+                    Some(answer) => return Obtained::Answer(answer),
+                    None => None,
+                },
+                Err(looked) => Some(looked),
+            };
+            // A hit, which most requests are, does not pay for what it does not need.
+            Box::pin(self.go_on(round, looked, tags, policy, asker)).await
+        }
     }
 
     async fn go_on<A: Asker>(
@@ -167,7 +177,7 @@ impl Engine {
                 }
                 Begin::Follow(flight, stale) => {
                     let meanwhile = stale.as_ref().filter(|stale| stale.serves_meanwhile(self.now()));
-                    if let Some(answer) = meanwhile.and_then(|stale| serve_stale(asker, &stale.entry)) {
+                    if let Some(answer) = meanwhile.and_then(|stale| serve_stale(asker, &stale.entry, self.now())) {
                         return Obtained::Answer(answer);
                     }
                     if asker.only_stored() {
@@ -176,7 +186,7 @@ impl Engine {
                     match landing(self.follow_patiently(flight, &stale, policy).await, stale, self.now(), policy) {
                         Landing::Use(entry) => (entry, Source::Flight),
                         Landing::ServeStale(entry) => {
-                            if let Some(answer) = serve_stale(asker, &entry) {
+                            if let Some(answer) = serve_stale(asker, &entry, self.now()) {
                                 return Obtained::Answer(answer);
                             }
                             round.attempt.failures += 1;
@@ -193,7 +203,7 @@ impl Engine {
                     }
                 }
             };
-            if let Some(answer) = round.judge(asker, entry, source) {
+            if let Some(answer) = round.judge(asker, entry, source, self.now()) {
                 return Obtained::Answer(answer);
             }
         }
@@ -215,12 +225,12 @@ impl Engine {
             let accepted = asker.accepts_expired(&stale.entry, now);
             match departure(&stale, accepted, attempt.reload, now) {
                 Departure::ServeStale => {
-                    if let Some(answer) = serve_stale(asker, &stale.entry) {
+                    if let Some(answer) = serve_stale(asker, &stale.entry, now) {
                         return Obtained::Answer(answer);
                     }
                 }
                 Departure::ServeStaleAndLoad => {
-                    if let Some(answer) = serve_stale(asker, &stale.entry) {
+                    if let Some(answer) = serve_stale(asker, &stale.entry, now) {
                         return Obtained::AnswerAndReload(answer, leader);
                     }
                 }
@@ -240,8 +250,8 @@ impl Engine {
     }
 }
 
-fn serve_stale<A: Asker>(asker: &mut A, entry: &Arc<Entry>) -> Option<A::Answer> {
-    match asker.judge(&mut entry.clone(), Source::Stale) {
+fn serve_stale<A: Asker>(asker: &mut A, entry: &Arc<Entry>, now: Millis) -> Option<A::Answer> {
+    match asker.judge(&mut entry.clone(), Source::Stale, now) {
         Use::Answer(answer) => Some(answer),
         Use::Elsewhere(_) | Use::Useless | Use::Lacking => None,
     }
@@ -301,7 +311,7 @@ mod tests {
     impl Asker for Asking<'_> {
         type Answer = Source;
 
-        fn judge(&mut self, _: &mut Arc<Entry>, source: Source) -> Use<Source> {
+        fn judge(&mut self, _: &mut Arc<Entry>, source: Source, _: Millis) -> Use<Source> {
             self.2 += 1;
             let finds = self.0.finds.filter(|(_, times)| self.2 <= *times);
             finds.map_or(Use::Answer(source), |(finds, _)| finds(self.1))

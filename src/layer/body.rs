@@ -28,8 +28,8 @@ pin_project! {
     enum Kind<B: Body> {
         Full { data: Option<Bytes>, trailers: Option<Box<HeaderMap>>, counted: bool },
         Inner { #[pin] body: B },
-        /// Of a write, after which something may be due.
-        Written { #[pin] body: InvalidateBody<B> },
+        /// Of a write, after which something may be due. In a box: what most requests get is moved about as well.
+        Written { body: Pin<Box<InvalidateBody<B>>> },
         /// What another task reads, and keeps a copy of. It never holds more than the body limit: then it gives the
         /// rest away.
         Tee { pieces: UnboundedReceiver<Piece<B>>, rest: Option<Pin<Box<B>>>, left: Option<u64>, done: bool },
@@ -80,7 +80,7 @@ impl<B: Body> CacheBody<B> {
     }
 
     pub(crate) fn written(body: InvalidateBody<B>) -> Self {
-        Self { kind: Kind::Written { body } }
+        Self { kind: Kind::Written { body: Box::pin(body) } }
     }
 
     pub(crate) fn tee(pieces: UnboundedReceiver<Piece<B>>, size: &SizeHint) -> Self {
@@ -99,7 +99,7 @@ impl<B: Body<Data = Bytes>> Body for CacheBody<B> {
                 None => trailers.take().map(|t| Ok(Frame::trailers(*t))),
             }),
             KindProj::Inner { body } => body.poll_frame(cx),
-            KindProj::Written { body } => body.poll_frame(cx),
+            KindProj::Written { body } => body.as_mut().poll_frame(cx),
             KindProj::Tee { pieces, rest, left, done } => {
                 if let Some(rest) = rest {
                     return rest.as_mut().poll_frame(cx);

@@ -214,17 +214,20 @@ impl<F: Framing> Mux<F> {
         (Self(Arc::new(Handle { shared, patience })), serving)
     }
 
-    /// Makes so many commands, which `write` writes, with numbers from the one that it is given.
-    pub(crate) async fn call(
+    /// Makes so many commands, which `write` writes, with numbers from the one that it is given. They are made at once: what waits
+    /// for the answer holds nothing of them.
+    pub(crate) fn call<W: FnOnce(&mut BytesMut, u32)>(
         &self,
         count: u32,
-        write: impl FnOnce(&mut BytesMut, u32),
-    ) -> Result<Answer<F::Reply>, Broken> {
-        let answered = self.enqueue(count, write)?;
-        answered.await.map_err(|_| {
-            let why = self.0.shared.queue().end.clone();
-            Broken::Unanswered(why.unwrap_or_else(|| "the connection is gone".into()))
-        })
+        write: W,
+    ) -> impl Future<Output = Result<Answer<F::Reply>, Broken>> + use<'_, F, W> {
+        let answered = self.enqueue(count, write);
+        async move {
+            answered?.await.map_err(|_| {
+                let why = self.0.shared.queue().end.clone();
+                Broken::Unanswered(why.unwrap_or_else(|| "the connection is gone".into()))
+            })
+        }
     }
 
     /// Whether nothing is sent any more.

@@ -19,25 +19,28 @@ pub(super) trait Generations: Store {
 }
 
 /// A look-up whose entry may be held in `memory`, but each hit asks whether it is current.
-pub(super) async fn validated<S: Generations>(
-    remote: &Guard<S>,
-    memory: &MemoryStore,
-    inquiry: Inquiry<'_>,
-) -> Result<Lookup, StoreError> {
-    // What has expired is not asked about: the store may have another by now.
-    if let Some(entry) = memory.raw(inquiry.key).filter(|entry| entry.is_fresh(inquiry.now)) {
-        let generations = remote.call(|remote| remote.generations(inquiry.tags)).await?;
-        if is_current(&entry, &inquiry, &generations) {
-            return Ok(Lookup::new(Some(entry), generations));
+#[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+pub(super) fn validated<'a, S: Generations>(
+    remote: &'a Guard<S>,
+    memory: &'a MemoryStore,
+    inquiry: Inquiry<'a>,
+) -> impl Future<Output = Result<Lookup, StoreError>> + Send + use<'a, S> {
+    async move {
+        // What has expired is not asked about: the store may have another by now.
+        if let Some(entry) = memory.raw(inquiry.key).filter(|entry| entry.is_fresh(inquiry.now)) {
+            let generations = remote.call(|remote| remote.generations(inquiry.tags)).await?;
+            if is_current(&entry, &inquiry, &generations) {
+                return Ok(Lookup::new(Some(entry), generations));
+            }
         }
+        let found = remote.lookup(inquiry).await?;
+        if let Some(entry) = &found.entry
+            && is_current(entry, &inquiry, &found.generations)
+        {
+            memory.insert(inquiry.key, entry.clone(), vec![], 0);
+        }
+        Ok(found)
     }
-    let found = remote.lookup(inquiry).await?;
-    if let Some(entry) = &found.entry
-        && is_current(entry, &inquiry, &found.generations)
-    {
-        memory.insert(inquiry.key, entry.clone(), vec![], 0);
-    }
-    Ok(found)
 }
 
 /// Whether an entry is valid under these generations, with all the tags that it must have.

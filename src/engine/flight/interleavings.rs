@@ -17,7 +17,7 @@ use shuttle::{
 use super::*;
 use crate::{
     catalog::{Lifetime, Policy, Ttl},
-    clock::Clock,
+    clock::{Clock, Millis},
     engine::{Asker, Engine, Inside, Leader, Obtained, Sealed, Source, Use, lookup::Begin, stale::Attempt},
     store::{Fence, MemoryStore, Payload, Store, TagGroup},
     sync::tried::{Row, breaks, holds, holds_always},
@@ -124,7 +124,7 @@ struct Caller;
 impl Asker for Caller {
     type Answer = u64;
 
-    fn judge(&mut self, entry: &mut Arc<Entry>, _: Source) -> Use<u64> {
+    fn judge(&mut self, entry: &mut Arc<Entry>, _: Source, _: Millis) -> Use<u64> {
         Use::Answer(value(entry))
     }
 }

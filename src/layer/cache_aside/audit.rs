@@ -44,14 +44,14 @@ impl Miss {
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
     {
-        let (core, route, key) = (self.core.clone(), self.route.clone(), self.key.clone());
+        let (core, route, key) = (self.mapped.core.clone(), self.mapped.route.clone(), self.so_far.key.clone());
         let Some((auditor, permit)) = core.auditor.as_ref().and_then(|auditor| Some((auditor, auditor.permit()?)))
         else {
             return;
         };
         let suspect = auditor.take_suspect(&key);
-        (self.reason, self.whole) = (Reason::Stale, None);
-        let (tags, tenant) = (self.tags.clone(), self.tenant.clone());
+        (self.so_far.reason, self.so_far.whole) = (Reason::Stale, None);
+        let (tags, tenant) = (self.mapped.tags.clone(), self.mapped.tenant.clone());
         let path = request.uri().path_and_query().map_or("", PathAndQuery::as_str).to_owned();
         let Some(leader) = core.engine.lead_refresh(&key, &tags, &route.policy).await else { return };
         let held = stored(&leader).filter(|stale| !stale.invalidated).map(|stale| stale.entry.clone());

@@ -12,7 +12,7 @@ use tower_service::Service;
 
 use super::{
     Looked,
-    miss::{Miss, serve_stale, stored},
+    miss::{Mapped, Miss, SoFar, serve_stale, stored},
 };
 use crate::{
     catalog::{Freshness, Lifetime},
@@ -48,22 +48,22 @@ impl Miss {
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
     {
-        let (start, date) = (Instant::now(), self.core.date());
+        let (start, date) = (Instant::now(), self.mapped.core.date());
         let (headers, reads) = (request.headers().clone(), Reads::default());
         tracing::debug!(
-            key = %self.key.as_bytes().escape_ascii(),
+            key = %self.so_far.key.as_bytes().escape_ascii(),
             tags = ?leader.iter().flat_map(Leader::tags).collect::<Vec<_>>(),
-            reason = self.reason.as_str(),
+            reason = self.so_far.reason.as_str(),
             "calling the inner service"
         );
         let confirmable = self.prepare(&mut request, leader.as_mut());
         let is_asked = leader.as_ref().is_none_or(|leader| leader.unshared);
-        if let Some(whole) = &self.whole {
+        if let Some(whole) = &self.so_far.whole {
             whole.include(&reads);
         }
         let result = reads.scope(future::call(&mut inner, request)).await;
         let is_ok = matches!(&result, Ok(response) if !response.status().is_server_error());
-        self.route.teller.watcher().loaded(is_ok, start.elapsed());
+        self.mapped.route.teller.watcher().loaded(is_ok, start.elapsed());
         if !is_ok && let Some(response) = self.instead(leader.as_ref()) {
             let _ = reply.send(Ok(response));
             return;
@@ -87,18 +87,19 @@ impl Miss {
         R: Body<Data = Bytes>,
     {
         let Called { start, date, headers, reads, confirmable, is_asked } = called;
+        let (Mapped { core, route, tenant, .. }, SoFar { asked, .. }) = (&self.mapped, &self.so_far);
         let (mut parts, body) = response.into_parts();
         take_weak_date(&mut parts.headers, date, start.elapsed());
         // What a part says from now on is not among its tags.
         let known = (reads.clone(), reads.count());
-        let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type(), &reads);
-        if let (Some(whole), Ok(late)) = (&self.whole, &late) {
+        let late = take_tags(&mut parts, core, tenant, route.data_type(), &reads);
+        if let (Some(whole), Ok(late)) = (&self.so_far.whole, &late) {
             whole.add_tags(late.iter());
         }
-        let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(self.reason) };
+        let mut forwarded = Forwarded { status: Some(parts.status), ..Forwarded::new(self.so_far.reason) };
         let confirmed = confirmable.filter(|_| parts.status == StatusCode::NOT_MODIFIED);
         let late = match &confirmed {
-            Some(stored) => late.map(|late| update(stored, &mut parts, self.core.date(), late, leader.as_ref())),
+            Some(stored) => late.map(|late| update(stored, &mut parts, core.date(), late, leader.as_ref())),
             None => late,
         };
         let size = if confirmed.is_some() { 0 } else { body.size_hint().lower() };
@@ -110,11 +111,11 @@ impl Miss {
         };
         let late = late.unwrap_or_default();
         let settled = settle(leader, verdict, &mut forwarded).map(|(mut leader, life, names)| {
-            leader.known =
-                self.known.as_ref().map(|(known, until)| (*until, known.iter().all(|name| names.contains(name))));
+            let known = self.so_far.known.as_ref();
+            leader.known = known.map(|(known, until)| (*until, known.iter().all(|name| names.contains(name))));
             (leader.made_of(reads.stamps()), life, names)
         });
-        if let (true, Some(header), Some((leader, ..))) = (forwarded.stored, &self.core.options.forwards, &settled) {
+        if let (true, Some(header), Some((leader, ..))) = (forwarded.stored, &core.options.forwards, &settled) {
             forward_tags(&mut parts.headers, header, leader.tags().chain(&late));
         }
         if let Some(stored) = confirmed {
@@ -125,17 +126,16 @@ impl Miss {
             return self.confirm(stored, parts, kept, forwarded, reply).await;
         }
         let Some((leader, life, names)) = settled else {
-            let (key, reason) = (self.key.as_bytes().escape_ascii(), forwarded.detail);
+            let (key, reason) = (self.so_far.key.as_bytes().escape_ascii(), forwarded.detail);
             tracing::debug!(%key, reason, status = parts.status.as_u16(), "not stored");
-            self.route.teller.tell(Handled::Forwarded(forwarded), self.asked.key.as_deref(), &mut parts);
-            let _ = reply.send(Ok(unstored(parts, body, &self.asked, is_asked)));
+            route.teller.tell(Handled::Forwarded(forwarded), asked.key.as_deref(), &mut parts);
+            let _ = reply.send(Ok(unstored(parts, body, asked, is_asked)));
             return;
         };
-        let (varied, limit) = (self.varied(names, &headers), self.core.options.body_limit);
+        let (varied, limit) = (self.varied(names, &headers), core.options.body_limit);
         let is_plain = parts.status == StatusCode::OK && !parts.headers.contains_key(header::ETAG);
-        let adds_tag = self.core.options.entity_tags && is_plain;
-        let accepts = |_: &Bytes, _: Option<&HeaderMap>| Ok(());
-        let (date, teller, route) = (self.core.date(), self.route.teller.clone(), self.route.what());
+        let adds_tag = core.options.entity_tags && is_plain;
+        let (date, teller, route) = (core.date(), route.teller.clone(), route.what());
         let reading = Reading {
             leader,
             teller,
@@ -149,21 +149,21 @@ impl Miss {
             varied,
             adds_tag,
             limit,
-            accepts,
+            accepts: |_, _| Ok(()),
         };
-        reads.scope(reading.read(body, &self.asked, reply)).await;
+        reads.scope(reading.read(body, asked, reply)).await;
     }
 
     /// Asks for the whole response, or whether the stored one is still good, which is then returned. Where nothing will be
     /// stored, the handler is asked what the client asks.
     fn prepare<B>(&self, request: &mut Request<B>, leader: Option<&mut Leader>) -> Option<StoredResponse> {
-        request.extensions_mut().get_or_insert_default::<Looked>().add(&self.core, self.primary.clone());
+        request.extensions_mut().get_or_insert_default::<Looked>().add(&self.mapped.core, self.so_far.primary.clone());
         let leader = leader?;
-        leader.primary = self.primary.clone();
+        leader.primary = self.so_far.primary.clone();
         if leader.unshared {
             return None;
         }
-        if self.asked.head {
+        if self.so_far.asked.head {
             *request.method_mut() = Method::GET;
         }
         let headers = request.headers_mut();
@@ -172,7 +172,7 @@ impl Miss {
         headers.remove(header::IF_NONE_MATCH);
         headers.remove(header::IF_MODIFIED_SINCE);
         let known = stored(leader).filter(|stale| !stale.invalidated);
-        match known.filter(|_| self.route.policy.freshness == Freshness::Response).map(|s| &s.entry.payload) {
+        match known.filter(|_| self.mapped.route.policy.freshness == Freshness::Response).map(|s| &s.entry.payload) {
             Some(Payload::Response(stored)) => validate(headers, &stored.headers).then(|| stored.clone()),
             _ => None,
         }
@@ -180,22 +180,23 @@ impl Miss {
 
     /// What to answer with when the origin fails, if anything.
     fn instead<R: Body>(&self, leader: Option<&Leader>) -> Option<Response<CacheBody<R>>> {
-        let now = self.core.engine.now();
-        let stale = leader?.stale().filter(|stale| stale.serves_on_error(now, &self.route.policy))?;
-        serve_stale(&self.core, &self.route, (&self.asked, self.whole.as_ref()), &stale.entry)
+        let (Mapped { core, route, .. }, SoFar { asked, whole, .. }) = (&self.mapped, &self.so_far);
+        let now = core.engine.now();
+        let stale = leader?.stale().filter(|stale| stale.serves_on_error(now, &route.policy))?;
+        serve_stale(core, route, (asked, whole.as_ref()), &stale.entry)
     }
 
     fn verdict(&self, parts: &response::Parts, size: u64, start: Instant) -> Verdict {
-        if size > self.core.options.body_limit as u64 {
+        if size > self.mapped.core.options.body_limit as u64 {
             return Verdict::Alone("body-limit");
         }
         let exchange = Exchange {
-            policy: &self.route.policy,
-            keyed: &self.route.vary,
+            policy: &self.mapped.route.policy,
+            keyed: &self.mapped.route.vary,
             no_cache: parts.extensions.get::<NoCache>().is_some(),
             needs_public: self.needs_public,
-            targeted: &self.core.options.targeted_header,
-            now: self.core.date(),
+            targeted: &self.mapped.core.options.targeted_header,
+            now: self.mapped.core.date(),
             took: start.elapsed(),
         };
         judge(&exchange, parts)
@@ -205,10 +206,10 @@ impl Miss {
     /// says now more and now less of them has as many variants as all of them make.
     fn varied(&self, names: Box<[HeaderName]>, headers: &HeaderMap) -> Option<(Box<[HeaderName]>, Key)> {
         let mut names = names.into_vec();
-        names.extend(self.known.iter().flat_map(|(known, _)| known.iter().cloned()));
+        names.extend(self.so_far.known.iter().flat_map(|(known, _)| known.iter().cloned()));
         names.sort_by(|a, b| a.as_str().cmp(b.as_str()));
         names.dedup();
-        let key = (!names.is_empty()).then(|| Key::new(variant_key(self.primary.as_bytes(), &names, headers)));
+        let key = (!names.is_empty()).then(|| Key::new(variant_key(self.so_far.primary.as_bytes(), &names, headers)));
         key.map(|key| (names.into(), key))
     }
 
@@ -223,7 +224,7 @@ impl Miss {
     ) {
         let headers = stored_headers(&parts.headers);
         let payload = Payload::Response(StoredResponse { headers, ..stored });
-        let engine = &self.core.engine;
+        let engine = &self.mapped.core.engine;
         let life = kept.as_ref().map_or_else(Lifetime::default, |kept| kept.life);
         let sealed = match kept.filter(|_| forwarded.stored) {
             Some(Kept { leader, late, life, varied }) => {
@@ -234,8 +235,8 @@ impl Miss {
         forwarded.stored = sealed.as_ref().is_some_and(Sealed::is_kept);
         let unstored = || Arc::new(Entry::new(payload, Box::default(), engine.now(), life));
         let entry = sealed.as_ref().map_or_else(unstored, |sealed| sealed.entry.clone());
-        let how = How::forwarded(&self.route.teller, forwarded);
-        if let Some(response) = serve(&entry, engine.now(), &self.asked, how) {
+        let how = How::forwarded(&self.mapped.route.teller, forwarded);
+        if let Some(response) = serve(&entry, engine.now(), &self.so_far.asked, how) {
             let _ = reply.send(Ok(response));
         }
         if let Some(sealed) = sealed {

@@ -31,15 +31,25 @@ use crate::{
 };
 
 pub(super) struct Miss {
+    pub(super) mapped: Mapped,
+    pub(super) so_far: SoFar,
+    pub(super) needs_public: bool,
+}
+
+/// What the mapping says of it, whatever becomes of it.
+pub(super) struct Mapped {
+    pub(super) core: Arc<Core>,
+    pub(super) route: Arc<ReadRoute>,
+    pub(super) tenant: Tenant,
+    pub(super) tags: Vec<Tag>,
+}
+
+/// What is known of it while an answer is sought.
+pub(super) struct SoFar {
     /// The key without request headers that responses turned out to vary by.
     pub(super) primary: Key,
     /// The key with them, as far as they are known.
     pub(super) key: Key,
-    pub(super) tags: Vec<Tag>,
-    pub(super) tenant: Tenant,
-    pub(super) needs_public: bool,
-    pub(super) route: Arc<ReadRoute>,
-    pub(super) core: Arc<Core>,
     pub(super) asked: Asked,
     /// Why nothing stored has answered it so far.
     pub(super) reason: Reason,
@@ -67,7 +77,8 @@ type Done<R, E> = Result<Response<CacheBody<R>>, Boxed<CacheBody<R>, E>>;
 
 /// A request with its headers, which say which variant it wants.
 struct Ask<'a, R> {
-    miss: &'a mut Miss,
+    mapped: &'a Mapped,
+    so_far: &'a mut SoFar,
     headers: &'a HeaderMap,
     body: PhantomData<fn() -> R>,
 }
@@ -75,16 +86,16 @@ struct Ask<'a, R> {
 impl<R: Body> Asker for Ask<'_, R> {
     type Answer = (Response<CacheBody<R>>, Outcome);
 
-    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source) -> Use<Self::Answer> {
-        let miss = &mut *self.miss;
-        if let Some(whole) = &miss.whole {
+    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source, now: Millis) -> Use<Self::Answer> {
+        let (so_far, Mapped { core, route, .. }) = (&mut *self.so_far, self.mapped);
+        if let Some(whole) = &so_far.whole {
             whole.add_stamps(&entry.stamps);
             if source == Source::Stale && !matches!(entry.payload, Payload::Vary(_)) {
                 whole.spoil();
             }
         }
         if let Payload::Vary(names) = &entry.payload {
-            miss.known = Some((names.clone(), entry.keep_until()));
+            so_far.known = Some((names.clone(), entry.keep_until()));
         }
         let names = match (&entry.payload, &entry.varied) {
             (Payload::Vary(names), _) => Some((names, None)),
@@ -92,60 +103,61 @@ impl<R: Body> Asker for Ask<'_, R> {
             _ => None,
         };
         if let Some((names, of_entry)) = names.filter(|_| source != Source::Stale) {
-            let own = Key::new(variant_key(miss.primary.as_bytes(), names, self.headers));
+            let own = Key::new(variant_key(so_far.primary.as_bytes(), names, self.headers));
             if of_entry != Some(&own) {
-                if own == miss.key {
-                    miss.reason = Reason::Request;
+                if own == so_far.key {
+                    so_far.reason = Reason::Request;
                     return Use::Useless;
                 }
-                (miss.key, miss.reason) = (own.clone(), Reason::VaryMiss);
+                (so_far.key, so_far.reason) = (own.clone(), Reason::VaryMiss);
                 return Use::Elsewhere(own);
             }
         }
-        let now = miss.core.engine.now();
         // Who warms wants it replaced.
-        if source == Source::Stale && miss.asked.ahead.is_some() {
+        if source == Source::Stale && so_far.asked.ahead.is_some() {
             return Use::Useless;
         }
-        let collapsed = Forwarded { collapsed: true, ..Forwarded::new(miss.reason) };
-        let how = How::of(source, &miss.route.teller, miss.core.found_in(), collapsed);
-        let is_good = source == Source::Stale || miss.asked.accepts(entry, now);
-        let Some(response) = is_good.then(|| use_up(entry, now, &miss.asked, how)).flatten() else {
-            miss.reason = Reason::Request;
+        let collapsed = Forwarded { collapsed: true, ..Forwarded::new(so_far.reason) };
+        let how = How::of(source, &route.teller, core.found_in(), collapsed);
+        let is_good = source == Source::Stale || so_far.asked.accepts(entry, now);
+        let Some(response) = is_good.then(|| use_up(entry, now, &so_far.asked, how)).flatten() else {
+            so_far.reason = Reason::Request;
             return Use::Useless;
         };
-        miss.due = source == Source::Store && miss.asked.replaces(entry, now, miss.route.policy.early_refresh);
+        so_far.due = source == Source::Store && so_far.asked.replaces(entry, now, route.policy.early_refresh);
         let outcome = how.outcome(entry, now, response.body());
         Use::Answer((response, outcome))
     }
 
     fn is_alone(&self) -> bool {
-        self.miss.is_partial()
+        self.so_far.is_partial(&self.mapped.route)
     }
 
     fn only_stored(&self) -> bool {
-        self.miss.only_stored()
+        self.so_far.only_stored()
     }
 
     fn accepts_expired(&self, entry: &Entry, now: Millis) -> bool {
-        self.miss.asked.accepts_stale(entry, now, &self.miss.core.options.targeted_header)
+        self.so_far.asked.accepts_stale(entry, now, &self.mapped.core.options.targeted_header)
     }
 }
 
-impl Miss {
+impl SoFar {
     /// Whether its response would be no good for others.
-    fn is_partial(&self) -> bool {
-        self.asked.is_partial() && !self.route.policy.loads_whole
-    }
-
-    /// Whether the inner service is asked for the whole response: not for what cannot be stored.
-    fn loads_whole(&self, leader: Option<&Leader>) -> bool {
-        let is_shared = || leader.is_some_and(|leader| !leader.unshared);
-        !self.asked.is_partial() || self.route.policy.loads_whole && is_shared()
+    fn is_partial(&self, route: &ReadRoute) -> bool {
+        self.asked.is_partial() && !route.policy.loads_whole
     }
 
     fn only_stored(&self) -> bool {
         self.asked.directives().is_some_and(|directives| directives.only_if_cached)
+    }
+}
+
+impl Miss {
+    /// Whether the inner service is asked for the whole response: not for what cannot be stored.
+    fn loads_whole(&self, leader: Option<&Leader>) -> bool {
+        let is_shared = || leader.is_some_and(|leader| !leader.unshared);
+        !self.so_far.asked.is_partial() || self.mapped.route.policy.loads_whole && is_shared()
     }
 
     /// Small for a hit, which most requests are.
@@ -161,11 +173,10 @@ impl Miss {
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         async move {
-            let (key, tags) = (self.key.clone(), std::mem::take(&mut self.tags));
-            let (core, route) = (self.core.clone(), self.route.clone());
-            let mut ask = Ask { miss: &mut self, headers: request.headers(), body: PhantomData::<fn() -> R> };
-            let obtained = core.engine.obtain(key, &tags, &route.policy, &mut ask).await;
-            self.tags = tags;
+            let (key, mapped, so_far) = (self.so_far.key.clone(), &self.mapped, &mut self.so_far);
+            let Mapped { core, route, tags, .. } = mapped;
+            let mut ask = Ask { mapped, so_far, headers: request.headers(), body: PhantomData::<fn() -> R> };
+            let obtained = core.engine.obtain(key, tags, &route.policy, &mut ask).await;
             match self.done(obtained, inner, request) {
                 Ok(response) => Ok(response),
                 Err(rest) => rest.await,
@@ -194,7 +205,7 @@ impl Miss {
                     Err(Box::pin(self.replace(response, behind, inner, request)))
                 }
             },
-            Obtained::Absent => Ok(gateway_timeout(&self.route.teller)),
+            Obtained::Absent => Ok(gateway_timeout(&self.mapped.route.teller)),
             Obtained::AnswerAndReload((response, outcome), leader) => {
                 if self.loads_whole(Some(&leader)) {
                     self.expired(&leader);
@@ -217,13 +228,13 @@ impl Miss {
     /// What is done about what answers it.
     fn behind(&self, outcome: &Outcome, headers: &HeaderMap) -> Behind {
         let _ = (outcome, headers);
-        match self.asked.is_partial() {
+        match self.so_far.asked.is_partial() {
             true => Behind::Nothing,
-            false if self.due => Behind::Refresh,
+            false if self.so_far.due => Behind::Refresh,
             #[cfg(feature = "stats")]
             false
                 if outcome.outcome == Handling::Hit
-                    && audits(&self.core, &self.route, self.key.as_bytes(), headers) =>
+                    && audits(&self.mapped.core, &self.mapped.route, self.so_far.key.as_bytes(), headers) =>
             {
                 Behind::Audit
             }
@@ -233,8 +244,8 @@ impl Miss {
 
     /// Says so if what is stored has only grown old.
     fn expired(&mut self, leader: &Leader) {
-        if stored(leader).is_some_and(|stale| stale.has_expired(self.core.engine.now())) {
-            self.reason = Reason::Stale;
+        if stored(leader).is_some_and(|stale| stale.has_expired(self.mapped.core.engine.now())) {
+            self.so_far.reason = Reason::Stale;
         }
     }
 
@@ -244,14 +255,20 @@ impl Miss {
         S: Service<Request<B>, Response = Response<R>>,
         R: Body,
     {
-        let detail = if self.asked.head { "head" } else { "range" };
+        let detail = if self.so_far.asked.head { "head" } else { "range" };
         let (mut parts, body) = future::call(&mut inner, request).await?.into_parts();
-        let late = take_tags(&mut parts, &self.core, &self.tenant, self.route.data_type(), &Reads::default());
-        if let Some(whole) = &self.whole {
+        let late = take_tags(
+            &mut parts,
+            &self.mapped.core,
+            &self.mapped.tenant,
+            self.mapped.route.data_type(),
+            &Reads::default(),
+        );
+        if let Some(whole) = &self.so_far.whole {
             late.map_or_else(|_| whole.spoil(), |late| whole.add_tags(late.iter()));
         }
-        let forwarded = Forwarded::because(self.reason, detail);
-        self.route.teller.tell(forwarded, self.asked.key.as_deref(), &mut parts);
+        let forwarded = Forwarded::because(self.so_far.reason, detail);
+        self.mapped.route.teller.tell(forwarded, self.so_far.asked.key.as_deref(), &mut parts);
         Ok(Response::from_parts(parts, CacheBody::inner(body)))
     }
 
@@ -263,7 +280,7 @@ impl Miss {
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         let (core, route, asked, whole) =
-            (self.core.clone(), self.route.clone(), self.asked.clone(), self.whole.clone());
+            (self.mapped.core.clone(), self.mapped.route.clone(), self.so_far.asked.clone(), self.so_far.whole.clone());
         let (engine, policy) = (&core.engine, &route.policy);
         let stale = leader.as_ref().and_then(stored).filter(|stale| !stale.invalidated).cloned();
         let stale = stale.filter(|stale| stale.serves_on_error(engine.now(), policy));
@@ -306,15 +323,16 @@ impl Miss {
         B: Send + 'static,
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
-        let engine = self.core.engine.clone();
-        if behind != Behind::Refresh || self.asked.ahead.is_none() {
+        let engine = self.mapped.core.engine.clone();
+        if behind != Behind::Refresh || self.so_far.asked.ahead.is_none() {
             engine.spawn(self.follow_up(behind, inner, request).in_current_span());
             return Ok(response);
         }
-        let Some(leader) = engine.lead_refresh(&self.key, &self.tags, &self.route.policy).await else {
+        let Some(leader) = engine.lead_refresh(&self.so_far.key, &self.mapped.tags, &self.mapped.route.policy).await
+        else {
             return Ok(response);
         };
-        (self.reason, self.whole) = (Reason::Stale, None);
+        (self.so_far.reason, self.so_far.whole) = (Reason::Stale, None);
         self.attend(inner, request, Some(leader)).await
     }
 
@@ -324,10 +342,12 @@ impl Miss {
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
     {
-        self.reason = Reason::Stale;
+        self.so_far.reason = Reason::Stale;
         // What it was a part of has been made of what was served.
-        self.whole = None;
-        if let Some(leader) = self.core.engine.lead_refresh(&self.key, &self.tags, &self.route.policy).await {
+        self.so_far.whole = None;
+        if let Some(leader) =
+            self.mapped.core.engine.lead_refresh(&self.so_far.key, &self.mapped.tags, &self.mapped.route.policy).await
+        {
             let (nobody, _) = oneshot::channel();
             let scope = Inside::of(Some(&leader));
             scope.around(self.load(inner, request, Some(leader), nobody)).await;
@@ -342,7 +362,7 @@ impl Miss {
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         let (reply, replied) = oneshot::channel();
-        let engine = self.core.engine.clone();
+        let engine = self.mapped.core.engine.clone();
         let scope = Inside::of(leader.as_ref());
         engine.attend(scope.around(self.load(inner, request, leader, reply)), replied)
     }

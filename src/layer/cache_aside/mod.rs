@@ -49,7 +49,7 @@ use crate::{
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
     store::Payload,
 };
-use miss::{Behind, Miss};
+use miss::{Behind, Mapped, Miss, SoFar};
 
 /// Wraps services in [`CacheAside`]; made by [`Cache::layer`](crate::Cache::layer).
 ///
@@ -220,10 +220,11 @@ where
         }
         let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
         let by_body = route.body.map(|how| (how, route.clone(), picked));
-        let (route, core) = (route.clone(), self.core.clone());
+        let mapped = Mapped { core: self.core.clone(), route: route.clone(), tenant, tags };
         let miss = move |primary: Key| {
             let key = variant.map_or_else(|| primary.clone(), Key::new);
-            Miss { reason, key, primary, tags, tenant, needs_public, route, core, asked, known, whole, due: false }
+            let so_far = SoFar { primary, key, asked, reason, known, whole, due: false };
+            Miss { mapped, so_far, needs_public }
         };
         let (inner, request) = (self.inner.clone(), Request::from_parts(parts, body));
         match (response, by_body) {

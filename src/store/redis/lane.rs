@@ -77,11 +77,16 @@ impl Lane {
         answer.replies.iter().flatten().map(|reply| reply.value().map_err(Trouble::from)).collect()
     }
 
-    /// Makes one command.
-    pub(super) async fn ask(&self, write: impl FnOnce(&mut BytesMut)) -> Result<Reply, Broken> {
-        let mut answer = self.0.call(1, |out, _| write(out)).await?;
-        let reply = answer.replies.pop().flatten();
-        reply.ok_or_else(|| Broken::Unanswered(Arc::from("an answer without a reply")))
+    /// Makes one command, at once.
+    pub(super) fn ask<W: FnOnce(&mut BytesMut)>(
+        &self,
+        write: W,
+    ) -> impl Future<Output = Result<Reply, Broken>> + use<'_, W> {
+        let answer = self.0.call(1, |out, _| write(out));
+        async move {
+            let reply = answer.await?.replies.pop().flatten();
+            reply.ok_or_else(|| Broken::Unanswered(Arc::from("an answer without a reply")))
+        }
     }
 
     /// Gives it up.

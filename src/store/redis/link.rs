@@ -137,14 +137,14 @@ impl Link {
         }
     }
 
-    /// The same over the connection for look-ups.
-    pub(super) async fn asked(
+    /// The same of what was asked over the connection for look-ups.
+    pub(super) fn asked(
         &self,
         server: &Server,
         lane: &Lane,
-        call: impl Future<Output = Result<Reply, Broken>>,
+        answer: Result<Reply, Broken>,
     ) -> Result<Reply, StoreError> {
-        call.await.map_err(|broken| {
+        answer.map_err(|broken| {
             if lane.is_over() {
                 server.lose();
             }

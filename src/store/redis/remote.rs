@@ -24,7 +24,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, RedisWrite, ToRedisArgs, Value};
 
 use super::{
@@ -232,7 +232,7 @@ impl Remote {
     }
 
     /// The keys that a look-up reads: that of an entry and the mark, and those of generations.
-    fn names<'a>(&'a self, key: Option<&'a Key>, tags: &'a [Tag]) -> impl Iterator<Item = Name<'a>> + Clone {
+    fn names<'a>(&'a self, key: Option<&'a Key>, tags: &'a [Tag]) -> impl Iterator<Item = Name<'a>> {
         let entry = key.into_iter().flat_map(|key| [("e:", key.as_bytes()), ("m:", key.tenant())]);
         let all = entry.chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
         all.map(|(kind, rest)| Name([self.link.terms.prefix.as_bytes(), kind.as_bytes(), rest]))
@@ -241,22 +241,22 @@ impl Remote {
     /// Reads what is stored of an entry, and the mark, if that is asked for, and generations: the one command of a hit. It goes
     /// over the connection for look-ups where there is one, else over the client library's.
     async fn read(&self, server: &Server, key: Option<&Key>, tags: &[Tag]) -> Result<Found, StoreError> {
-        let names = self.names(key, tags);
-        let count = names.clone().count();
+        let count = key.map_or(0, |_| 2) + tags.len();
         let found = match server.lane() {
             Some(lane) => {
-                let write = |out: &mut BytesMut| resp::write(out, "MGET", count, names.map(|name| name.0));
-                let reply = self.link.asked(server, lane, lane.ask(write)).await?;
+                let names = || self.names(key, tags).map(|name| name.0);
+                let asked = lane.ask(|out| resp::write(out, "MGET", count, names()));
+                let reply = self.link.asked(server, lane, asked.await)?;
                 let found = Found::of(&reply, key.is_some(), count, server.reign);
                 let found = found.map_err(|trouble| self.link.refused(server, Step::Read, trouble))?;
                 // Then nobody knows whose the next replies are.
                 found.ok_or_else(|| self.link.confused(server, lane))?
             }
             None => {
-                let size = names.clone().flat_map(|name| name.0).map(<[u8]>::len).sum::<usize>();
+                let size = self.names(key, tags).flat_map(|name| name.0).map(<[u8]>::len).sum::<usize>();
                 let mut get = Cmd::with_capacity(1 + count, 4 + size);
                 get.arg("MGET");
-                for name in names {
+                for name in self.names(key, tags) {
                     get.arg(name);
                 }
                 let values: Vec<Value> = self.command(server, Step::Read, &get).await?;
