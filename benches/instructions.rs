@@ -45,6 +45,7 @@ fn main() {
         Some("hit") => run(&runtime, in_process(), "/agents/4711", is_hit),
         Some("redis-off") => in_redis(&runtime, Tier::Off),
         Some("redis-validated") => in_redis(&runtime, Tier::Validated),
+        Some("redis-miss") => miss_in_redis(&runtime),
         Some("many-off") => many_in_redis(&runtime, Tier::Off),
         Some("many-validated") => many_in_redis(&runtime, Tier::Validated),
         _ => eprintln!("run by: bash .ci/instructions"),
@@ -133,6 +134,20 @@ where
 fn in_redis(runtime: &Runtime, tier: Tier) {
     let (_server, service) = over_redis(tier);
     run(runtime, service, "/agents/4711", is_hit);
+}
+
+/// Until its client has the answer.
+fn miss_in_redis(runtime: &Runtime) {
+    let (_server, mut service) = over_redis(Tier::Validated);
+    for n in 0..BEFORE + CALLS {
+        let request = served(&format!("/agents/4711?n={n}"));
+        let call = || runtime.block_on(async { service.call(request).await.unwrap() });
+        let response = if n < BEFORE { call() } else { measured(call) };
+        assert!(!is_hit(&response), "something else was measured");
+        drop(response);
+        runtime.block_on(tokio::time::sleep(Duration::from_millis(5)));
+    }
+    println!("{CALLS}");
 }
 
 /// Of tasks that ask at once, what they share is shared.

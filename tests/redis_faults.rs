@@ -143,6 +143,36 @@ async fn until_ten_hits(redis: &Redis, web: &Web, wanted: impl Fn((u64, u64)) ->
     }
 }
 
+/// Many fills under one tag prolong it once, and what is dropped and made again is prolonged again.
+#[tokio::test]
+async fn a_generation_is_prolonged_once() {
+    let redis = Redis::start(&[]);
+    let web = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&Db::default()));
+    let prolonged = || {
+        let stats = redis.command(&["INFO", "commandstats"]);
+        let calls = |command: &str| number(&stats, &format!("cmdstat_{command}:calls="));
+        // Less those of heartbeats, each of which drops something as well.
+        calls("pexpireat") - calls("unlink")
+    };
+    let lives = || {
+        let ttls = redis.keys("faults:g:test{t}*").into_iter().map(|name| redis.command(&["PTTL", &name]));
+        ttls.map(|ttl| number(&ttl, ":")).min().unwrap()
+    };
+    until_stored(&redis, &web, "0").await;
+    let before = prolonged();
+    for i in 0..20 {
+        web.get(&format!("{PATH}?n={i}")).await;
+    }
+    until(|| redis.keys("faults:e:test{t}*").len() == 21).await;
+    until(|| prolonged() - before >= 40).await;
+    // What counts the entries of both tags, and two more where time went on.
+    assert!((40..=44).contains(&(prolonged() - before)), "{} for 20 fills", prolonged() - before);
+    assert!(lives() > 1_000_000, "as long as what is stored");
+    web.put(PATH).await;
+    until_hit(&web, "1").await;
+    until(|| lives() > 1_000_000).await;
+}
+
 /// What has generations is loaded after one look-up; what has none needs them first.
 #[tokio::test]
 async fn a_miss_whose_tags_are_known_asks_once() {

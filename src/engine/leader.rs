@@ -18,10 +18,6 @@ use crate::{
     store::{Entry, Mark, Payload, Stamp},
 };
 
-/// What is larger than this is not written while its client waits; what is smaller is on its way to the store before he can
-/// ask again.
-const LARGE: usize = 64 << 10;
-
 /// The right and the duty to load a key. Dropped unfinished (an error, a panic), it lets its followers try again.
 pub(crate) struct Leader {
     pub(super) engine: Arc<Engine>,
@@ -216,14 +212,9 @@ impl Sealed {
         !is_fenced && self.entry.keep_until > self.leader.engine.now()
     }
 
-    /// Whether it is stored outside this process.
+    /// Whether it is stored outside this process, which takes a while: it is written, and maybe compressed, and sent.
     pub(crate) fn is_remote(&self) -> bool {
         self.leader.engine.is_shared()
-    }
-
-    /// Whether it takes a while to store it: it is written, and maybe compressed, for a place outside this process.
-    pub(crate) fn takes_time(&self) -> bool {
-        self.is_remote() && self.entry.weight() > LARGE
     }
 
     pub(crate) async fn store(mut self) {

@@ -65,8 +65,8 @@ fn tags(line: &[u8]) -> impl Iterator<Item = &[u8]> {
 /// A weak entity tag: 120 bits of the body's SHA-256.
 pub(crate) fn entity_tag(body: &[u8]) -> Result<HeaderValue, InvalidHeaderValue> {
     let digest = Sha256::digest(body);
-    let hex: String = digest[..15].iter().map(|b| format!("{b:02x}")).collect();
-    HeaderValue::from_str(&format!("{OWN_TAG}{hex}\""))
+    let bits = digest.first_chunk().map_or(0, |first| u128::from_be_bytes(*first)) >> 8;
+    HeaderValue::from_str(&format!("{OWN_TAG}{bits:030x}\""))
 }
 
 /// Asks the origin whether what is stored is still good (RFC 9111, section 4.3.1); whether there is anything to ask by.

@@ -125,8 +125,8 @@ impl Changes {
     }
 
     /// Polls the handler so that [`changed`] finds these.
-    pub(crate) async fn scope<F: Future>(&self, work: F) -> F::Output {
-        WRITES.scope(self.clone(), work).await
+    pub(crate) fn scope<F: Future>(&self, work: F) -> impl Future<Output = F::Output> + use<F> {
+        WRITES.scope(self.clone(), work)
     }
 }
 
@@ -258,8 +258,8 @@ impl Reads {
     }
 
     /// Polls the load so that [`depends_on`] finds these.
-    pub(crate) async fn scope<F: Future>(&self, load: F) -> F::Output {
-        READS.scope(self.clone(), load).await
+    pub(crate) fn scope<F: Future>(&self, load: F) -> impl Future<Output = F::Output> + use<F> {
+        READS.scope(self.clone(), load)
     }
 
     pub(crate) fn count(&self) -> usize {

@@ -134,19 +134,26 @@ enum Read<R: Body> {
 }
 
 impl Reading {
-    pub(super) async fn read<R, E>(mut self, body: R, asked: &Asked, reply: Reply<R, E>)
+    /// (An async fn would hold what it is given twice.)
+    pub(super) fn read<R, E>(
+        mut self,
+        body: R,
+        asked: &Asked,
+        reply: Reply<R, E>,
+    ) -> impl Future<Output = ()> + use<'_, R, E>
     where
         R: Body<Data = Bytes>,
     {
-        let size = body.size_hint();
-        let mut body = Box::pin(body);
-        let mut copy = Copy::default();
+        let (size, mut body) = (body.size_hint(), Box::pin(body));
         let mut client = Client::Waiting(reply, asked.head);
-        match self.copy(&mut body, &mut copy, &mut client, &size, asked).await {
-            End::Whole => self.complete(client, copy, asked).await,
-            End::GivenUp => self.give_up(client, copy, body, &size, asked),
-            End::Error(error) => self.fail(client, copy, Piece::Error(error), &size, asked),
-            End::Panic(panic) => self.fail(client, copy, Piece::Panic(panic), &size, asked),
+        async move {
+            let mut copy = Copy::default();
+            match self.copy(&mut body, &mut copy, &mut client, &size, asked).await {
+                End::Whole => self.complete(client, copy, asked).await,
+                End::GivenUp => self.give_up(client, copy, body, &size, asked),
+                End::Error(error) => self.fail(client, copy, Piece::Error(error), &size, asked),
+                End::Panic(panic) => self.fail(client, copy, Piece::Panic(panic), &size, asked),
+            }
         }
     }
 
@@ -214,7 +221,9 @@ impl Reading {
                 Response::from_parts(self.parts, if is_counted { body } else { body.uncounted() })
             });
         }
-        if let (true, Ok(tag)) = (self.adds_tag, entity_tag(&data)) {
+        if self.adds_tag
+            && let Ok(tag) = entity_tag(&data)
+        {
             self.parts.headers.insert(header::ETAG, tag);
         }
         let mut headers = stored_headers(&self.parts.headers);
@@ -247,7 +256,8 @@ impl Reading {
             })
         });
         if let Some(sealed) = sealed.filter(|_| keep) {
-            if sealed.takes_time() {
+            // Its client does not wait for that; who asks here before it is stored finds the flight.
+            if sealed.is_remote() {
                 yield_now().await;
             }
             sealed.store().await;

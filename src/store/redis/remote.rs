@@ -19,12 +19,17 @@
 
 use std::{
     fmt,
+    hash::BuildHasher,
     io::Write,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
 use bytes::Bytes;
+use foldhash::fast::RandomState;
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, RedisWrite, ToRedisArgs, Value};
 
 use super::{
@@ -40,7 +45,7 @@ use crate::{
     clock::Millis,
     key::{Key, Tag},
     store::{
-        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Store, StoreError,
+        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Stamp, Store, StoreError,
         StoreFuture, TagGroup, codec,
         regional::{FIELD, Kind, Record},
         wire::{Counters, Generations, by_tenant},
@@ -64,6 +69,9 @@ const AT_ONCE: usize = 1_000;
 
 /// So many entries of a region's stream are kept, about: whoever is further behind has a gap.
 const TOLD: usize = 100_000;
+
+/// So many generations are known to live for as long as what is stored under them: those of the last fills, about.
+const PROLONGED: usize = 1_024;
 
 /// Keys looked through at once.
 const SCANNED: usize = 1_000;
@@ -104,6 +112,38 @@ pub(super) struct Remote {
     generation_ttl: Duration,
     pub(super) counters: Arc<Counters>,
     tells: Option<Tells>,
+    prolonged: Prolonged,
+}
+
+/// Which generations were told to live until when, by the hashes of both, each in the place that it gives: many fills under one tag
+/// prolong it once. A generation that ends early nevertheless (another server, say) costs a miss.
+struct Prolonged {
+    hasher: RandomState,
+    last: Box<[AtomicU64]>,
+}
+
+impl Default for Prolonged {
+    fn default() -> Self {
+        Self { hasher: RandomState::default(), last: (0..PROLONGED).map(|_| AtomicU64::new(0)).collect() }
+    }
+}
+
+impl Prolonged {
+    fn place(&self, stamp: &Stamp, until: Millis) -> (&AtomicU64, u64) {
+        let hash = self.hasher.hash_one((stamp.tag.as_bytes(), stamp.generation.0, until));
+        (&self.last[hash as usize % PROLONGED], hash)
+    }
+
+    fn has(&self, stamp: &Stamp, until: Millis) -> bool {
+        let (place, hash) = self.place(stamp, until);
+        place.load(Ordering::Relaxed) == hash
+    }
+
+    /// The server has acknowledged it.
+    fn add(&self, stamp: &Stamp, until: Millis) {
+        let (place, hash) = self.place(stamp, until);
+        place.store(hash, Ordering::Relaxed);
+    }
 }
 
 /// The stream by which a region tells the others what it drops.
@@ -135,7 +175,7 @@ impl Tells {
 
 impl Remote {
     pub(super) fn new(link: Arc<Link>, generation_ttl: Duration, tells: Option<Tells>) -> Self {
-        Self { link, generation_ttl, counters: Arc::default(), tells }
+        Self { link, generation_ttl, counters: Arc::default(), tells, prolonged: Prolonged::default() }
     }
 
     async fn pipeline(&self, server: &Server, step: Step, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
@@ -512,7 +552,7 @@ impl Remote {
         self.take_away(server, Step::Other, first.tenant(), &over).await.map(|()| true)
     }
 
-    /// How many replies must not be refusals; what follows them is for the report.
+    /// How many replies must not be refusals; what follows them is for the report. And until when its generations live.
     fn push_fill(
         &self,
         pipeline: &mut Pipeline,
@@ -521,12 +561,13 @@ impl Remote {
         entry: &Entry,
         bytes: Vec<u8>,
         keep: Millis,
-    ) -> usize {
+    ) -> (usize, Millis) {
         // Later than the entry's own end by less than the grid, and the same for all that is filled meanwhile: those who
         // track hear of each change of a generation's end.
         let grid = (GRID.as_millis() as Millis).max(keep / 4);
         let end = ((server.time_at_least().max(0) as Millis + keep) / grid + 2) * grid;
-        let names: Vec<_> = entry.stamps.iter().map(|stamp| self.name("g:", stamp.tag.as_bytes())).collect();
+        let short = entry.stamps.iter().filter(|stamp| !self.prolonged.has(stamp, end));
+        let names: Vec<_> = short.map(|stamp| self.name("g:", stamp.tag.as_bytes())).collect();
         let prolonged = server.push_prolong(pipeline, &names, end);
         pipeline.cmd("SET").arg(self.name("e:", key.as_bytes())).arg(bytes).arg("PX").arg(keep);
         for stamp in &entry.stamps {
@@ -534,7 +575,7 @@ impl Remote {
             pipeline.cmd("PFADD").arg(&counter).arg(key.as_bytes());
             pipeline.cmd("PEXPIREAT").arg(counter).arg(end);
         }
-        prolonged + 1
+        (prolonged + 1, end)
     }
 
     /// Some names of one server that are like this, and where to go on.
@@ -765,9 +806,10 @@ impl Store for Remote {
             let bytes = self.counters.encode(&entry, server.time_at_least() - now as i64)?;
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
-            let needed = self.push_fill(&mut pipeline, &server, key, &entry, bytes, keep);
+            let (needed, end) = self.push_fill(&mut pipeline, &server, key, &entry, bytes, keep);
             let replies = self.pipeline(&server, Step::Fill, &pipeline).await?;
             self.refusal(&server, Step::Fill, replies.iter().take(needed))?;
+            entry.stamps.iter().for_each(|stamp| self.prolonged.add(stamp, end));
             server.refusals.done(Step::Fill);
             Ok(())
         })

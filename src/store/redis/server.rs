@@ -409,7 +409,7 @@ impl Server {
 
     /// Keeps what is there of these until then at least. How many replies that has.
     pub(super) fn push_prolong(&self, pipeline: &mut Pipeline, names: &[Vec<u8>], until: Millis) -> usize {
-        if self.knows_gt {
+        if self.knows_gt || names.is_empty() {
             for name in names {
                 pipeline.cmd("PEXPIREAT").arg(name).arg(until).arg("GT");
             }
