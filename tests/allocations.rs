@@ -1,5 +1,5 @@
 //! A hit in process costs at most six heap allocations, and a hot one four, beyond those of the request itself; what one in
-//! Redis costs besides is bounded as well.
+//! Redis costs besides is bounded as well. And what is remembered of questions has its bound in bytes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "support/redis.rs"]
@@ -7,12 +7,15 @@ mod redis;
 #[path = "../benches/support/mod.rs"]
 mod support;
 
-use std::time::Duration;
+use std::{convert::Infallible, time::Duration};
 
 use allocation_counter::measure;
+use bytes::Bytes;
 use futures_util::FutureExt;
+use http::{Request, Response};
+use http_body_util::Full;
 use support::{builder, get, origin, served};
-use tower::{Layer, Service, ServiceExt};
+use tower::{Layer, Service, ServiceExt, service_fn};
 use tower_cache_aside::{Tier, store::RedisStore};
 
 #[test]
@@ -67,4 +70,27 @@ fn a_hit_in_redis_has_a_bound() {
         assert!(counted.len() > 20, "{tier:?}: {} hits", counted.len());
         assert!(counted.iter().min().is_some_and(|least| *least <= most), "{tier:?}: allocations: {counted:?}");
     }
+}
+
+/// What a stranger asks for is remembered up to a bound in bytes, however long it is.
+#[test]
+fn long_questions_take_no_more_than_short_ones() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let cache = builder().memory(8 << 20).show_keys(true).build().unwrap();
+    let origin = service_fn(|_: Request<Full<Bytes>>| async {
+        let response = Response::builder().header("cache-control", "private").header("cache-tag", "type-0=1");
+        Ok::<_, Infallible>(response.body(Full::from("x")).unwrap())
+    });
+    let mut service = cache.layer().layer(origin);
+    let mut ask = |n: usize| {
+        let parameters: Vec<_> = (0..900).map(|i| format!("{n}p{i}={}", "x".repeat(55))).collect();
+        let request = get(&format!("/agents/{n}?{}", parameters.join("&")));
+        let response = runtime.block_on(async { service.ready().await.unwrap().call(request).await.unwrap() });
+        let said = response.headers()["cache-status"].to_str().unwrap().to_owned();
+        said.split("key=").nth(1).unwrap_or_default().to_owned()
+    };
+    let keys = [0, 1].map(&mut ask);
+    assert!(keys[0] != keys[1] && keys.iter().all(|key| (1..1_200).contains(&key.len())), "{keys:?}");
+    let grown = measure(|| (0..1_000).for_each(|n| drop(ask(n)))).bytes_current;
+    assert!(grown < 16 << 20, "{} MiB", grown >> 20);
 }

@@ -86,7 +86,9 @@ async fn is_nobodys(cache: Cache) {
     }
     let replies = timeout(LONG, join_all((0..25).map(|_| web.get("/pages/1")))).await.expect("they wait for ever");
     assert!(replies.iter().all(|reply| reply.text() == "text"));
-    assert!(web.get("/pages/1").await.is_hit());
+    // None of those calls was anybody else's, and the last of them may not be stored yet.
+    let hit = async { while !web.get("/pages/1").await.is_hit() {} };
+    timeout(LONG, hit).await.expect("the key is as good as others");
     hangs.abort();
 
     let hung = Arc::new(AtomicBool::new(true));
@@ -1008,38 +1010,4 @@ async fn a_value_is_refreshed_behind_its_reader() {
         tokio::task::yield_now().await;
     }
     assert_eq!(loads.load(Ordering::SeqCst), 2);
-}
-
-// ---- and nothing grows -----------------------------------------------------------------------------------------------
-
-fn resident() -> usize {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap() * 4_096
-}
-
-/// What a stranger asks for is remembered up to a bound in bytes, however long it is.
-#[tokio::test]
-async fn long_questions_take_no_more_than_short_ones() {
-    let cache = pages().memory(8 << 20).show_keys(true).build().unwrap();
-    let web = Web::new(&cache, |_| async {
-        Ok(Response::builder()
-            .header("cache-control", "private")
-            .header("cache-tag", "page=1")
-            .body(full("x"))
-            .unwrap())
-    });
-    let long = |n: usize| {
-        let parameters: Vec<_> = (0..900).map(|i| format!("{n}p{i}={}", "x".repeat(55))).collect();
-        format!("/pages/{n}?{}", parameters.join("&"))
-    };
-    let reply = web.get(&long(0)).await;
-    let key = reply.header("cache-status").split("key=").nth(1).unwrap_or_default().to_owned();
-    assert!(!key.is_empty() && key.len() < 1_200, "{} bytes", key.len());
-    assert_ne!(key, web.get(&long(1)).await.header("cache-status").split("key=").nth(1).unwrap());
-    let before = resident();
-    for n in 0..1_000 {
-        web.get(&long(n)).await;
-    }
-    let grown = resident().saturating_sub(before);
-    assert!(grown < 64 << 20, "{} MiB", grown >> 20);
 }

@@ -1404,6 +1404,7 @@ async fn a_confirmation_does_not_outlive_a_write() {
             }
         });
         let first = web.get("/pages/1").await;
+        cache.settled().await;
         now.fetch_add(6_000, Ordering::SeqCst);
         if races {
             *store.write.lock().unwrap() = Some(tag(&first));

@@ -132,7 +132,9 @@ impl Leader {
         if !std::mem::replace(&mut self.landed, true) {
             self.flight.land(how);
             self.engine.flights.remove(&self.key, &self.flight);
-            if let (true, Ok(runtime)) = (self.claimed, Handle::try_current()) {
+            if self.claimed
+                && let Ok(runtime) = Handle::try_current()
+            {
                 let (engine, key) = (self.engine.clone(), self.key.clone());
                 self.engine.spawn_on(async move { engine.store.release(&key).await }, &runtime);
             }

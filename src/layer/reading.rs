@@ -228,7 +228,9 @@ impl Reading {
         }
         let mut headers = stored_headers(&self.parts.headers);
         // When it was made, where nobody says so (RFC 9110, section 6.6.1).
-        if let (false, Some(date)) = (headers.contains_key(header::DATE), date_of(self.date)) {
+        if !headers.contains_key(header::DATE)
+            && let Some(date) = date_of(self.date)
+        {
             headers.insert(header::DATE, date);
         }
         let stored =

@@ -242,7 +242,9 @@ impl Writing {
 
     /// Puts the report into the headers (or trailers) of the response, if it is wanted there.
     pub(super) fn report(core: &Core, report: &Invalidated, headers: &mut HeaderMap) {
-        if let (true, Ok(value)) = (core.options.report_header, HeaderValue::try_from(report.to_string())) {
+        if core.options.report_header
+            && let Ok(value) = HeaderValue::try_from(report.to_string())
+        {
             headers.insert(REPORT, value);
         }
     }

@@ -379,7 +379,9 @@ impl MemoryStore {
             hot::keep(which, None);
             return None;
         };
-        if let (hot::Looked::Often, Some(entry)) = (looked, hot::copied(&resident.entry)) {
+        if let hot::Looked::Often = looked
+            && let Some(entry) = hot::copied(&resident.entry)
+        {
             let (until, tags) = match valid_at {
                 Some(_) => (resident.until, resident.tags.clone()),
                 None => (Millis::MAX, Box::default()),

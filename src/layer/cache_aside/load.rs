@@ -270,7 +270,9 @@ fn update(
 ) -> Vec<Tag> {
     parts.status = stored.status;
     // It is as old as its confirmation.
-    if let (false, Some(date)) = (parts.headers.contains_key(header::DATE), date_of(now)) {
+    if !parts.headers.contains_key(header::DATE)
+        && let Some(date) = date_of(now)
+    {
         parts.headers.insert(header::DATE, date);
     }
     parts.headers = updated_headers(&stored.headers, &parts.headers);
