@@ -343,9 +343,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
         let waiting = self.guard.0.waiting.load(Ordering::Relaxed);
         let queued = if self.gathers || !self.output.is_empty() { 0 } else { self.guard.0.queue().calls.len() };
         self.gathers = waiting > 1 && queued > 0 && !is_enough(queued, waiting);
-        if self.gathers {
-            // Until then it is not scheduled, so that who makes it enough can have it run at once.
+        if self.gathers && waiting > queued {
+            // Until others have run it is not scheduled, so that who makes it enough can have it run at once. (Should this thread be
+            // kept by one of them: the next reply has it run elsewhere.)
             self.gathers = pin!(yield_now()).poll(cx).is_pending();
+        } else if self.gathers {
+            cx.waker().wake_by_ref();
         }
         self.gathers
     }

@@ -75,8 +75,9 @@ impl Hosts {
             push_escaped(key, scheme.as_bytes());
         }
         // Most requests came by no proxy: a look at the names is cheaper than to ask for each of these.
-        let may_say = |name: &HeaderName| [9, 16, 17].contains(&name.as_str().len());
-        if headers.keys().any(may_say) { self.push_forwarded(key, headers) } else { Ok(()) }
+        let lengths = [&header::FORWARDED, &FORWARDED_HOST, &FORWARDED_PROTO].map(|name| name.as_str().len());
+        let may_say = headers.keys().any(|name| lengths.contains(&name.as_str().len()));
+        if may_say { self.push_forwarded(key, headers) } else { Ok(()) }
     }
 
     /// Listed hosts are one, which no host is spelled like.
