@@ -513,28 +513,35 @@ async fn a_fenced_invalidation_is_one_step() {
     assert_eq!(write.await.unwrap().status, StatusCode::OK);
 }
 
-/// A fence that is raised while everything is dropped stands: between the look at a tag and its drop it does, too.
+/// A fence that is raised while everything is dropped stands: between the look at a tag and its drop it does, too, and when all that
+/// comes of the drop is that the connection breaks.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fence_outlives_what_is_cleared_beside_it() {
-    let (redis, db) = (Redis::start(&[]), Db::default());
-    let proxy = Proxy::start(redis.port).await;
-    let (clearing, cache) = (lists(&proxy.url, PATIENCE), lists(&redis.url(), PATIENCE));
-    let web = process(&cache, &db);
-    for cache in [&clearing, &cache] {
-        until("ok", async || cache.health() == Health::Ok).await;
+    for breaks in [false, true] {
+        let (redis, db) = (Redis::start(&[]), Db::default());
+        let proxy = Proxy::start(redis.port).await;
+        let (clearing, cache) = (lists(&proxy.url, PATIENCE), lists(&redis.url(), PATIENCE));
+        let web = process(&cache, &db);
+        for cache in [&clearing, &cache] {
+            until("ok", async || cache.health() == Health::Ok).await;
+        }
+        until_hit(&web, "0").await;
+        // Of a tag: heartbeats unlink as well.
+        proxy.set(Mode::HoldAt("UNLINK", "cas:g:test"));
+        let clears = clearing.clone();
+        let cleared = tokio::spawn(async move { clears.clear().await });
+        proxy.holds().await;
+        let dying = commits_and_hangs(&cache, &db).await;
+        proxy.set(if breaks { Mode::CutShort } else { Mode::Pass });
+        assert_eq!(cleared.await.unwrap().is_err(), breaks);
+        proxy.set(Mode::Pass);
+        until("delivered", async || clearing.health() == Health::Ok).await;
+        for _ in 0..3 {
+            let seen = web.get("/docs/1").await;
+            assert_eq!((seen.text(), seen.is_hit()), ("1", false), "nothing is stored of what is being written");
+        }
+        dying.abort();
     }
-    until_hit(&web, "0").await;
-    proxy.set(Mode::HoldAt("UNLINK", "cas:g:"));
-    let cleared = tokio::spawn(async move { clearing.clear().await });
-    proxy.holds().await;
-    let dying = commits_and_hangs(&cache, &db).await;
-    proxy.set(Mode::Pass);
-    assert!(cleared.await.unwrap().is_ok());
-    for _ in 0..3 {
-        let seen = web.get("/docs/1").await;
-        assert_eq!((seen.text(), seen.is_hit()), ("1", false), "nothing is stored of what is being written");
-    }
-    dying.abort();
 }
 
 /// An invalidation that too few replicas have is not acknowledged yet.

@@ -361,8 +361,8 @@ impl MemoryStore {
         &self.changes[(hash >> 32) as usize % CHANGES]
     }
 
-    /// The entry that is in place: a copy of it, if this thread asks for it often. `valid_at` says when it is to be valid; without
-    /// that it may be neither.
+    /// The entry that is in place, or was a moment ago: a copy of it, if this thread asks for it often. `valid_at` says when it is to
+    /// be valid; without that it may be invalid, and is nobody's answer before its generations were asked for.
     fn resident(&self, key: &[u8], valid_at: Option<Millis>) -> Option<Arc<Entry>> {
         let hash = self.hasher.hash_one(key);
         let changes = self.changes(hash).load(Ordering::Acquire);

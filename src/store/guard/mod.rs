@@ -231,7 +231,8 @@ impl<S: Store> Shared<S> {
     /// Delivers what is in the journal, for as long as there is something and somebody holds the store.
     fn deliver(self: &Arc<Self>) {
         let Ok(runtime) = Handle::try_current() else { return };
-        if self.delivering.swap(true, Ordering::AcqRel) {
+        // In one order with what is behind: either this finds it over, or who ends it finds that there is something.
+        if self.delivering.swap(true, Ordering::SeqCst) {
             return;
         }
         let delivering = Delivering { shared: Arc::downgrade(self), is_done: false };
@@ -282,7 +283,7 @@ struct Delivering<S: Store> {
 impl<S: Store> Drop for Delivering<S> {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.upgrade() {
-            shared.delivering.store(false, Ordering::Release);
+            shared.delivering.store(false, Ordering::SeqCst);
             // Something may have been added since it looked.
             if self.is_done && shared.is_behind() {
                 shared.deliver();

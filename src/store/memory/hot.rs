@@ -1,8 +1,8 @@
 //! Copies of what a thread answers with most often, of its own: cores that all answer with one entry do not wait for each other
 //! to count who holds it, its body and each of its headers.
 //!
-//! A copy is good for as long as what it was made of is in place and valid, by the same loads that tell it of the original and
-//! one more. A thread has 16 at most, of 64 KiB each; those of a store that is gone go when others need their places.
+//! A copy is good for as long as nothing else was put in the place of what it was made of, and that is valid, by the same loads that
+//! tell it of the original and one more; what is compared with its generations each time is copied whether it is valid or not. A thread has 16 at most, of 64 KiB each; those of a store that is gone go when others need their places.
 
 use std::{cell::RefCell, sync::Arc};
 

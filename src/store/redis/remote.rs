@@ -562,9 +562,9 @@ impl Remote {
         bytes: Vec<u8>,
         keep: Millis,
     ) -> (usize, Millis) {
-        // Later than the entry's own end by less than the grid, and the same for all that is filled meanwhile: those who
-        // track hear of each change of a generation's end.
-        let grid = (GRID.as_millis() as Millis).max(keep / 4);
+        // Later than the entry's own end by less than two of the grid, which is the same for all that is kept for about as long:
+        // those who track hear of each change of a generation's end.
+        let grid = (GRID.as_millis() as Millis).max(keep.next_power_of_two() / 8);
         let end = ((server.time_at_least().max(0) as Millis + keep) / grid + 2) * grid;
         let short = entry.stamps.iter().filter(|stamp| !self.prolonged.has(stamp, end));
         let names: Vec<_> = short.map(|stamp| self.name("g:", stamp.tag.as_bytes())).collect();
@@ -585,15 +585,18 @@ impl Remote {
         self.command(server, Step::Other, &scan).await
     }
 
-    /// Drops every generation and mark of one server.
+    /// Drops every generation and mark of one server, and then gives those back what fences them who were fenced between the look
+    /// at them and their drop: also after an attempt that was cut off there, of which nothing else tells.
     async fn clear_server(&self, server: &Server) -> Result<(), StoreError> {
-        for kind in ["g:", "m:"] {
-            let pattern = format!("{}{kind}*", self.link.terms.prefix);
+        for kinds in ["[gm]:", "f:"] {
+            let pattern = format!("{}{kinds}*", self.link.terms.prefix);
             let mut cursor = 0u64;
             loop {
                 let (next, names) = self.scan(server, cursor, pattern.as_bytes()).await?;
-                if !names.is_empty() {
-                    self.clear_names(server, &names).await?;
+                match kinds {
+                    _ if names.is_empty() => {}
+                    "f:" => self.raise_again(server, names.iter()).await?,
+                    _ => self.clear_names(server, &names).await?,
                 }
                 cursor = next;
                 if cursor == 0 {
@@ -604,8 +607,7 @@ impl Remote {
         Ok(())
     }
 
-    /// One by one: they may be in different slots. Those that are fenced stay so: their writers have not come back. What was
-    /// fenced after it was looked at has lost its generation with the others, and is given another.
+    /// One by one: they may be in different slots. Those that are fenced stay so: their writers have not come back.
     async fn clear_names(&self, server: &Server, names: &[Vec<u8>]) -> Result<(), StoreError> {
         let mut read = redis::pipe();
         read.ignore_errors();
@@ -615,30 +617,27 @@ impl Remote {
         let values = self.pipeline(server, Step::Other, &read).await?;
         let is_fenced =
             |value| the_only(value).and_then(|value| parse_generation(value, 0)).is_some_and(|g| g.is_fenced());
-        let prefix = self.link.terms.prefix.len() + 2;
-        let tag = |name: &[u8]| Tag(Bytes::copy_from_slice(name.get(prefix..).unwrap_or_default()));
-        let (mut fenced, mut free) = (vec![], vec![]);
+        let (fenced, free): (Vec<_>, Vec<_>) = names.iter().zip(&values).partition(|(_, value)| is_fenced(value));
         let mut unlink = redis::pipe();
         unlink.ignore_errors();
-        for (name, value) in names.iter().zip(&values) {
-            if is_fenced(value) {
-                fenced.push(tag(name));
-            } else {
-                free.push(tag(name));
-                unlink.cmd("UNLINK").arg(name);
-            }
+        for (name, _) in free {
+            unlink.cmd("UNLINK").arg(name);
         }
         self.acknowledged(server, Step::Other, unlink, 0).await?;
-        let mut ask = redis::pipe();
-        ask.ignore_errors();
-        free.iter().for_each(|tag| self.push_fences(&mut ask, tag));
-        let fences = self.pipeline(server, Step::Other, &ask).await?;
-        let is_free = |fences: &Value| fences_in(fences).is_some_and(|all| all.is_empty());
-        fenced.extend(free.into_iter().zip(&fences).filter(|(_, fences)| !is_free(fences)).map(|(tag, _)| tag));
+        self.raise_again(server, fenced.into_iter().map(|(name, _)| name)).await
+    }
+
+    /// Gives the tags of these names new generations, fenced for as long as their writers' fences stand.
+    async fn raise_again<'n>(
+        &self,
+        server: &Server,
+        names: impl Iterator<Item = &'n Vec<u8>>,
+    ) -> Result<(), StoreError> {
         let mut raise = redis::pipe();
         raise.ignore_errors();
-        for tag in &fenced {
-            self.push_fence(&mut raise, server, tag.tenant(), std::iter::once(tag), &Fence::NOBODY, Duration::ZERO);
+        for name in names {
+            let tag = Tag(Bytes::copy_from_slice(name.get(self.link.terms.prefix.len() + 2..).unwrap_or_default()));
+            self.push_fence(&mut raise, server, tag.tenant(), std::iter::once(&tag), &Fence::NOBODY, Duration::ZERO);
         }
         self.acknowledged(server, Step::Other, raise, 0).await.map(drop)
     }
