@@ -102,6 +102,8 @@ struct Logs(
 
 impl Logs {
     fn capture() -> Self {
+        // Where there is one subscriber alone, a line that a thread without it says first is heard by nobody from then on.
+        let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry());
         #[derive(Clone)]
         struct Sink(Arc<Mutex<Vec<u8>>>);
         impl io::Write for Sink {
