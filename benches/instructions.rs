@@ -67,7 +67,7 @@ fn in_process() -> impl Service<Request<Full<Bytes>>, Response = Response<impl S
     cache.layer().layer(origin())
 }
 
-fn run<S, B>(runtime: &Runtime, mut service: S, path: &str, is_right: impl Fn(&Response<B>) -> bool)
+fn warm<S, B>(runtime: &Runtime, service: &mut S, path: &str)
 where
     S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Never>,
 {
@@ -77,6 +77,13 @@ where
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     });
+}
+
+fn run<S, B>(runtime: &Runtime, mut service: S, path: &str, is_right: impl Fn(&Response<B>) -> bool)
+where
+    S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Never>,
+{
+    warm(runtime, &mut service, path);
     // Building requests and dropping responses is the affair of others.
     let (mut requests, mut responses) = (Vec::with_capacity(BATCH), Vec::with_capacity(BATCH));
     for _ in 0..CALLS / BATCH {
@@ -99,13 +106,7 @@ where
     S: Service<Request<Full<Bytes>>, Response = Response<B>, Error = Never, Future: Send> + Clone + Send + 'static,
     B: Send + 'static,
 {
-    let mut first = service.clone();
-    runtime.block_on(async {
-        for _ in 0..BEFORE {
-            let _ = first.call(served(path)).await.unwrap();
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-    });
+    warm(runtime, &mut service.clone(), path);
     let mut responses = Vec::with_capacity(TASKS);
     for round in 0..CALLS / TASKS {
         let mut tasks = Vec::with_capacity(TASKS);

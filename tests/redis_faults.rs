@@ -113,13 +113,18 @@ fn number(info: &str, field: &str) -> u64 {
     digits.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
 }
 
+/// How often each of these commands was called, at one moment.
+fn calls<const N: usize>(redis: &Redis, commands: [&str; N]) -> [u64; N] {
+    let stats = redis.command(&["INFO", "commandstats"]);
+    commands.map(|command| number(&stats, &format!("cmdstat_{command}:calls=")))
+}
+
 /// How many `MGET`s, and how many bytes from Redis, ten hits cost; `None` if any was a miss.
 async fn ten_hits(redis: &Redis, web: &Web) -> Option<(u64, u64)> {
     // Less those of heartbeats, each of which drops something as well.
     let asks = || {
-        let stats = redis.command(&["INFO", "commandstats"]);
-        let calls = |command: &str| number(&stats, &format!("cmdstat_{command}:calls="));
-        calls("mget").saturating_sub(calls("unlink"))
+        let [mget, unlink] = calls(redis, ["mget", "unlink"]);
+        mget.saturating_sub(unlink)
     };
     let bytes = || number(&redis.command(&["INFO", "stats"]), "total_net_output_bytes:");
     let before = (asks(), bytes());
@@ -149,10 +154,9 @@ async fn a_generation_is_prolonged_once() {
     let redis = Redis::start(&[]);
     let web = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&Db::default()));
     let prolonged = || {
-        let stats = redis.command(&["INFO", "commandstats"]);
-        let calls = |command: &str| number(&stats, &format!("cmdstat_{command}:calls="));
         // Less those of heartbeats, each of which drops something as well.
-        calls("pexpireat") - calls("unlink")
+        let [pexpireat, unlink] = calls(&redis, ["pexpireat", "unlink"]);
+        pexpireat - unlink
     };
     let lives = || {
         let ttls = redis.keys("faults:g:test{t}*").into_iter().map(|name| redis.command(&["PTTL", &name]));
@@ -178,10 +182,7 @@ async fn a_generation_is_prolonged_once() {
 async fn a_miss_whose_tags_are_known_asks_once() {
     let redis = Redis::start(&[]);
     let web = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&Db::default()));
-    let calls = || {
-        let stats = redis.command(&["INFO", "commandstats"]);
-        ["mget", "set"].map(|command| number(&stats, &format!("cmdstat_{command}:calls=")))
-    };
+    let calls = || calls(&redis, ["mget", "set"]);
     let stored = until_stored(&redis, &web, "0").await;
     redis.command(&["DEL", &stored]);
     let before = calls();
