@@ -9,6 +9,7 @@
 //! version: forgetting can make a fill useless, but never make a dropped version current again.
 
 mod hot;
+mod members;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -35,6 +36,7 @@ use crate::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
+use members::Members;
 
 /// Where all orders of few steps are tried, the tags of a program meet, and what is unused is forgotten at once.
 const IS_TRIED: bool = cfg!(all(test, shuttle));
@@ -52,6 +54,9 @@ const MAX_FENCES: usize = 4096;
 
 /// A lease that is longer than clocks can count is this.
 const MAX_LEASE: Duration = Duration::from_secs(365 * 86_400);
+
+/// So much of what was dropped is freed by who fills.
+const FREED: usize = 16;
 
 static IDS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
 
@@ -76,6 +81,7 @@ pub struct MemoryStore {
     /// The last version given out.
     versions: AtomicU64,
     notes: Mutex<HashMap<String, Vec<u8>>>,
+    trash: Trash,
 }
 
 /// Tags resolved, with the versions they had then. While it lives, no drop of them goes unnoticed.
@@ -104,8 +110,42 @@ fn is_current(tags: &[(Arc<TagState>, u64)]) -> bool {
 
 pub(crate) struct TagState {
     version: AtomicU64,
-    /// The entries filled since the last drop, for the counts; pruned when it grows.
-    members: Mutex<Vec<Weak<Resident>>>,
+    /// The entries filled since the last drop, for the counts.
+    members: Mutex<Members<Weak<Resident>>>,
+}
+
+impl TagState {
+    fn members(&self) -> MutexGuard<'_, Members<Weak<Resident>>> {
+        self.members.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What was dropped, until it is freed, which takes milliseconds for a hundred thousand. (Of no interest to those who try orders of
+/// steps: nobody asks what is in it.)
+#[derive(Default)]
+struct Trash {
+    list: std::sync::Mutex<Vec<Weak<Resident>>>,
+    is_there: std::sync::atomic::AtomicBool,
+}
+
+impl Trash {
+    fn add(&self, mut members: Vec<Weak<Resident>>) {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).append(&mut members);
+        self.is_there.store(true, Ordering::Relaxed);
+    }
+
+    fn free(&self, count: usize) {
+        if !self.is_there.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = list.len().saturating_sub(count);
+        list.truncate(left);
+        if left == 0 {
+            *list = vec![];
+            self.is_there.store(false, Ordering::Relaxed);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -298,6 +338,7 @@ impl MemoryStore {
             changes: Box::new([const { AtomicU64::new(0) }; CHANGES]),
             versions: AtomicU64::new(1),
             notes: Mutex::default(),
+            trash: Trash::default(),
         }
     }
 
@@ -344,12 +385,9 @@ impl MemoryStore {
         }
         let (counted, filled) = (AtomicBool::new(false), Instant::now());
         let resident = Arc::new(Resident { entry, tags: tags.into(), until, counted, filled });
+        self.trash.free(FREED);
         for (state, _) in &resident.tags {
-            let mut members = state.members.lock().unwrap_or_else(PoisonError::into_inner);
-            if members.len() == members.capacity() {
-                members.retain(|m| m.upgrade().is_some_and(|m| m.is_valid()));
-            }
-            members.push(Arc::downgrade(&resident));
+            state.members().add(Arc::downgrade(&resident), |member| member.strong_count() > 0);
         }
         self.entries.insert(key.0.clone(), resident);
         self.changes(self.hasher.hash_one(&key.0[..])).fetch_add(1, Ordering::Release);
@@ -421,7 +459,7 @@ impl MemoryStore {
         let mut count = 0;
         let mut exact = 0;
         for state in states.iter().flatten() {
-            let members = std::mem::take(&mut *state.members.lock().unwrap_or_else(PoisonError::into_inner));
+            let members = state.members().take();
             let checked = members.len().min(COUNT_LIMIT - exact);
             exact += checked;
             count += (members.len() - checked) as u64;
@@ -430,6 +468,9 @@ impl MemoryStore {
                 if member.is_valid() && !member.counted.swap(true, Ordering::Relaxed) {
                     count += 1;
                 }
+            }
+            if members.len() > COUNT_LIMIT {
+                self.trash.add(members);
             }
         }
         for tag in &group.tags {
@@ -503,9 +544,9 @@ impl Store for MemoryStore {
         let count = |group: &TagGroup| {
             let mut seen = HashSet::new();
             for state in group.tags.iter().filter_map(|tag| self.shard(tag).states.get(tag).cloned()) {
-                let members = state.members.lock().unwrap_or_else(PoisonError::into_inner);
-                let live =
-                    members.iter().take(COUNT_LIMIT).filter_map(Weak::upgrade).filter(|member| member.is_valid());
+                let members = state.members();
+                let live = members.list().iter().take(COUNT_LIMIT).filter_map(Weak::upgrade);
+                let live = live.filter(|member| member.is_valid());
                 seen.extend(live.map(|member| Arc::as_ptr(&member) as usize));
             }
             seen.len() as u64
@@ -728,6 +769,24 @@ mod tests {
             assert_eq!(store.invalidate(&group(0..1), None).await.unwrap(), [count as u64]);
             assert_eq!(store.invalidate(&group(0..1), None).await.unwrap(), [0]);
         }
+    }
+
+    /// What counts them is freed by those who fill, whatever they fill.
+    #[tokio::test]
+    async fn what_was_dropped_is_freed_by_and_by() {
+        let store = MemoryStore::new(64 << 20);
+        let key = |i: usize| Key::new(format!("s{{t}}:doc:={i}").into_bytes());
+        for i in 0..=COUNT_LIMIT {
+            fill(&store, &key(i), 10).await;
+        }
+        store.invalidate(&group(0..1), None).await.unwrap();
+        let left = || store.trash.list.lock().unwrap().len();
+        assert_eq!(left(), COUNT_LIMIT + 1);
+        for i in 1..=COUNT_LIMIT / FREED + 1 {
+            fill(&store, &key(i), 10).await;
+            assert_eq!(left(), (COUNT_LIMIT + 1).saturating_sub(i * FREED));
+        }
+        assert!(!store.trash.is_there.load(Ordering::Relaxed));
     }
 
     /// How full it is, what had to go, and how often that was looked for: once for each time that it went.
