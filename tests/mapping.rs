@@ -480,6 +480,47 @@ async fn entries_by_hand_are_found_by_writes() {
     assert!(with_tenants.entry("agent", "1").tenant("a").fetch(fetch).is_ok());
 }
 
+/// In whatever order and however often it says them, a response falls with each of a thousand tags, and those it does not say
+/// again are none of its tags. More are not asked for with every hit: that one is not stored.
+#[tokio::test]
+async fn a_response_may_have_a_thousand_tags() {
+    let cache = agents()
+        .route(Route::new("/conversations/{conversation_id}", "conversation").declares_tags())
+        .cascade(Cascade::new("agent").drops(["conversation"]))
+        .build()
+        .unwrap();
+    let declared = Arc::new(Mutex::new(vec![]));
+    let declares = declared.clone();
+    let web = Web::new(&cache, move |_| {
+        let mut response = web::ok("text");
+        for id in declares.lock().unwrap().iter() {
+            CacheTags::of(response.extensions_mut()).add("agent", u32::to_string(id));
+        }
+        async { Ok(response) }
+    });
+    let drop_agent = async |id: u32| cache.invalidate("t").mutated("agent", id.to_string()).run().await.unwrap();
+    for (ids, dropped) in [
+        ((0..1_000).collect::<Vec<_>>(), 999),
+        ((0..1_000).rev().collect(), 0),
+        ((0..1_500).map(|n| n % 500).collect(), 499),
+        ((250..1_000).collect(), 700),
+        (vec![3, 1, 2], 1),
+    ] {
+        *declared.lock().unwrap() = ids.clone();
+        for _ in 0..2 {
+            assert!(!web.get("/conversations/1").await.is_hit() && web.get("/conversations/1").await.is_hit());
+            drop_agent(2_000).await;
+            if let Some(other) = (0..1_000).find(|id| !ids.contains(id)) {
+                drop_agent(other).await;
+            }
+            assert!(web.get("/conversations/1").await.is_hit(), "{} tags", ids.len());
+            drop_agent(dropped).await;
+        }
+    }
+    *declared.lock().unwrap() = (0..1_001).collect();
+    assert_eq!(web.get("/conversations/1").await.cache_status(), "fwd=uri-miss; detail=bad-tags");
+}
+
 /// Tags that no cascade could match: not stored, and the reason is said; tags of several layers add up; clients see none.
 #[tokio::test]
 async fn declared_tags_are_checked_add_up_and_stay_inside() {

@@ -1,6 +1,10 @@
 //! The one who loads a key: what came of it is given to those who wait, and stored.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::HeaderName;
 use tokio::runtime::Handle;
@@ -16,6 +20,7 @@ use crate::{
     clock::Millis,
     key::{Key, Tag},
     store::{Entry, Mark, Payload, Stamp},
+    sync::RandomState,
 };
 
 /// The right and the duty to load a key. Dropped unfinished (an error, a panic), it lets its followers try again.
@@ -80,28 +85,9 @@ impl Leader {
         life: Lifetime,
         varied: Option<(Box<[HeaderName]>, Key)>,
     ) -> Option<Sealed> {
-        let tags = self.flight.tags();
-        let mut declared: Vec<Tag> = vec![];
-        for tag in late {
-            if !tags[..self.named].contains(&tag) && !declared.contains(&tag) {
-                declared.push(tag);
-            }
-        }
-        if declared != tags[self.named..] {
-            self.engine.remember_late(&self.key, &declared);
-        }
-        // What an earlier response declared and this one does not is none of its tags.
-        let of_entry = self.flight.stamps().enumerate().filter(|(i, s)| *i < self.named || declared.contains(&s.tag));
-        let mut stamps: Vec<_> = of_entry.map(|(_, stamp)| stamp).collect();
-        declared.retain(|tag| !tags.contains(tag));
-        if !declared.is_empty() {
-            let proven = self.engine.store.extend(self.mark, &declared).await.ok().flatten();
-            let generations = proven?;
-            stamps.extend(declared.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
-        }
+        let stamps = self.stamps(late).await?;
         // A part may be older than its tag's generation: of a tier that has not heard of the write yet.
-        let is_older = |part: &Stamp| stamps.iter().any(|s| s.tag == part.tag && s.generation != part.generation);
-        if self.parts.iter().any(is_older) {
+        if is_older(&self.parts, &stamps) {
             return None;
         }
         let poll = self.poll(&payload, &life, varied.as_ref().map(|(_, key)| key));
@@ -110,6 +96,30 @@ impl Leader {
         let entry = Arc::new(Entry { varied, learned, ..entry });
         self.flight.land(Landed::Done(entry.clone()));
         Some(Sealed { entry, drifted: poll.and_then(|poll| poll.change), leader: self })
+    }
+
+    /// What its entry has: the tags that the request names, and those that the response declares, under the generations from before
+    /// the load.
+    async fn stamps(&self, late: Vec<Tag>) -> Option<Vec<Stamp>> {
+        let tags = self.flight.tags();
+        if late == tags[self.named..] {
+            return Some(self.flight.stamps().collect());
+        }
+        let (named, known) = tags.split_at(self.named);
+        let mut seen: HashSet<_, RandomState> = named.iter().collect();
+        let declared: Vec<_> = late.iter().filter(|tag| seen.insert(tag)).collect();
+        if !declared.iter().copied().eq(known) {
+            self.engine.remember_late(&self.key, declared.iter().copied());
+        }
+        // What an earlier response declared and this one does not is none of its tags.
+        let mut stamps: Vec<_> = self.flight.stamps().filter(|stamp| seen.contains(&stamp.tag)).collect();
+        let known: HashSet<_, RandomState> = known.iter().collect();
+        let new: Vec<_> = declared.into_iter().filter(|tag| !known.contains(tag)).cloned().collect();
+        if !new.is_empty() {
+            let generations = self.engine.store.extend(self.mark, &new).await.ok().flatten()?;
+            stamps.extend(new.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
+        }
+        Some(stamps)
     }
 
     /// The response is its own request's alone: the followers call the origin at once, each for itself.
@@ -243,4 +253,13 @@ impl Sealed {
         }
         self.leader.land(Landed::Done(self.entry));
     }
+}
+
+/// Whether one of the values that something is made of is older than the generation of its tag.
+fn is_older(parts: &[Stamp], stamps: &[Stamp]) -> bool {
+    if parts.is_empty() {
+        return false;
+    }
+    let now: HashMap<_, _, RandomState> = stamps.iter().map(|stamp| (&stamp.tag, stamp.generation)).collect();
+    parts.iter().any(|part| now.get(&part.tag).is_some_and(|now| *now != part.generation))
 }

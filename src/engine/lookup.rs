@@ -6,6 +6,8 @@ use std::{
     time::Duration,
 };
 
+#[cfg(feature = "stats")]
+use foldhash::fast::RandomState;
 use tokio::time::Instant;
 #[cfg(feature = "stats")]
 use tokio::time::sleep;
@@ -266,7 +268,7 @@ impl Engine {
     /// Whether a flight's result is good for a request that joined it by these tags. Those that only the response
     /// declared may have been dropped between its landing and that request, which then could not see it.
     async fn is_proven(&self, entry: &Entry, joined: &[Tag]) -> bool {
-        let late: Vec<_> = entry.stamps.iter().filter(|s| !joined.contains(&s.tag)).collect();
+        let late: Vec<_> = entry.places(joined).filter(|(_, at)| at.is_none()).map(|(stamp, _)| stamp).collect();
         if late.is_empty() {
             return true;
         }
@@ -288,9 +290,9 @@ pub(crate) struct Found {
 impl Found {
     /// The tags that it lacks, or that have been dropped since its load began.
     pub(crate) fn lost(&self) -> impl Iterator<Item = &Tag> {
-        let is_current = |tag: &Tag, now: Option<Generation>| {
-            self.entry.stamps.iter().any(|stamp| stamp.tag == *tag && Some(stamp.generation) == now)
-        };
+        let stamps = self.entry.stamps.iter().map(|stamp| (&stamp.tag, stamp.generation));
+        let stamps: std::collections::HashMap<_, _, RandomState> = stamps.collect();
+        let is_current = move |tag: &Tag, now: Option<Generation>| now.is_some() && stamps.get(tag).copied() == now;
         self.now.iter().filter(move |(tag, now)| !is_current(tag, *now)).map(|(tag, _)| tag)
     }
 }
@@ -322,7 +324,8 @@ impl Engine {
         for _ in 0..2 {
             let found = self.store.lookup(self.looking_on(key, &asked, policy)).await?;
             let Some(entry) = found.entry else { return Ok(None) };
-            let unknown: Vec<_> = entry.stamps.iter().map(|s| &s.tag).filter(|t| !asked.contains(t)).cloned().collect();
+            let unknown = entry.places(&asked).filter(|(_, at)| at.is_none());
+            let unknown: Vec<_> = unknown.map(|(stamp, _)| stamp.tag.clone()).collect();
             if unknown.is_empty() {
                 return Ok(Some(Found { entry, now: asked.into_iter().zip(found.generations).collect() }));
             }
@@ -339,12 +342,12 @@ fn unavailable(error: &StoreError) -> Begin {
 
 pub(super) fn validity(entry: &Entry, required: &[Tag], asked: &[Tag], generations: &[Option<Generation>]) -> Validity {
     // An entry of another configuration may lack tags that cascades count on now.
-    if required.iter().any(|tag| entry.stamps.iter().all(|s| s.tag != *tag)) {
+    if !entry.has(required) {
         return Validity::Invalid;
     }
     let mut unknown = vec![];
-    for Stamp { tag, generation } in &entry.stamps {
-        match asked.iter().position(|t| t == tag) {
+    for (Stamp { tag, generation }, at) in entry.places(asked) {
+        match at {
             None => unknown.push(tag.clone()),
             Some(at) if generations.get(at) == Some(&Some(*generation)) => {}
             Some(_) => return Validity::Invalid,

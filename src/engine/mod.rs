@@ -244,9 +244,9 @@ impl Engine {
     }
 
     /// Tags of the entry that the request does not name are looked up with it from now on.
-    fn remember_late(&self, key: &Key, late: &[Tag]) {
+    fn remember_late<'t>(&self, key: &Key, late: impl IntoIterator<Item = &'t Tag>) {
         let memo = self.memos.get(key).map_or_else(KeyMemo::default, |m| (*m).clone());
-        self.memos.insert(key.clone(), Arc::new(KeyMemo { late: late.into(), ..memo }));
+        self.memos.insert(key.clone(), Arc::new(KeyMemo { late: late.into_iter().cloned().collect(), ..memo }));
     }
 
     fn remember_unshared(&self, key: &Key) {

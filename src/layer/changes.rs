@@ -18,7 +18,7 @@ use crate::{
 const MOST: usize = 10_000;
 
 /// More than this is not said of one response.
-const MOST_READ: usize = 1_000;
+pub(super) const MOST_READ: usize = 1_000;
 
 task_local! {
     static WRITES: Changes;

@@ -1,9 +1,14 @@
 //! What handlers say to the cache: tags of a response, and that it is to keep out.
 
+use std::collections::HashSet;
+
 use http::{Extensions, HeaderMap, HeaderName, HeaderValue, response};
 use percent_encoding::percent_decode_str;
 
-use super::{changes::Reads, core::Core};
+use super::{
+    changes::{MOST_READ, Reads},
+    core::Core,
+};
 use crate::key::{Tag, Tenant};
 
 /// Entities that a response belongs to, besides those that its path names; in the extensions of the response, where every
@@ -12,7 +17,7 @@ use crate::key::{Tag, Tenant};
 ///
 /// A cascade that drops the response's data type for agent 42 then finds it, whatever its path. What no cascade can match
 /// (an entity by which no cascade drops this type, an id that is none, something malformed) is a mistake: such a response is
-/// not stored, `Cache-Status` says `bad-tags`, and a warning says which.
+/// not stored, `Cache-Status` says `bad-tags`, and a warning says which. Nor is one that declares more than 1,000 different ones.
 ///
 /// ```
 /// # use tower_cache_aside::CacheTags;
@@ -81,6 +86,13 @@ pub(crate) fn take_tags(
         }
         "bad-tags"
     })?;
+    // The same may be said for each item of a page.
+    if tags.len() > MOST_READ && tags.iter().collect::<HashSet<_>>().len() > MOST_READ {
+        if core.warnings.is_new("many-tags", data_type) {
+            tracing::warn!(%data_type, "not stored: it declares more than 1,000 tags; declare what they have in common");
+        }
+        return Err("bad-tags");
+    }
     tags.extend(depends?);
     Ok(tags)
 }

@@ -1,6 +1,7 @@
 //! What a store holds under a key: a response or a value, the generations it was filled under, and its times.
 
 use std::{
+    collections::HashMap,
     fmt,
     sync::{
         RwLock,
@@ -17,7 +18,11 @@ use crate::{
     catalog::{Learned, Lifetime},
     clock::Millis,
     key::{Key, Tag},
+    sync::RandomState,
 };
+
+/// So many tags are looked through sooner than hashed.
+const FEW: usize = 16;
 
 /// A tag and the generation it had before the load began.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -137,6 +142,30 @@ impl Entry {
         }
     }
 
+    /// Whether it has all of these tags.
+    pub(crate) fn has(&self, tags: &[Tag]) -> bool {
+        let is_at = |i: usize, tag: &Tag| self.stamps.get(i).is_some_and(|stamp| stamp.tag == *tag);
+        tags.iter().enumerate().all(|(i, tag)| is_at(i, tag) || self.stamps.iter().any(|stamp| stamp.tag == *tag))
+    }
+
+    /// Each stamp, with the place of its tag among these. Who looks up asks for tags in their entry's order, but for what has
+    /// changed; a thousand are not looked through for each of a thousand.
+    pub(crate) fn places<'a>(&'a self, tags: &'a [Tag]) -> impl Iterator<Item = (&'a Stamp, Option<usize>)> {
+        let mut index = None;
+        self.stamps.iter().enumerate().map(move |(i, stamp)| {
+            let place = match tags.get(i) {
+                Some(tag) if *tag == stamp.tag => Some(i),
+                _ if tags.len() <= FEW => tags.iter().position(|tag| *tag == stamp.tag),
+                _ => {
+                    let index =
+                        index.get_or_insert_with(|| tags.iter().zip(0..).collect::<HashMap<_, _, RandomState>>());
+                    index.get(&stamp.tag).copied()
+                }
+            };
+            (stamp, place)
+        })
+    }
+
     /// What is stored under the key without request headers, to lead to a response that varies by these.
     /// It stays for as long as any of those does that it leads to; but what a response does not say again is forgotten when
     /// it would have been.
@@ -239,6 +268,30 @@ mod tests {
 
     fn entry(life: Lifetime) -> Entry {
         Entry::new(Payload::Value(Default::default()), [].into(), 1_000, life)
+    }
+
+    /// In whatever order they were asked for, few or many, with others among them.
+    #[test]
+    fn tags_are_found_where_they_are() {
+        let tag = |i: usize| Tag::entity(b"s{t}", "doc", "doc", i.to_string().as_bytes());
+        for count in [0, 1, 5, FEW, FEW + 1, 100] {
+            let stamps = (0..count).map(|i| Stamp { tag: tag(i), generation: Generation(i as u128) }).collect();
+            let entry = Entry { stamps, ..entry(Lifetime::default()) };
+            let orders: [Vec<usize>; 5] = [
+                (0..count).collect(),
+                (0..count).rev().collect(),
+                (0..count / 2).collect(),
+                (0..2 * count).map(|i| (i * 7) % (2 * count)).collect(),
+                [1_000].into_iter().chain(0..count).collect(),
+            ];
+            for asked in orders {
+                let tags: Vec<_> = asked.iter().map(|i| tag(*i)).collect();
+                let expected: Vec<_> = (0..count).map(|i| asked.iter().position(|asked| *asked == i)).collect();
+                let found: Vec<_> = entry.places(&tags).map(|(_, at)| at).collect();
+                assert_eq!(found, expected, "{asked:?}");
+                assert_eq!(entry.has(&tags), asked.iter().all(|i| *i < count), "{asked:?}");
+            }
+        }
     }
 
     /// A short one is not replaced all of its time.

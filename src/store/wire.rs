@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Entry, Generation, Guard, Inquiry, Lookup, MemoryStore, Store, StoreError, TagGroup, codec};
+use super::{Entry, Generation, Guard, Inquiry, Lookup, MemoryStore, Stamp, Store, StoreError, TagGroup, codec};
 use crate::{error::ConfigError, key::Tag};
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -46,12 +46,9 @@ pub(super) fn validated<'a, S: Generations>(
 /// Whether an entry is valid under these generations, with all the tags that it must have.
 pub(super) fn is_current(entry: &Entry, inquiry: &Inquiry<'_>, generations: &[Option<Generation>]) -> bool {
     let Inquiry { tags, required, .. } = inquiry;
-    let has = |tag: &Tag| entry.stamps.iter().any(|stamp| stamp.tag == *tag);
-    tags.iter().take(*required).all(has)
-        && entry.stamps.iter().all(|stamp| {
-            let at = tags.iter().position(|tag| *tag == stamp.tag);
-            at.is_some_and(|at| generations.get(at) == Some(&Some(stamp.generation)))
-        })
+    let is_now = |at: usize, stamp: &Stamp| generations.get(at) == Some(&Some(stamp.generation));
+    entry.has(tags.get(..*required).unwrap_or(tags))
+        && entry.places(tags).all(|(stamp, at)| at.is_some_and(|at| is_now(at, stamp)))
 }
 
 /// The tags of the groups, each with the number of its group, by tenant.
