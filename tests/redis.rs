@@ -83,7 +83,7 @@ async fn without_the_tier_no_read_is_stale() {
     let redis = Redis::start(&[]);
     let fleet = Fleet::start(3, &redis.url(), &["--l1", "off"]);
     let load = Load::start(&fleet.urls(), Duration::ZERO).await;
-    seconds(30.0).await;
+    seconds(20.0).await;
     let history = load.stop().await;
     history.assert_good();
     assert!(history.hits > history.reads / 4, "{history:?}");
@@ -94,7 +94,7 @@ async fn with_the_tier_no_read_is_staler_than_the_bound() {
     let redis = Redis::start(&[]);
     let fleet = Fleet::start(2, &redis.url(), &["--l1", "on"]);
     let load = Load::start(&fleet.urls(), BOUND).await;
-    seconds(30.0).await;
+    seconds(20.0).await;
     load.stop().await.assert_good();
 }
 

@@ -34,8 +34,11 @@ pub fn example(name: &str) -> PathBuf {
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet", "--examples", "--all-features", "--target-dir"]).arg(profile.parent().unwrap());
         build.args(profile.ends_with("release").then_some("--release"));
-        // What cargo tells its tests would make some build scripts think that the world has changed.
-        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_") && name != "CARGO_HOME") {
+        // What cargo tells its tests would make some build scripts think that the world has changed, and so would another way to
+        // build what those who run the tests have built.
+        let is_theirs =
+            |name: &str| name == "CARGO_HOME" || name == "CARGO_INCREMENTAL" || name.starts_with("CARGO_PROFILE_");
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_") && !is_theirs(name)) {
             build.env_remove(name);
         }
         assert!(build.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success(), "the examples do not build");
