@@ -8,6 +8,7 @@
 
 mod address;
 mod dial;
+mod ends;
 mod held;
 mod identity;
 mod lane;

@@ -19,20 +19,17 @@
 
 use std::{
     fmt,
-    hash::BuildHasher,
     io::Write,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use bytes::Bytes;
-use foldhash::fast::RandomState;
 use redis::{Cmd, FromRedisValue, Pipeline, RedisError, RedisWrite, ToRedisArgs, Value};
+use smallvec::SmallVec;
 
 use super::{
+    ends::{Prolonged, Unended},
     link::Link,
     refusals::Step,
     resp::{self, Reply},
@@ -69,9 +66,6 @@ const AT_ONCE: usize = 1_000;
 
 /// So many entries of a region's stream are kept, about: whoever is further behind has a gap.
 const TOLD: usize = 100_000;
-
-/// So many generations are known to live for as long as what is stored under them: those of the last fills, about.
-const PROLONGED: usize = 1_024;
 
 /// Keys looked through at once.
 const SCANNED: usize = 1_000;
@@ -113,37 +107,7 @@ pub(super) struct Remote {
     pub(super) counters: Arc<Counters>,
     tells: Option<Tells>,
     prolonged: Prolonged,
-}
-
-/// Which generations were told to live until when, by the hashes of both, each in the place that it gives: many fills under one tag
-/// prolong it once. A generation that ends early nevertheless (another server, say) costs a miss.
-struct Prolonged {
-    hasher: RandomState,
-    last: Box<[AtomicU64]>,
-}
-
-impl Default for Prolonged {
-    fn default() -> Self {
-        Self { hasher: RandomState::default(), last: (0..PROLONGED).map(|_| AtomicU64::new(0)).collect() }
-    }
-}
-
-impl Prolonged {
-    fn place(&self, stamp: &Stamp, until: Millis) -> (&AtomicU64, u64) {
-        let hash = self.hasher.hash_one((stamp.tag.as_bytes(), stamp.generation.0, until));
-        (&self.last[hash as usize % PROLONGED], hash)
-    }
-
-    fn has(&self, stamp: &Stamp, until: Millis) -> bool {
-        let (place, hash) = self.place(stamp, until);
-        place.load(Ordering::Relaxed) == hash
-    }
-
-    /// The server has acknowledged it.
-    fn add(&self, stamp: &Stamp, until: Millis) {
-        let (place, hash) = self.place(stamp, until);
-        place.store(hash, Ordering::Relaxed);
-    }
+    unended: Unended,
 }
 
 /// The stream by which a region tells the others what it drops.
@@ -173,9 +137,27 @@ impl Tells {
     }
 }
 
+/// What is asked of the server with a fill.
+struct Filling {
+    /// So many replies must not be refusals; what follows them is for the report.
+    needed: usize,
+    /// Until when its generations live.
+    end: Millis,
+    /// Counters that are not told until when they live, and those that are told instead.
+    unended: Vec<Vec<u8>>,
+    due: Vec<(Vec<u8>, Millis)>,
+}
+
 impl Remote {
     pub(super) fn new(link: Arc<Link>, generation_ttl: Duration, tells: Option<Tells>) -> Self {
-        Self { link, generation_ttl, counters: Arc::default(), tells, prolonged: Prolonged::default() }
+        Self {
+            link,
+            generation_ttl,
+            counters: Arc::default(),
+            tells,
+            prolonged: Prolonged::default(),
+            unended: Unended::default(),
+        }
     }
 
     async fn pipeline(&self, server: &Server, step: Step, pipeline: &Pipeline) -> Result<Vec<Value>, StoreError> {
@@ -552,7 +534,6 @@ impl Remote {
         self.take_away(server, Step::Other, first.tenant(), &over).await.map(|()| true)
     }
 
-    /// How many replies must not be refusals; what follows them is for the report. And until when its generations live.
     fn push_fill(
         &self,
         pipeline: &mut Pipeline,
@@ -561,21 +542,32 @@ impl Remote {
         entry: &Entry,
         bytes: Vec<u8>,
         keep: Millis,
-    ) -> (usize, Millis) {
+    ) -> Filling {
         // Later than the entry's own end by less than two of the grid, which is the same for all that is kept for about as long:
         // those who track hear of each change of a generation's end.
         let grid = (GRID.as_millis() as Millis).max(keep.next_power_of_two() / 8);
         let end = ((server.time_at_least().max(0) as Millis + keep) / grid + 2) * grid;
-        let short = entry.stamps.iter().filter(|stamp| !self.prolonged.has(stamp, end));
-        let names: Vec<_> = short.map(|stamp| self.name("g:", stamp.tag.as_bytes())).collect();
+        let is_short = |stamp: &Stamp| !self.prolonged.has(stamp, end);
+        let short: SmallVec<[_; 4]> = entry.stamps.iter().map(is_short).collect();
+        let names = entry.stamps.iter().zip(&short).filter(|(_, is_short)| **is_short);
+        let names: Vec<_> = names.map(|(stamp, _)| self.name("g:", stamp.tag.as_bytes())).collect();
         let prolonged = server.push_prolong(pipeline, &names, end);
         pipeline.cmd("SET").arg(self.name("e:", key.as_bytes())).arg(bytes).arg("PX").arg(keep);
-        for stamp in &entry.stamps {
+        let due = self.unended.due();
+        let mut unended = vec![];
+        for (stamp, is_short) in entry.stamps.iter().zip(short) {
             let counter = self.name("c:", stamp.tag.as_bytes());
             pipeline.cmd("PFADD").arg(&counter).arg(key.as_bytes());
-            pipeline.cmd("PEXPIREAT").arg(counter).arg(end);
+            if is_short || !server.ends_together() {
+                server.push_end(pipeline, &counter, end, is_short);
+            } else {
+                unended.push(counter);
+            }
         }
-        (prolonged + 1, end)
+        for (counter, end) in &due {
+            server.push_end(pipeline, counter, *end, false);
+        }
+        Filling { needed: prolonged + 1, end, unended, due }
     }
 
     /// Some names of one server that are like this, and where to go on.
@@ -805,10 +797,13 @@ impl Store for Remote {
             let bytes = self.counters.encode(&entry, server.time_at_least() - now as i64)?;
             let mut pipeline = redis::pipe();
             pipeline.ignore_errors();
-            let (needed, end) = self.push_fill(&mut pipeline, &server, key, &entry, bytes, keep);
+            let Filling { needed, end, unended, due } =
+                self.push_fill(&mut pipeline, &server, key, &entry, bytes, keep);
             let replies = self.pipeline(&server, Step::Fill, &pipeline).await?;
             self.refusal(&server, Step::Fill, replies.iter().take(needed))?;
             entry.stamps.iter().for_each(|stamp| self.prolonged.add(stamp, end));
+            self.unended.told(&due);
+            unended.into_iter().for_each(|counter| self.unended.add(counter, end));
             server.refusals.done(Step::Fill);
             Ok(())
         })

@@ -419,6 +419,24 @@ impl Server {
         1
     }
 
+    /// Whether counters may be told together until when they live: not where a later end cannot be told from an earlier one, and of
+    /// a cluster others' may be elsewhere.
+    pub(super) fn ends_together(&self) -> bool {
+        self.knows_gt && !self.is_cluster
+    }
+
+    /// A counter without an end has this one; and so has one that ends before, if it is to be raised.
+    pub(super) fn push_end(&self, pipeline: &mut Pipeline, counter: &[u8], until: Millis, raises: bool) {
+        if !self.knows_gt {
+            pipeline.cmd("PEXPIREAT").arg(counter).arg(until);
+            return;
+        }
+        pipeline.cmd("PEXPIREAT").arg(counter).arg(until).arg("NX");
+        if raises {
+            pipeline.cmd("PEXPIREAT").arg(counter).arg(until).arg("GT");
+        }
+    }
+
     pub(super) fn lacks_scripts(&self) -> bool {
         self.lacks_scripts.load(Ordering::Acquire)
     }
