@@ -1,10 +1,11 @@
 //! Hits, misses and what passes through, of this crate and of its peers in one run; and over Redis beside a cache-aside as people
-//! write it by hand. `cargo run --release --manifest-path benches/peers/Cargo.toml`
+//! write it by hand; and the clients of Redis. `cargo run --release --manifest-path benches/peers/Cargo.toml`
 //!
 //! As `goals` measures: by turns, without building requests, bodies of noise, 20 routes, a tenant header. Of this crate only the
 //! feature `redis` is on.
 #![allow(clippy::unwrap_used)]
 
+mod clients;
 #[path = "../../../tests/support/redis.rs"]
 mod server;
 #[path = "../../support/mod.rs"]
@@ -31,6 +32,8 @@ use hitbox_tower::CacheConfig;
 use http::{Method, Request, Response};
 use http_body_util::Full;
 use redis::{AsyncCommands, aio::MultiplexedConnection};
+// As the crate's own modules name it.
+pub(crate) use clients::mux;
 use support::{NOISE, TENANT, builder, headers, served};
 use tokio::runtime::Runtime;
 use tower::{Layer, Service, ServiceExt, service_fn};
@@ -52,6 +55,11 @@ fn main() {
     for (tasks, calls) in [(1, 4_000), (64, 32_000)] {
         if table.wants("redis") {
             over_redis(&mut table, tasks, calls);
+        }
+    }
+    for workers in [2, 1] {
+        if table.wants("clients") {
+            clients::compare(&mut table, workers);
         }
     }
     table.finish(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
