@@ -8,18 +8,13 @@ pub(crate) mod mux;
 #[path = "../../../src/store/redis/resp.rs"]
 mod resp;
 
-use std::{
-    hint::black_box,
-    pin::Pin,
-    time::{Duration, Instant},
-};
+use std::{hint::black_box, pin::Pin, time::Duration};
 
 use fred::interfaces::{ClientLike, KeysInterface};
 use rustis::commands::StringCommands;
-use tokio::runtime::{Builder, Runtime};
 
 use super::{
-    server,
+    measure::Shared,
     support::NOISE,
     turns::{Goal, Side, Table},
 };
@@ -32,24 +27,19 @@ const NAMES: [&str; 3] =
     ["cache:e:s{tenant-17}:type-0:=4711h0badcafe", "cache:g:s{tenant-17}:agent=4711", "cache:g:s{tenant-17}"];
 
 /// A turn of some tasks, each of which asks one time after the other.
-fn side<'a, A, F>(name: &str, workers: usize, calls: u64, runtime: &'a Runtime, ask: A) -> Side<'a>
+fn side<'a, A, F>(name: &str, workers: usize, calls: u64, shared: &'a Shared, ask: A) -> Side<'a>
 where
     A: Fn() -> F + Clone + Send + 'static,
     F: Future<Output = ()> + Send,
 {
     let turn = move || {
-        runtime.block_on(async {
-            let start = Instant::now();
-            let task = |ask: A| async move {
-                for _ in 0..calls.div_ceil(TASKS) {
+        shared.spread(TASKS, calls, |calls| {
+            let ask = ask.clone();
+            async move {
+                for _ in 0..calls {
                     ask().await;
                 }
-            };
-            let all: Vec<_> = (0..TASKS).map(|_| tokio::spawn(task(ask.clone()))).collect();
-            for task in all {
-                task.await.unwrap();
             }
-            start.elapsed().as_nanos() as f64 / 1e3 / (calls.div_ceil(TASKS) * TASKS) as f64
         })
     };
     let workers = if workers == 1 { "1 worker".to_owned() } else { format!("{workers} workers") };
@@ -72,12 +62,12 @@ fn own_mget(
 }
 
 pub(crate) fn compare(table: &mut Table, workers: usize) {
-    let server = server::Redis::start(&[]);
-    let runtime = Builder::new_multi_thread().worker_threads(workers).enable_all().build().unwrap();
+    let shared = Shared::start(workers);
     let calls = table.calls(64_000);
     let entry = [&NOISE[..], &[b'h'; 450]].concat();
-    let (redis, fred, rustis, own) = runtime.block_on(async {
-        let mut redis = redis::Client::open(server.url()).unwrap().get_multiplexed_async_connection().await.unwrap();
+    let (redis, server) = (shared.bare.clone(), &shared.server);
+    let (fred, rustis, own) = shared.runtime.block_on(async {
+        let mut redis = redis.clone();
         for (name, value) in NAMES.iter().zip([&entry[..], &[7; 16], &[8; 16]]) {
             redis::cmd("SET").arg(name).arg(value).exec_async(&mut redis).await.unwrap();
         }
@@ -90,44 +80,44 @@ pub(crate) fn compare(table: &mut Table, workers: usize) {
         stream.set_nodelay(true).unwrap();
         let (own, serving) = Mux::new(stream, Resp::default(), Duration::from_secs(10));
         tokio::spawn(serving);
-        (redis, fred, rustis, own)
+        (fred, rustis, own)
     });
     let bare = redis.clone();
     let sides = vec![
-        side("GET of 1 KiB by redis-rs", workers, calls, &runtime, move || {
+        side("GET of 1 KiB by redis-rs", workers, calls, &shared, move || {
             let mut redis = bare.clone();
             async move {
                 black_box(redis::cmd("GET").arg("bare").query_async::<redis::Value>(&mut redis).await.unwrap());
             }
         }),
-        side("MGET by redis-rs", workers, calls, &runtime, move || {
+        side("MGET by redis-rs", workers, calls, &shared, move || {
             let mut redis = redis.clone();
             async move {
                 let found: Vec<redis::Value> = redis::cmd("MGET").arg(&NAMES).query_async(&mut redis).await.unwrap();
                 assert_eq!(black_box(found).len(), NAMES.len());
             }
         }),
-        side("MGET by fred", workers, calls, &runtime, move || {
+        side("MGET by fred", workers, calls, &shared, move || {
             let fred = fred.clone();
             async move {
                 let found: Vec<Option<bytes::Bytes>> = fred.mget(NAMES.to_vec()).await.unwrap();
                 assert_eq!(black_box(found).len(), NAMES.len());
             }
         }),
-        side("MGET by rustis", workers, calls, &runtime, move || {
+        side("MGET by rustis", workers, calls, &shared, move || {
             let rustis = rustis.clone();
             async move {
                 let found: Vec<Option<bytes::Bytes>> = rustis.mget(NAMES).await.unwrap();
                 assert_eq!(black_box(found).len(), NAMES.len());
             }
         }),
-        side("MGET by our own connection", workers, calls, &runtime, own_mget(own.clone(), &NAMES)),
+        side("MGET by our own connection", workers, calls, &shared, own_mget(own.clone(), &NAMES)),
         // What tier `validated` asks.
         side(
             "MGET of the generations alone by our own connection",
             workers,
             calls,
-            &runtime,
+            &shared,
             own_mget(own, &NAMES[1..]),
         ),
     ];

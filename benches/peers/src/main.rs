@@ -6,6 +6,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod clients;
+#[path = "../../support/measure.rs"]
+mod measure;
 #[path = "../../../tests/support/redis.rs"]
 mod server;
 #[path = "../../support/mod.rs"]
