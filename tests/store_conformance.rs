@@ -149,7 +149,9 @@ impl Sabotaged {
             CutsTheBody => Self::altered(&entry, now, |response| response.body.truncate(1_000)),
             LosesTrailers => Self::altered(&entry, now, |response| response.trailers = None),
             LosesAllButOneValue => Self::altered(&entry, now, |response| {
-                response.headers = response.headers.drain().filter_map(|(name, value)| Some((name?, value))).collect();
+                let mut headers = response.headers.to_map().into_owned();
+                response.headers =
+                    headers.drain().filter_map(|(n, v)| Some((n?, v))).collect::<http::HeaderMap>().into();
             }),
             LaterByAnHour => {
                 let late = Clocks { here: now, shared: now + 3_600_000 };

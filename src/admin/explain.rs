@@ -147,7 +147,7 @@ pub(super) fn of_entry(core: &Core, found: &Found) -> Value {
     let (entry, at) = (&found.entry, core.engine.now());
     let Payload::Response(StoredResponse { status, headers, body, .. }) = &entry.payload else { return Value::Null };
     let mut said = Map::new();
-    for (name, value) in headers.iter().filter(|(_, value)| !value.is_empty()) {
+    for (name, value) in headers.to_map().iter().filter(|(_, value)| !value.is_empty()) {
         said.insert(name.as_str().to_owned(), json!(String::from_utf8_lossy(value.as_bytes())));
     }
     json!({

@@ -93,7 +93,7 @@ impl Leader {
         let poll = self.poll(&payload, &life, varied.as_ref().map(|(_, key)| key));
         let (life, learned) = self.learn(poll.as_ref(), life);
         let entry = Entry::new(payload, stamps.into(), self.flight.began(), life);
-        let entry = Arc::new(Entry { varied, learned, ..entry });
+        let entry = Arc::new(Entry { varied: varied.map(Box::new), learned, ..entry });
         self.flight.land(Landed::Done(entry.clone()));
         Some(Sealed { entry, drifted: poll.and_then(|poll| poll.change), leader: self })
     }
@@ -206,7 +206,7 @@ pub(crate) struct Sealed {
 impl Sealed {
     /// Under which it is stored.
     pub(crate) fn key(&self) -> &[u8] {
-        let varied = self.entry.varied.as_ref().map(|(_, key)| key);
+        let varied = self.entry.varied.as_deref().map(|(_, key)| key);
         varied.unwrap_or(&self.leader.key).as_bytes()
     }
 
@@ -236,7 +236,7 @@ impl Sealed {
         let Leader { engine, policy, .. } = &self.leader;
         let (tier, now) = (policy.tier(), engine.now());
         let mut filled = Ok(());
-        match &self.entry.varied {
+        match self.entry.varied.as_deref() {
             None => filled = engine.store.fill(&self.leader.key, self.entry.clone(), tier, now).await,
             // First the response, then what leads to it.
             Some((names, key)) => {

@@ -82,10 +82,10 @@ pub(super) fn is_same(one: &Payload, other: &Payload, ignored: &[String]) -> Opt
         (Payload::Value(one), Payload::Value(other)) => Some(one == other),
         (Payload::Response(one), Payload::Response(other)) => {
             let none = HeaderMap::new();
-            let [trailers, other_trailers] = [one, other].map(|of| of.trailers.as_ref().unwrap_or(&none));
+            let [trailers, other_trailers] = [one, other].map(|of| of.trailers.as_deref().unwrap_or(&none));
             Some(
                 one.status == other.status
-                    && is_same_map(&one.headers, &other.headers)
+                    && is_same_map(&one.headers.to_map(), &other.headers.to_map())
                     && is_same_map(trailers, other_trailers)
                     && is_same_body(&one.body, &other.body),
             )

@@ -233,8 +233,12 @@ impl Reading {
         {
             headers.insert(header::DATE, date);
         }
-        let stored =
-            StoredResponse { status: self.parts.status, headers, body: data.clone(), trailers: trailers.clone() };
+        let stored = StoredResponse {
+            status: self.parts.status,
+            headers: headers.into(),
+            body: data.clone(),
+            trailers: trailers.clone().map(Box::new),
+        };
         let keep = self.forwarded.stored;
         let leader = self.leader.made_of(self.known.0.stamps());
         let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;

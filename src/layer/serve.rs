@@ -90,7 +90,7 @@ impl Asked {
         else {
             return false;
         };
-        let says = ResponseDirectives::of(&stored.headers, targeted);
+        let says = ResponseDirectives::of(&stored.headers.to_map(), targeted);
         let strict = says.must_revalidate || says.proxy_revalidate || says.no_cache || says.s_maxage.is_some();
         !strict && entry.ttl(now).is_some_and(|ttl| -ttl <= most as i64) && self.accepts(entry, now)
     }
@@ -172,12 +172,12 @@ pub(crate) fn answer<R: Body>(
     let Payload::Response(stored) = &entry.payload else { return None };
     let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now));
     let make = || {
-        let mut headers = stored.headers.clone();
+        let mut headers = stored.headers.to_map().into_owned();
         how.say(&mut headers, (age, ttl), stored.status, asked);
         headers
     };
-    let headers = match how.handled {
-        None if asked.key.is_none() => entry.replay.headers(age, ttl.unwrap_or(0), make),
+    let headers = match (&entry.replay, how.handled, &asked.key) {
+        (Some(replay), None, None) => replay.headers(age, ttl.unwrap_or(0), make),
         _ => make(),
     };
     let mut response = match &asked.conditions {
@@ -198,10 +198,11 @@ pub(crate) fn use_up<R: Body>(
     let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now));
     match Arc::get_mut(entry).map(|entry| &mut entry.payload) {
         Some(Payload::Response(stored)) if asked.conditions.is_none() && !asked.head => {
-            let mut headers = std::mem::take(&mut stored.headers);
+            let mut headers = std::mem::take(&mut stored.headers).into_map();
             how.say(&mut headers, (age, ttl), stored.status, asked);
             leave_no_place(&mut headers);
-            let body = CacheBody::full(std::mem::take(&mut stored.body), stored.trailers.take());
+            let body =
+                CacheBody::full(std::mem::take(&mut stored.body), stored.trailers.take().map(|trailers| *trailers));
             Some(respond(stored.status, headers, body))
         }
         _ => answer(entry, now, asked, how),
@@ -267,7 +268,7 @@ fn whole<R: Body>(stored: &StoredResponse, mut headers: HeaderMap, head: bool) -
         }
         CacheBody::full(Bytes::new(), None)
     } else {
-        CacheBody::full(stored.body.clone(), stored.trailers.clone())
+        CacheBody::full(stored.body.clone(), stored.trailers.as_deref().cloned())
     };
     respond(stored.status, headers, body)
 }
@@ -281,7 +282,7 @@ fn conditionally<R: Body>(
     if stored.status != StatusCode::OK {
         return whole(stored, headers, head);
     }
-    if conditions.preconditions.is_not_modified(&stored.headers) {
+    if conditions.preconditions.is_not_modified(&headers) {
         let mut parts = Response::new(()).into_parts().0;
         parts.headers = headers;
         return not_modified(parts);

@@ -135,7 +135,8 @@ pub(crate) fn encode(entry: &Entry, shift: i64) -> Result<Encoded, TooLarge> {
         Payload::Response(response) => (&response.body, Some(response)),
         Payload::Vary(_) => (&nothing, None),
     };
-    let packed = pack(body, response.map(|r| &r.headers));
+    let headers = response.map(|response| response.headers.to_map());
+    let packed = pack(body, headers.as_deref());
     let tail: &[u8] = packed.as_deref().unwrap_or(body);
     let mut flags = if packed.is_some() { LZ4 } else { 0 };
     let mut out = Vec::with_capacity(HEAD + entry.weight() - body.len() + tail.len());
@@ -155,11 +156,11 @@ pub(crate) fn encode(entry: &Entry, shift: i64) -> Result<Encoded, TooLarge> {
         out.put_slice(tag.as_bytes());
         out.put_u128_le(generation.0);
     }
-    if let Some(response) = response {
+    if let Some((response, headers)) = response.zip(headers) {
         flags |= RESPONSE;
         out.put_u16_le(response.status.as_u16());
         // The places of `cache-status` and `age` are empty, and made anew when the entry is read.
-        put_headers(&mut out, response.headers.iter().filter(|(name, value)| !(value.is_empty() && is_place(name))))?;
+        put_headers(&mut out, headers.iter().filter(|(name, value)| !(value.is_empty() && is_place(name))))?;
         if let Some(trailers) = &response.trailers {
             flags |= TRAILERS;
             put_headers(&mut out, trailers.iter())?;
@@ -215,7 +216,7 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
             let entry = headers.try_entry(place).map_err(|_| Unreadable)?;
             entry.or_try_insert(NOTHING.clone()).map_err(|_| Unreadable)?;
         }
-        let trailers = if flags & TRAILERS == 0 { None } else { Some(take_headers(&mut rest)?) };
+        let trailers = if flags & TRAILERS == 0 { None } else { Some(Box::new(take_headers(&mut rest)?)) };
         Some((status, headers, trailers))
     };
     let names = if flags & VARY == 0 { None } else { Some(take_headers(&mut rest)?) };
@@ -223,7 +224,9 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
     let payload = match response {
         None if names.is_some() => Payload::Vary(names.iter().flat_map(HeaderMap::keys).cloned().collect()),
         None => Payload::Value(body),
-        Some((status, headers, trailers)) => Payload::Response(StoredResponse { status, headers, body, trailers }),
+        Some((status, headers, trailers)) => {
+            Payload::Response(StoredResponse { status, headers: headers.into(), body, trailers })
+        }
     };
     Ok(Entry {
         payload,
@@ -236,7 +239,7 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
         load,
         learned,
         varied: None,
-        replay: Default::default(),
+        replay: None,
     })
 }
 
@@ -365,9 +368,9 @@ mod tests {
             for (name, value) in headers {
                 map.append(*name, HeaderValue::from_static(value));
             }
-            let trailers = (!headers.is_empty()).then(|| map.clone());
+            let trailers = (!headers.is_empty()).then(|| Box::new(map.clone()));
             map.extend(PLACES.map(|place| (place, HeaderValue::from_static(""))));
-            Payload::Response(StoredResponse { status: StatusCode::IM_A_TEAPOT, headers: map, body, trailers })
+            Payload::Response(StoredResponse { status: StatusCode::IM_A_TEAPOT, headers: map.into(), body, trailers })
         } else {
             Payload::Value(body)
         };
@@ -382,7 +385,7 @@ mod tests {
             load: 5,
             learned: None,
             varied: None,
-            replay: Default::default(),
+            replay: None,
         }
     }
 

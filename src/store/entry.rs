@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fmt,
     sync::{
-        RwLock,
+        Arc, RwLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, StatusCode};
 
-use super::Generation;
+use super::{Generation, Headers, headers::weight};
 use crate::{
     catalog::{Learned, Lifetime},
     clock::Millis,
@@ -39,11 +39,11 @@ pub struct StoredResponse {
     /// The status.
     pub status: StatusCode,
     /// The headers, without those that are the connection's or the cache's own.
-    pub headers: HeaderMap,
+    pub headers: Headers,
     /// The whole body.
     pub body: Bytes,
     /// The trailers, if there were any.
-    pub trailers: Option<HeaderMap>,
+    pub trailers: Option<Box<HeaderMap>>,
 }
 
 #[derive(Clone, Debug)]
@@ -75,8 +75,9 @@ pub struct Entry {
     pub(crate) learned: Option<Learned>,
     /// The request headers it is the answer to, and the key they give. Known to those who waited for it, until it is
     /// stored under that key.
-    pub(crate) varied: Option<(Box<[HeaderName]>, Key)>,
-    pub(crate) replay: Replay,
+    pub(crate) varied: Option<Box<(Box<[HeaderName]>, Key)>>,
+    /// Where it is answered with so often that it is worth it.
+    pub(crate) replay: Option<Box<Replay>>,
 }
 
 /// The headers of a hit, which are the same for all hits of one second: made for the second hit, and cloned for the
@@ -138,7 +139,7 @@ impl Entry {
             load: u32::try_from(life.load.as_millis()).unwrap_or(u32::MAX),
             learned: None,
             varied: None,
-            replay: Replay::default(),
+            replay: None,
         }
     }
 
@@ -176,14 +177,13 @@ impl Entry {
             Some((until, false)) => until,
         };
         Self {
-            payload: Payload::Vary(names.into()),
             expires: until,
             refresh_until: until,
             on_error_until: until,
             keep_until: until,
             learned: None,
             varied: None,
-            ..self.clone()
+            ..self.with(Payload::Vary(names.into()))
         }
     }
 
@@ -210,6 +210,25 @@ impl Entry {
         Self::new(Payload::Response(response), stamps.into(), now, Lifetime::fresh_for(Some(fresh)))
     }
 
+    /// The same with its headers packed, if they are not: what is held in this process takes less room so.
+    pub(super) fn packed(mut entry: Arc<Self>) -> Arc<Self> {
+        let Payload::Response(stored) = &entry.payload else { return entry };
+        let Some(headers) = stored.headers.packed() else { return entry };
+        let StoredResponse { status, body, trailers, .. } = stored;
+        let (status, body, trailers) = (*status, body.clone(), trailers.clone());
+        let payload = Payload::Response(StoredResponse { status, headers, body, trailers });
+        match Arc::get_mut(&mut entry) {
+            Some(own) => own.payload = payload,
+            None => entry = Arc::new(entry.with(payload)),
+        }
+        entry
+    }
+
+    /// The same, but for what it holds.
+    pub(super) fn with(&self, payload: Payload) -> Self {
+        Self { payload, stamps: self.stamps.clone(), varied: self.varied.clone(), replay: None, ..*self }
+    }
+
     /// When the store may forget it; `Millis::MAX` means never.
     pub fn keep_until(&self) -> Millis {
         self.keep_until
@@ -222,8 +241,7 @@ impl Entry {
             Payload::Value(bytes) => bytes.len(),
             Payload::Vary(names) => names.iter().map(|n| n.as_str().len() + 32).sum(),
             Payload::Response(r) => {
-                let headers = |h: &HeaderMap| h.iter().map(|(n, v)| n.as_str().len() + v.len() + 104).sum::<usize>();
-                r.body.len() + headers(&r.headers) + r.trailers.as_ref().map_or(0, headers)
+                r.body.len() + r.headers.weight() + r.trailers.as_ref().map_or(0, |trailers| weight(trailers))
             }
         };
         size_of::<Self>() + stamps + payload
@@ -310,7 +328,7 @@ mod tests {
         let second = Duration::from_secs(1);
         let life = Lifetime { fresh: Some(second), refresh: second * 2, on_error: second * 3, ..Lifetime::default() };
         let learned = Some(Learned::default());
-        let varied = Some(([header::ACCEPT].into(), Key::new(b"other".to_vec())));
+        let varied = Some(Box::new(([header::ACCEPT].into(), Key::new(b"other".to_vec()))));
         let entry = Entry { learned, varied, ..entry(life) };
         for (known, until) in
             [(None, 5_000), (Some((4_000, true)), 5_000), (Some((9_000, true)), 9_000), (Some((4_000, false)), 4_000)]

@@ -36,7 +36,7 @@ use crate::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
-use members::Members;
+use members::{List, Members};
 
 /// Where all orders of few steps are tried, the tags of a program meet, and what is unused is forgotten at once.
 const IS_TRIED: bool = cfg!(all(test, shuttle));
@@ -129,8 +129,8 @@ struct Trash {
 }
 
 impl Trash {
-    fn add(&self, mut members: Vec<Weak<Resident>>) {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).append(&mut members);
+    fn add(&self, members: List<Weak<Resident>>) {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner).append(&mut members.into_vec());
         self.is_there.store(true, Ordering::Relaxed);
     }
 
@@ -383,7 +383,7 @@ impl MemoryStore {
         {
             return;
         }
-        let (counted, filled) = (AtomicBool::new(false), Instant::now());
+        let (entry, counted, filled) = (Entry::packed(entry), AtomicBool::new(false), Instant::now());
         let resident = Arc::new(Resident { entry, tags: tags.into(), until, counted, filled });
         self.trash.free(FREED);
         for (state, _) in &resident.tags {
@@ -678,18 +678,23 @@ mod tests {
         assert!(fenced(&store) <= TAG_SHARDS * MAX_FENCES);
     }
 
-    /// Stores a response of this size.
+    /// Stores a response of this size, and says what is in place.
     async fn fill(store: &MemoryStore, key: &Key, size: usize) -> Arc<Entry> {
         let tags = &group(0..1)[0].tags;
         let generations = store.open(tags).await.unwrap().generations;
         let stamps = tags.iter().zip(generations).map(|(tag, generation)| Stamp { tag: tag.clone(), generation });
         let mut headers = HeaderMap::new();
         headers.insert("x-own", HeaderValue::from_static("1"));
-        let stored = StoredResponse { status: StatusCode::OK, headers, body: vec![b'x'; size].into(), trailers: None };
+        let stored = StoredResponse {
+            status: StatusCode::OK,
+            headers: headers.into(),
+            body: vec![b'x'; size].into(),
+            trailers: None,
+        };
         let life = Lifetime::fresh_for(Some(Duration::from_secs(10)));
         let entry = Arc::new(Entry::new(Payload::Response(stored), stamps.collect(), 0, life));
-        store.fill(key, entry.clone(), Tier::default(), 0).await.unwrap();
-        entry
+        store.fill(key, entry, Tier::default(), 0).await.unwrap();
+        store.entries.get(&key.0).unwrap().entry.clone()
     }
 
     /// The last of many answers.
@@ -703,7 +708,7 @@ mod tests {
         let (store, other) = (MemoryStore::new(8 << 20), MemoryStore::new(8 << 20));
         let key = Key::new(b"s{t}:doc:=1".to_vec());
         let body = |entry: &Entry| match &entry.payload {
-            Payload::Response(stored) => (stored.headers.clone(), stored.body.clone()),
+            Payload::Response(stored) => (stored.headers.to_map().into_owned(), stored.body.clone()),
             _ => panic!("{entry:?}"),
         };
         let original = fill(&store, &key, 100).await;

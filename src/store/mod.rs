@@ -12,6 +12,7 @@ pub mod conformance;
 mod entry;
 #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
 mod guard;
+mod headers;
 #[cfg(feature = "memcached")]
 mod memcached;
 mod memory;
@@ -30,6 +31,7 @@ pub(crate) use entry::Payload;
 pub use entry::{Entry, Stamp, StoredResponse};
 #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
 pub use guard::Guard;
+pub use headers::Headers;
 #[cfg(any(test, fuzzing))]
 pub(crate) use memcached::{Frames, Kind as FrameKind, Reply as Frame};
 #[cfg(feature = "memcached")]

@@ -173,7 +173,7 @@ impl Miss {
         headers.remove(header::IF_MODIFIED_SINCE);
         let known = stored(leader).filter(|stale| !stale.invalidated);
         match known.filter(|_| self.mapped.route.policy.freshness == Freshness::Response).map(|s| &s.entry.payload) {
-            Some(Payload::Response(stored)) => validate(headers, &stored.headers).then(|| stored.clone()),
+            Some(Payload::Response(stored)) => validate(headers, &stored.headers.to_map()).then(|| stored.clone()),
             _ => None,
         }
     }
@@ -222,7 +222,7 @@ impl Miss {
         mut forwarded: Forwarded,
         reply: Reply<R, E>,
     ) {
-        let headers = stored_headers(&parts.headers);
+        let headers = stored_headers(&parts.headers).into();
         let payload = Payload::Response(StoredResponse { headers, ..stored });
         let engine = &self.mapped.core.engine;
         let life = kept.as_ref().map_or_else(Lifetime::default, |kept| kept.life);
@@ -275,7 +275,7 @@ fn update(
     {
         parts.headers.insert(header::DATE, date);
     }
-    parts.headers = updated_headers(&stored.headers, &parts.headers);
+    parts.headers = updated_headers(&stored.headers.to_map(), &parts.headers);
     let stamps = leader.and_then(Leader::stale).into_iter().flat_map(|stale| stale.entry.stamps.iter());
     late.into_iter().chain(stamps.map(|stamp| stamp.tag.clone())).collect()
 }

@@ -97,7 +97,7 @@ impl<R: Body> Asker for Ask<'_, R> {
         if let Payload::Vary(names) = &entry.payload {
             so_far.known = Some((names.clone(), entry.keep_until()));
         }
-        let names = match (&entry.payload, &entry.varied) {
+        let names = match (&entry.payload, entry.varied.as_deref()) {
             (Payload::Vary(names), _) => Some((names, None)),
             (_, Some((names, key))) => Some((names, Some(key))),
             _ => None,

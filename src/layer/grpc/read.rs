@@ -54,9 +54,9 @@ pub(super) fn out<R: Body>(response: Response<CacheBody<R>>) -> Out<R> {
 /// The response that an entry holds: as it was, so that a client sees no difference.
 fn replay<R: Body>(entry: &Entry, now: u64, how: How<'_>) -> Option<Response<CacheBody<R>>> {
     let Payload::Response(stored) = &entry.payload else { return None };
-    let mut response = Response::new(CacheBody::full(stored.body.clone(), stored.trailers.clone()));
+    let mut response = Response::new(CacheBody::full(stored.body.clone(), stored.trailers.as_deref().cloned()));
     *response.status_mut() = stored.status;
-    *response.headers_mut() = stored.headers.clone();
+    *response.headers_mut() = stored.headers.to_map().into_owned();
     response.headers_mut().remove(header::AGE);
     how.teller.say(how.handled(entry.ttl(now)), response.headers_mut(), Some(stored.status), None);
     let outcome = how.outcome(entry, now, response.body());

@@ -266,9 +266,9 @@ pub(super) fn response(body: impl Into<Bytes>) -> StoredResponse {
     trailers.insert(HeaderName::from_static("grpc-status"), HeaderValue::from_static("0"));
     StoredResponse {
         status: StatusCode::NON_AUTHORITATIVE_INFORMATION,
-        headers,
+        headers: headers.into(),
         body: body.into(),
-        trailers: Some(trailers),
+        trailers: Some(Box::new(trailers)),
     }
 }
 
@@ -307,7 +307,7 @@ pub(super) fn difference(filled: &Entry, found: &Entry) -> Option<String> {
     if one.body != other.body {
         return Some(format!("another body, of {} bytes instead of {}", other.body.len(), one.body.len()));
     }
-    if said(&one.headers) != said(&other.headers) {
+    if said(&one.headers.to_map()) != said(&other.headers.to_map()) {
         return Some(format!("the headers {:?} instead of {:?}", other.headers, one.headers));
     }
     if one.trailers != other.trailers {

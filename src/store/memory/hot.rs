@@ -7,12 +7,11 @@
 use std::{cell::RefCell, sync::Arc};
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::{TagState, is_current};
 use crate::{
     clock::Millis,
-    store::{Entry, Payload, StoredResponse},
+    store::{Entry, Headers, Payload, StoredResponse},
 };
 
 /// The places of a thread, of which each key has one.
@@ -112,25 +111,15 @@ pub(super) fn copied(entry: &Entry) -> Option<Arc<Entry>> {
     let payload = match &entry.payload {
         Payload::Response(StoredResponse { status, headers, body, trailers }) => Payload::Response(StoredResponse {
             status: *status,
-            headers: map(headers)?,
+            headers: headers.copied()?,
             body: Bytes::copy_from_slice(body),
             trailers: match trailers {
-                Some(trailers) => Some(map(trailers)?),
+                Some(trailers) => Some(Box::new(Headers::from((**trailers).clone()).copied()?.into_map())),
                 None => None,
             },
         }),
         // These are read, and not handed out.
         other => other.clone(),
     };
-    Some(Arc::new(Entry { payload, ..entry.clone() }))
-}
-
-fn map(headers: &HeaderMap) -> Option<HeaderMap> {
-    let mut all = HeaderMap::with_capacity(headers.len());
-    for (name, value) in headers {
-        let mut own = HeaderValue::from_bytes(value.as_bytes()).ok()?;
-        own.set_sensitive(value.is_sensitive());
-        all.append(HeaderName::from_bytes(name.as_str().as_bytes()).ok()?, own);
-    }
-    Some(all)
+    Some(Arc::new(Entry { replay: Some(Box::default()), ..entry.with(payload) }))
 }

@@ -1,11 +1,16 @@
 //! Who is a member of something, for counts: what is gone is found a few at a time, so that nobody who comes waits for all.
 
+use smallvec::SmallVec;
+
 /// So many are looked at for each that comes: one pass through all takes half as many as there are.
 const LOOKS: usize = 3;
 
+/// A list, of which one has a place without an allocation: most tags are those of one entry.
+pub(super) type List<T> = SmallVec<[T; 1]>;
+
 /// Those that have come since everything was taken. Where one goes for each that comes, two thirds of these are gone at most.
 pub(super) struct Members<T> {
-    list: Vec<T>,
+    list: List<T>,
     /// Which is looked at next, of a pass.
     next: Option<usize>,
     /// A pass begins when there are so many.
@@ -14,7 +19,7 @@ pub(super) struct Members<T> {
 
 impl<T> Default for Members<T> {
     fn default() -> Self {
-        Self { list: vec![], next: None, most: 0 }
+        Self { list: List::new(), next: None, most: 0 }
     }
 }
 
@@ -40,7 +45,7 @@ impl<T> Members<T> {
     }
 
     /// Everything.
-    pub(super) fn take(&mut self) -> Vec<T> {
+    pub(super) fn take(&mut self) -> List<T> {
         std::mem::take(self).list
     }
 }
