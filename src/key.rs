@@ -6,7 +6,7 @@
 //! (tenant, type, resource, scope, variant) never give the same bytes. A part of more than 128 bytes is replaced by
 //! `~` and its SHA-256, so keys stay short whatever clients send.
 
-use std::{borrow::Cow, fmt, sync::Arc};
+use std::{borrow::Cow, cell::Cell, fmt, sync::Arc};
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
@@ -23,6 +23,28 @@ const KEPT: usize = 896;
 
 /// A key being built.
 pub(crate) type KeyBuf = Vec<u8>;
+
+/// What a thread keeps of what it built its last key in, at most.
+const SPARE: usize = 4 * MAX_KEY;
+
+thread_local! {
+    /// What the last key was built in: a hit needs none for longer.
+    static LAST: Cell<KeyBuf> = const { Cell::new(KeyBuf::new()) };
+}
+
+/// Something to build a key in.
+pub(crate) fn buffer() -> KeyBuf {
+    LAST.try_with(Cell::take).unwrap_or_default()
+}
+
+/// It is built, and needed no more.
+pub(crate) fn give_back(mut buf: KeyBuf) {
+    if buf.capacity() <= SPARE {
+        buf.clear();
+        // Where the thread ends there is no next one.
+        let _ = LAST.try_with(|last| last.set(buf));
+    }
+}
 
 const HEX: &[u8; 16] = b"0123456789ABCDEF";
 
@@ -134,26 +156,26 @@ impl Space {
         let mut both = KeyBuf::with_capacity(self.service.len() + 2 * name.len() + 3);
         both.extend_from_slice(name);
         self.push_tenant(&mut both, name);
-        Tenant { both, head: name.len() }
+        let both = Bytes::from(both);
+        Tenant { name: both.slice(..name.len()), head: both.slice(name.len()..) }
     }
 }
 
 /// A tenant: its name as it came, and what its keys and tags begin with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Tenant {
-    both: KeyBuf,
-    /// Where the second begins.
-    head: usize,
+    name: Bytes,
+    head: Bytes,
 }
 
 impl Tenant {
     pub(crate) fn name(&self) -> &[u8] {
-        &self.both[..self.head]
+        &self.name
     }
 
     /// What keys and tags of this tenant begin with: `service{tenant}`.
     pub(crate) fn head(&self) -> &[u8] {
-        &self.both[self.head..]
+        &self.head
     }
 }
 
@@ -202,14 +224,17 @@ fn push_all(buf: &mut KeyBuf, head: &[u8], data_type: &str) {
     buf.push(b'*');
 }
 
-/// The key that has been built, and the tags of an entry of this type: of these entities, and of all. They share one allocation.
+/// The key that has been built for this tenant, and the tags of an entry of this type: of these entities, and of all. They share one
+/// allocation.
 pub(crate) fn key_and_tags<'e>(
     key: KeyBuf,
-    head: &[u8],
+    name: &[u8],
     data_type: &str,
     entities: impl Iterator<Item = (&'e str, Cow<'e, [u8]>)>,
-) -> (Key, Vec<Tag>) {
+) -> (Key, Vec<Tag>, Tenant) {
     let (mut buf, begin) = (key, 0);
+    let head = SmallVec::<[u8; 64]>::from_slice(tenant(&buf));
+    let head = &head[..];
     let mut ends = SmallVec::<[usize; 4]>::from_slice(&[buf.len()]);
     for (entity, id) in entities {
         push_entity(&mut buf, head, data_type, entity, &id);
@@ -217,11 +242,15 @@ pub(crate) fn key_and_tags<'e>(
     }
     push_all(&mut buf, head, data_type);
     ends.push(buf.len());
-    let all = Bytes::from(buf);
+    buf.extend_from_slice(name);
+    // As long as it is, for it may be held for long.
+    let all = Bytes::copy_from_slice(&buf);
+    give_back(buf);
     let mut parts = std::iter::once(&begin).chain(&ends).zip(&ends).map(|(begin, end)| all.slice(*begin..*end));
     let key = Key(parts.next().unwrap_or_default());
     let tags = parts.map(Tag).collect();
-    (key, tags)
+    let tenant = Tenant { name: all.slice(all.len() - name.len()..), head: all.slice(..head.len()) };
+    (key, tags, tenant)
 }
 
 /// The name of an entry: tenant, data type, resource, scope and variant, in canonical bytes.

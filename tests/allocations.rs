@@ -1,4 +1,4 @@
-//! A hit in process costs at most six heap allocations, and a hot one four, beyond those of the request itself; what one in
+//! A hit in process costs at most six heap allocations, and a hot one three, beyond those of the request itself; what one in
 //! Redis costs besides is bounded as well. And what is remembered of questions has its bound in bytes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -23,7 +23,7 @@ fn a_hit_allocates_at_most_six_times() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let mut service = builder().build().unwrap().layer().layer(origin());
     runtime.block_on(async { service.ready().await.unwrap().call(get("/agents/1")).await.unwrap() });
-    let counted: Vec<u64> = (0..8)
+    let counted: Vec<u64> = (0..300)
         .map(|_| {
             let request = served("/agents/1");
             let mut response = None;
@@ -33,9 +33,9 @@ fn a_hit_allocates_at_most_six_times() {
             hit.count_total
         })
         .collect();
-    // The second hit of each second makes what the others of that second share, and one second may end meanwhile.
-    assert!(counted.iter().filter(|count| **count > 6).count() <= 2, "allocations: {counted:?}");
-    assert!(counted.iter().any(|count| *count <= 4), "allocations: {counted:?}");
+    // One of them has it copied, and the second hit of each second makes what the others of that second share.
+    assert!(counted[..60].iter().all(|count| *count <= 6), "allocations: {counted:?}");
+    assert!(counted[100..].iter().filter(|count| **count > 3).count() <= 10, "allocations: {counted:?}");
 
     // Of the first requests that no route reads, somebody looks why.
     for _ in 0..32 {

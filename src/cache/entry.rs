@@ -145,7 +145,6 @@ impl<T, C: Codec> EntryBuilder<T, C> {
     /// Under which key it is stored, and its tags; `None` if one of its ids has no form in which a write would find it.
     fn place(&self, tenant: &Tenant) -> Option<(Key, Vec<Tag>)> {
         let (space, entities) = (&self.core.space, &self.core.cascades.entities);
-        let head = tenant.head();
         let id =
             |(entity, id): &(String, String)| Some((entity.clone(), entities.id(entity, id.as_bytes())?.into_owned()));
         let own = entities.of_type(&self.data_type).to_owned();
@@ -170,7 +169,7 @@ impl<T, C: Codec> EntryBuilder<T, C> {
         let tags = self.tags.iter().map(id).collect::<Option<Vec<_>>>()?;
         let entities = scope.iter().chain(&tags).filter(|s| **s != own).chain([&own]);
         let entities = entities.map(|(entity, id)| (entity.as_str(), Cow::from(&id[..])));
-        let (key, mut tags) = key_and_tags(bounded(key), head, &self.data_type, entities);
+        let (key, mut tags, _) = key_and_tags(bounded(key), b"", &self.data_type, entities);
         let mut seen = HashSet::new();
         tags.retain(|tag| seen.insert(tag.clone()));
         Some((key, tags))

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     catalog::{Catalogue, Entities, Policy},
     error::ConfigError,
-    key::{Key, KeyBuf, Space, Tag, bounded, key_and_tags, push_escaped, push_ids, push_type},
+    key::{Key, KeyBuf, Space, Tag, Tenant, bounded, buffer, key_and_tags, push_escaped, push_ids, push_type},
     observe::{Teller, Tellers},
 };
 
@@ -362,12 +362,12 @@ impl ReadRoute {
                 _ => {}
             }
         }
-        let mut key = KeyBuf::with_capacity(256);
         let names = self.pattern.params();
         // Else there is no form in which a write would find it.
         let part = |param: &Param| param.part(at.params).filter(|part| !part.is_empty());
         let values = names.iter().map(part).collect::<Option<SmallVec<[_; 4]>>>().ok_or("id")?;
         let scope = self.scope.iter().map(|&i| (&*names[i].entity, &*values[i]));
+        let mut key = buffer();
         space.push_entry(&mut key, &tenant);
         key.extend_from_slice(&self.type_part);
         push_ids(&mut key, self.resource.map(|i| &*values[i]), scope);
@@ -392,14 +392,19 @@ impl ReadRoute {
 
     /// The tags of the entry: each entity of the path, and the type as a whole.
     pub(crate) fn tags(&self, head: &[u8], params: &matchit::Params<'_, '_>) -> Vec<Tag> {
-        self.key_and_tags(KeyBuf::new(), head, params).1
+        self.key_and_tags(head.to_vec(), b"", params).1
     }
 
     /// The same behind a key that has been built.
-    pub(crate) fn key_and_tags(&self, key: KeyBuf, head: &[u8], params: &matchit::Params<'_, '_>) -> (Key, Vec<Tag>) {
+    pub(crate) fn key_and_tags(
+        &self,
+        key: KeyBuf,
+        name: &[u8],
+        params: &matchit::Params<'_, '_>,
+    ) -> (Key, Vec<Tag>, Tenant) {
         let names = self.pattern.params().iter();
         let entities = names.filter_map(|param| Some((&*param.entity, param.value(params)?)));
-        key_and_tags(key, head, &self.data_type, entities)
+        key_and_tags(key, name, &self.data_type, entities)
     }
 }
 

@@ -44,7 +44,7 @@ use super::{
 use crate::{
     clock::Millis,
     http::cache_status::{Forwarded, Handled, Reason},
-    key::{Key, KeyBuf, Tag, Tenant},
+    key::{Key, KeyBuf, Tag, Tenant, give_back},
     observe::{FoundIn, Outcome, Timer, Watch},
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
     store::Payload,
@@ -204,6 +204,7 @@ where
             // What the request's map held its extensions in has room for this one.
             Some((response, outcome)) if behind == Behind::Nothing => {
                 watcher.hit(timer, &outcome, || Some(name));
+                give_back(key);
                 return ResponseFuture::ready(with_outcome(response, parts.extensions, outcome));
             }
             Some((response, outcome)) => {
@@ -213,8 +214,7 @@ where
             None if asked.ahead.is_some() => (None, None),
             None => (None, Some(watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri)))),
         };
-        let tenant = self.core.space.tenant(&*name);
-        let (primary, tags) = named(route, &mut key, &tenant, &read.params);
+        let (primary, tags, tenant) = named(route, &mut key, &name, &read.params);
         if let Some(whole) = &whole {
             whole.add_tags(tags.iter());
         }
@@ -466,9 +466,9 @@ impl<S, M> CacheAside<S, M> {
 }
 
 /// The key and the tags of what a request asks for. A key that a body is a part of is not known yet, and goes on.
-fn named(route: &ReadRoute, key: &mut KeyBuf, tenant: &Tenant, params: &Params<'_, '_>) -> (Key, Vec<Tag>) {
-    let known = if route.body.is_some() { KeyBuf::new() } else { std::mem::take(key) };
-    route.key_and_tags(known, tenant.head(), params)
+fn named(route: &ReadRoute, key: &mut KeyBuf, tenant: &[u8], params: &Params<'_, '_>) -> (Key, Vec<Tag>, Tenant) {
+    let known = if route.body.is_some() { key.clone() } else { std::mem::take(key) };
+    route.key_and_tags(known, tenant, params)
 }
 
 /// The path as clients see it, and the query.
