@@ -148,6 +148,27 @@ async fn until_ten_hits(redis: &Redis, web: &Web, wanted: impl Fn((u64, u64)) ->
     }
 }
 
+/// Also while it is written: who comes after that waits for another look-up.
+#[tokio::test]
+async fn who_looks_up_a_key_at_once_shares_it() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let web = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&db));
+    for i in 0..20 {
+        let text = i.to_string();
+        until_stored(&redis, &web, &text).await;
+        // Of heartbeats there may be one in between.
+        let [before] = calls(&redis, ["mget"]);
+        let replies = futures_util::future::join_all((0..64).map(|_| web.get(PATH))).await;
+        let [after] = calls(&redis, ["mget"]);
+        assert!(after - before <= 4, "{} look-ups for 64 readers", after - before);
+        assert!(replies.iter().all(|reply| reply.is_hit() && reply.text() == text), "{replies:?}");
+        let readers = futures_util::future::join_all((0..64).map(|_| web.get(PATH)));
+        let (_, written) = tokio::join!(readers, web.put(PATH));
+        assert_eq!(written.status, 200);
+        assert_eq!(web.get(PATH).await.text(), row(&db));
+    }
+}
+
 /// Many fills under one tag prolong it once, and what is dropped and made again is prolonged again.
 #[tokio::test]
 async fn a_generation_is_prolonged_once() {

@@ -1,5 +1,8 @@
 //! Many callers on one connection: what they ask is written in the order in which they ask, and answered in that order.
 //!
+//! Many who ask the same at once ask once: who comes while a question waits to be written shares it, and its answer, which is not
+//! older than the youngest of them. What has been written is shared by nobody who comes.
+//!
 //! One task writes and reads, both at once, so that neither side waits for the other with full buffers. A caller adds bytes
 //! to one buffer under a lock, and waits. A caller who goes leaves its place in the line, and its reply is still taken. A
 //! connection whose oldest caller waits too long is given up, and so is one that says what nobody asked for: whoever waits on
@@ -11,6 +14,7 @@ pub(crate) mod tests;
 use std::{
     collections::VecDeque,
     fmt, io,
+    ops::Range,
     pin::{Pin, pin},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -44,12 +48,15 @@ const OTHERS: usize = 1_000;
 /// ask.
 const GATHERED: usize = 16;
 
+/// So many of the last questions are compared with one that can be shared.
+const NEAR: usize = 8;
+
 /// Room made for what is read: the replies to all who ask at once.
 const ROOM: usize = 64 << 10;
 
 /// How replies are told apart, and whose they are.
 pub(crate) trait Framing: Send + Unpin + 'static {
-    type Reply: Send + Unpin + fmt::Debug + 'static;
+    type Reply: Clone + Send + Unpin + fmt::Debug + 'static;
 
     /// The reply that the bytes begin with, taken from them; none if it is not all there yet.
     fn next(&mut self, bytes: &mut BytesMut) -> Result<Option<Self::Reply>, Garbled>;
@@ -102,7 +109,7 @@ pub(crate) enum Place {
 }
 
 /// What a call was answered.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Answer<R> {
     /// The reply to each command, as far as there is one.
     pub(crate) replies: SmallVec<[Option<R>; 1]>,
@@ -148,6 +155,8 @@ struct Shared<R> {
 struct Queue<R> {
     bytes: BytesMut,
     calls: VecDeque<Call<R>>,
+    /// How many callers these have.
+    callers: usize,
     /// The next command's number.
     next: u32,
     end: Option<Arc<str>>,
@@ -160,7 +169,18 @@ struct Call<R> {
     answered: usize,
     /// How long it waits at most before its connection is given up.
     until: Instant,
-    caller: oneshot::Sender<Answer<R>>,
+    callers: SmallVec<[oneshot::Sender<Answer<R>>; 1]>,
+    /// Where in what is to be written it is, if it can be shared.
+    place: Range<usize>,
+}
+
+impl<R> Queue<R> {
+    /// Whose question these last bytes are, if somebody asks the same already.
+    fn same(&mut self, asked: Range<usize>) -> Option<&mut Call<R>> {
+        let asked = self.bytes.get(asked).filter(|asked| !asked.is_empty())?;
+        let is_same = |call: &&mut Call<R>| self.bytes.get(call.place.clone()) == Some(asked);
+        self.calls.iter_mut().rev().take(NEAR).find(is_same)
+    }
 }
 
 impl<F: Framing> Clone for Mux<F> {
@@ -187,6 +207,7 @@ impl<R> Shared<R> {
         queue.end.get_or_insert_with(|| why.clone());
         queue.bytes = BytesMut::new();
         queue.calls.clear();
+        queue.callers = 0;
     }
 }
 
@@ -197,7 +218,7 @@ impl<F: Framing> Mux<F> {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
-        let queue = Queue { bytes: BytesMut::new(), calls: VecDeque::new(), next: 0, end: None };
+        let queue = Queue { bytes: BytesMut::new(), calls: VecDeque::new(), callers: 0, next: 0, end: None };
         let (queue, waiting) = (Mutex::new(queue), AtomicUsize::new(0));
         let shared = Arc::new(Shared { queue, waiting, task: AtomicWaker::new() });
         let serving = Serving {
@@ -221,13 +242,26 @@ impl<F: Framing> Mux<F> {
         count: u32,
         write: W,
     ) -> impl Future<Output = Result<Answer<F::Reply>, Broken>> + use<'_, F, W> {
-        let answered = self.enqueue(count, write);
-        async move {
-            answered?.await.map_err(|_| {
-                let why = self.0.shared.queue().end.clone();
-                Broken::Unanswered(why.unwrap_or_else(|| "the connection is gone".into()))
-            })
-        }
+        self.answered(self.enqueue(count, false, write))
+    }
+
+    /// Makes one command, and shares it with who asks the same before it is written, if that changes nothing.
+    pub(crate) fn ask<W: FnOnce(&mut BytesMut)>(
+        &self,
+        is_shared: bool,
+        write: W,
+    ) -> impl Future<Output = Result<Answer<F::Reply>, Broken>> + use<'_, F, W> {
+        self.answered(self.enqueue(1, is_shared, |out, _| write(out)))
+    }
+
+    async fn answered(
+        &self,
+        answered: Result<oneshot::Receiver<Answer<F::Reply>>, Broken>,
+    ) -> Result<Answer<F::Reply>, Broken> {
+        answered?.await.map_err(|_| {
+            let why = self.0.shared.queue().end.clone();
+            Broken::Unanswered(why.unwrap_or_else(|| "the connection is gone".into()))
+        })
     }
 
     /// Whether nothing is sent any more.
@@ -244,6 +278,7 @@ impl<F: Framing> Mux<F> {
     fn enqueue(
         &self,
         count: u32,
+        is_shared: bool,
         write: impl FnOnce(&mut BytesMut, u32),
     ) -> Result<oneshot::Receiver<Answer<F::Reply>>, Broken> {
         let Handle { shared, patience } = &*self.0;
@@ -256,13 +291,25 @@ impl<F: Framing> Mux<F> {
             return Err(Broken::Unsent("too much waits to be sent already".into()));
         }
         let asked = Asked { first: queue.next, count };
-        queue.next = queue.next.wrapping_add(count);
+        let begin = queue.bytes.len();
         write(&mut queue.bytes, asked.first);
-        let answer = Answer { replies: (0..count).map(|_| None).collect(), others: vec![] };
-        queue.calls.push_back(Call { asked, answer, answered: 0, until, caller });
+        let place = if is_shared { begin..queue.bytes.len() } else { 0..0 };
+        match queue.same(place.clone()) {
+            Some(call) => {
+                call.callers.push(caller);
+                queue.bytes.truncate(begin);
+            }
+            None => {
+                queue.next = queue.next.wrapping_add(count);
+                let answer = Answer { replies: (0..count).map(|_| None).collect(), others: vec![] };
+                let callers = SmallVec::from_buf([caller]);
+                queue.calls.push_back(Call { asked, answer, answered: 0, until, callers, place });
+            }
+        }
+        queue.callers += 1;
         let waiting = shared.waiting.fetch_add(1, Ordering::Relaxed);
         // Who comes in between finds the task woken.
-        let wakes = queue.calls.len() == 1 || is_enough(queue.calls.len(), waiting);
+        let wakes = queue.callers == 1 || is_enough(queue.callers, waiting);
         drop(queue);
         if wakes {
             shared.task.wake();
@@ -341,7 +388,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
     /// else run before the others.
     fn waits_for_more(&mut self, cx: &mut Context<'_>) -> bool {
         let waiting = self.guard.0.waiting.load(Ordering::Relaxed);
-        let queued = if self.gathers || !self.output.is_empty() { 0 } else { self.guard.0.queue().calls.len() };
+        let queued = if self.gathers || !self.output.is_empty() { 0 } else { self.guard.0.queue().callers };
         self.gathers = waiting > 1 && queued > 0 && !is_enough(queued, waiting);
         if self.gathers && waiting > queued {
             // Until others have run it is not scheduled, so that who makes it enough can have it run at once. (Should this thread be
@@ -360,6 +407,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
                 let mut queue = self.guard.0.queue();
                 std::mem::swap(&mut queue.bytes, &mut self.output);
                 self.sent.append(&mut queue.calls);
+                queue.callers = 0;
             }
             if self.output.is_empty() {
                 let flushed = Pin::new(&mut self.stream).poll_flush(cx);
@@ -412,10 +460,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
             Place::Some => call.answer.others.push(reply),
             Place::End | Place::Stray => {}
         }
-        if is_last && let Some(Call { answer, caller, .. }) = self.sent.pop_front() {
-            self.guard.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        if is_last && let Some(Call { answer, mut callers, .. }) = self.sent.pop_front() {
+            self.guard.0.waiting.fetch_sub(callers.len(), Ordering::Relaxed);
+            let last = callers.pop();
             // Who has gone does not want it any more.
-            let _ = caller.send(answer);
+            callers.into_iter().for_each(|caller| _ = caller.send(answer.clone()));
+            let _ = last.map(|caller| caller.send(answer));
         }
         Ok(())
     }

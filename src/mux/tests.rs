@@ -11,7 +11,7 @@ const LONG: Duration = Duration::from_secs(5);
 /// Lines: `number text`, or `.`, which ends a call.
 struct Lines;
 
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 enum Line {
     Text(Option<u32>, String),
     End,
@@ -99,6 +99,35 @@ async fn everybody_is_answered_what_they_asked_whoever_goes() {
         })
         .await;
     }
+}
+
+/// Who asks the same before it is written shares the answer, whoever goes; nobody does who asks after that.
+#[tokio::test]
+async fn what_is_asked_at_once_is_asked_once() {
+    let (mux, mut far, _) = connection(1 << 16, LONG);
+    let ask = |is_shared, text: &'static str| {
+        let answer =
+            mux.ask(is_shared, move |out: &mut BytesMut| out.extend_from_slice(format!("- {text}\n.\n").as_bytes()));
+        async move { format!("{:?}", answer.await.unwrap().others) }
+    };
+    let mut asked = async |expected: &str| {
+        let mut read = vec![0; expected.len()];
+        far.read_exact(&mut read).await.unwrap();
+        assert_eq!(String::from_utf8(read).unwrap(), expected);
+        tokio::task::yield_now().await;
+    };
+    let (goes, one, two, again, alone) =
+        (ask(true, "one"), ask(true, "one"), ask(true, "two"), ask(true, "one"), ask(false, "one"));
+    drop(goes);
+    asked("- one\n.\n- two\n.\n- one\n.\n").await;
+    let late = ask(true, "one");
+    asked("- one\n.\n").await;
+    for said in ["1", "2", "3", "4"] {
+        far.write_all(format!("- {said}\n.\n").as_bytes()).await.unwrap();
+    }
+    let said = |said: &str| format!("[Text(None, {said:?})]");
+    assert_eq!([one.await, again.await, two.await], ["1", "1", "2"].map(said));
+    assert_eq!([alone.await, late.await], ["3", "4"].map(said));
 }
 
 /// Each side has more to say than the way between them holds.

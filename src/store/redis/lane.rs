@@ -77,12 +77,13 @@ impl Lane {
         answer.replies.iter().flatten().map(|reply| reply.value().map_err(Trouble::from)).collect()
     }
 
-    /// Makes one command, at once.
+    /// Makes one command, at once, or, if it is `shared`, with who asks the same.
     pub(super) fn ask<W: FnOnce(&mut BytesMut)>(
         &self,
+        is_shared: bool,
         write: W,
     ) -> impl Future<Output = Result<Reply, Broken>> + use<'_, W> {
-        let answer = self.0.call(1, |out, _| write(out));
+        let answer = self.0.ask(is_shared, write);
         async move {
             let reply = answer.await?.replies.pop().flatten();
             reply.ok_or_else(|| Broken::Unanswered(Arc::from("an answer without a reply")))
@@ -101,7 +102,7 @@ impl Lane {
     /// A heartbeat over it: only that it is answered counts.
     pub(super) async fn beat(&self) -> Result<(), Trouble> {
         let time = |out: &mut BytesMut| write(out, "TIME", 0, std::iter::empty::<[&[u8]; 0]>());
-        self.ask(time).await.map(drop).map_err(|broken| Trouble::silent(&broken.to_string()))
+        self.ask(false, time).await.map(drop).map_err(|broken| Trouble::silent(&broken.to_string()))
     }
 }
 
@@ -178,7 +179,7 @@ mod tests {
 
     async fn echo(lane: &Lane, key: &str) -> Result<String, Broken> {
         let keys = [[b"a:", key.as_bytes()], [b"b:", key.as_bytes()]];
-        let reply = lane.ask(|out| write(out, "MGET", 2, keys.into_iter())).await?;
+        let reply = lane.ask(true, |out| write(out, "MGET", 2, keys.into_iter())).await?;
         let strings: Vec<_> = reply.strings().unwrap().map(|s| String::from_utf8_lossy(s.unwrap())).collect();
         assert_eq!(strings[0][2..], strings[1][2..]);
         Ok(strings[0][2..].to_owned())

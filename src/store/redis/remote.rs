@@ -18,6 +18,7 @@
 //! not to exist leaves nothing for long, and a generation that ends early costs a miss.
 
 use std::{
+    cell::RefCell,
     fmt,
     io::Write,
     sync::{Arc, Mutex, PoisonError, atomic::Ordering},
@@ -61,6 +62,9 @@ const SAID: Duration = Duration::from_secs(60);
 /// How long a note is kept that nobody writes again.
 const NOTED: Duration = Duration::from_secs(30 * 86_400);
 
+/// Entries of up to so many bytes are decoded once for all who were answered with them at once.
+const SHARED: usize = 64 << 10;
+
 /// So many tags are dropped or fenced by one script, and told by one entry: others wait meanwhile.
 const AT_ONCE: usize = 1_000;
 
@@ -99,6 +103,18 @@ for i = 1, (#KEYS - 1) / 2 do
     end
 end
 ";
+
+/// The last entry that a thread decoded of a reply that others were answered as well: while it is held, no other reply is where it
+/// is.
+struct Last {
+    bytes: Bytes,
+    longest: Option<Duration>,
+    entry: Option<Arc<Entry>>,
+}
+
+thread_local! {
+    static LAST: RefCell<Option<Last>> = const { RefCell::new(None) };
+}
 
 /// Redis without a tier in front of it and without a guard.
 pub(super) struct Remote {
@@ -242,7 +258,26 @@ impl Remote {
         self.acknowledged(server, step, pipeline, 0).await.map(drop)
     }
 
+    /// What many have been answered at once is decoded once by each thread.
     fn read_entry(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
+        if bytes.len() > SHARED || bytes.is_unique() {
+            return self.decoded(server, bytes, inquiry);
+        }
+        let longest = inquiry.longest;
+        let of_thread = |last: &RefCell<Option<Last>>| match &mut *last.borrow_mut() {
+            Some(last) if last.bytes.as_ptr_range() == bytes.as_ptr_range() && last.longest == longest => {
+                last.entry.clone()
+            }
+            last => {
+                let entry = self.decoded(server, bytes.clone(), inquiry);
+                *last = Some(Last { bytes: bytes.clone(), longest, entry: entry.clone() });
+                entry
+            }
+        };
+        LAST.try_with(of_thread).unwrap_or_else(|_| self.decoded(server, bytes.clone(), inquiry))
+    }
+
+    fn decoded(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
         let shift = inquiry.now as i64 - server.time_at_most();
         match codec::decode(bytes, shift, inquiry.longest) {
             Ok(entry) => Some(Arc::new(entry)),
@@ -267,7 +302,8 @@ impl Remote {
         let found = match server.lane() {
             Some(lane) => {
                 let names = || self.names(key, tags).map(|name| name.0);
-                let asked = lane.ask(|out| resp::write(out, "MGET", count, names()));
+                // An entry is worth it: what it takes to send, to read and to make something of.
+                let asked = lane.ask(key.is_some(), |out| resp::write(out, "MGET", count, names()));
                 let reply = self.link.asked(server, lane, asked.await)?;
                 let found = Found::of(&reply, key.is_some(), count, server.reign);
                 let found = found.map_err(|trouble| self.link.refused(server, Step::Read, trouble))?;
