@@ -176,8 +176,8 @@ pub(crate) fn answer<R: Body>(
         how.say(&mut headers, (age, ttl), stored.status, asked);
         headers
     };
-    let headers = match (&entry.replay, how.handled, &asked.key) {
-        (Some(replay), None, None) => replay.headers(age, ttl.unwrap_or(0), make),
+    let headers = match (how.handled, &asked.key) {
+        (None, None) => entry.replay.headers((age, ttl.unwrap_or(0)), make),
         _ => make(),
     };
     let mut response = match &asked.conditions {

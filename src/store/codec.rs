@@ -239,7 +239,7 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
         load,
         learned,
         varied: None,
-        replay: None,
+        replay: Default::default(),
     })
 }
 
@@ -385,7 +385,7 @@ mod tests {
             load: 5,
             learned: None,
             varied: None,
-            replay: None,
+            replay: Default::default(),
         }
     }
 

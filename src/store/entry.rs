@@ -1,19 +1,11 @@
 //! What a store holds under a key: a response or a value, the generations it was filled under, and its times.
 
-use std::{
-    collections::HashMap,
-    fmt,
-    sync::{
-        Arc, RwLock,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, StatusCode};
 
-use super::{Generation, Headers, headers::weight};
+use super::{Generation, Headers, Replay, headers::weight};
 use crate::{
     catalog::{Learned, Lifetime},
     clock::Millis,
@@ -76,49 +68,8 @@ pub struct Entry {
     /// The request headers it is the answer to, and the key they give. Known to those who waited for it, until it is
     /// stored under that key.
     pub(crate) varied: Option<Box<(Box<[HeaderName]>, Key)>>,
-    /// Where it is answered with so often that it is worth it.
-    pub(crate) replay: Option<Box<Replay>>,
-}
-
-/// The headers of a hit, which are the same for all hits of one second: made for the second hit, and cloned for the
-/// others. Hot entries are spared the formatting, and others the memory.
-#[derive(Default)]
-pub(crate) struct Replay {
-    /// When it was last hit: (age, time to live) in seconds.
-    last: AtomicU64,
-    headers: RwLock<(u64, HeaderMap)>,
-}
-
-impl Replay {
-    /// The headers of this second, which `make` makes.
-    pub(crate) fn headers(&self, age: u64, ttl: i64, make: impl FnOnce() -> HeaderMap) -> HeaderMap {
-        // Zero is what it begins with; both halves are precise enough for two hits of different seconds to differ.
-        let second = ((age << 32) | (ttl as u64 & 0xffff_ffff)).wrapping_add(1);
-        if let Ok(made) = self.headers.try_read()
-            && made.0 == second
-        {
-            return made.1.clone();
-        }
-        let headers = make();
-        if self.last.swap(second, Ordering::Relaxed) == second
-            && let Ok(mut made) = self.headers.try_write()
-        {
-            *made = (second, headers.clone());
-        }
-        headers
-    }
-}
-
-impl Clone for Replay {
-    fn clone(&self) -> Self {
-        Self::default()
-    }
-}
-
-impl fmt::Debug for Replay {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Replay")
-    }
+    /// Where its headers are kept ready, if it is held in this process.
+    pub(crate) replay: Replay,
 }
 
 impl Entry {
@@ -139,7 +90,7 @@ impl Entry {
             load: u32::try_from(life.load.as_millis()).unwrap_or(u32::MAX),
             learned: None,
             varied: None,
-            replay: None,
+            replay: Replay::default(),
         }
     }
 
@@ -218,15 +169,15 @@ impl Entry {
         let (status, body, trailers) = (*status, body.clone(), trailers.clone());
         let payload = Payload::Response(StoredResponse { status, headers, body, trailers });
         match Arc::get_mut(&mut entry) {
-            Some(own) => own.payload = payload,
-            None => entry = Arc::new(entry.with(payload)),
+            Some(own) => (own.payload, own.replay) = (payload, Replay::new()),
+            None => entry = Arc::new(Self { replay: Replay::new(), ..entry.with(payload) }),
         }
         entry
     }
 
     /// The same, but for what it holds.
     pub(super) fn with(&self, payload: Payload) -> Self {
-        Self { payload, stamps: self.stamps.clone(), varied: self.varied.clone(), replay: None, ..*self }
+        Self { payload, stamps: self.stamps.clone(), varied: self.varied.clone(), replay: Replay::default(), ..*self }
     }
 
     /// When the store may forget it; `Millis::MAX` means never.

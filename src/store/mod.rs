@@ -20,6 +20,7 @@ mod memory;
 mod redis;
 #[cfg(feature = "redis")]
 mod regional;
+mod replay;
 mod shared;
 #[cfg(any(feature = "redis", feature = "memcached"))]
 mod wire;
@@ -47,6 +48,7 @@ pub(crate) use redis::{StreamEntry, StreamRead, StreamReader};
 pub(crate) use regional::fuzzed as region;
 #[cfg(feature = "redis")]
 pub use regional::{Regional, RegionalBuilder, Wait};
+pub(crate) use replay::Replay;
 #[cfg(any(feature = "redis", feature = "memcached"))]
 pub use wire::WireStats;
 

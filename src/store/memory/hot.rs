@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::{TagState, is_current};
 use crate::{
     clock::Millis,
-    store::{Entry, Headers, Payload, StoredResponse},
+    store::{Entry, Headers, Payload, Replay, StoredResponse},
 };
 
 /// The places of a thread, of which each key has one.
@@ -121,5 +121,5 @@ pub(super) fn copied(entry: &Entry) -> Option<Arc<Entry>> {
         // These are read, and not handed out.
         other => other.clone(),
     };
-    Some(Arc::new(Entry { replay: Some(Box::default()), ..entry.with(payload) }))
+    Some(Arc::new(Entry { replay: Replay::new(), ..entry.with(payload) }))
 }

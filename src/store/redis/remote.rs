@@ -43,8 +43,8 @@ use crate::{
     clock::Millis,
     key::{Key, Tag},
     store::{
-        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Stamp, Store, StoreError,
-        StoreFuture, TagGroup, codec,
+        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Replay, Search, Stamp, Store,
+        StoreError, StoreFuture, TagGroup, codec,
         regional::{FIELD, Kind, Record},
         wire::{Counters, Generations, by_tenant},
     },
@@ -261,7 +261,7 @@ impl Remote {
     /// What many have been answered at once is decoded once by each thread.
     fn read_entry(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
         if bytes.len() > SHARED || bytes.is_unique() {
-            return self.decoded(server, bytes, inquiry);
+            return self.decoded(server, bytes, inquiry, Replay::default());
         }
         let longest = inquiry.longest;
         let of_thread = |last: &RefCell<Option<Last>>| match &mut *last.borrow_mut() {
@@ -269,18 +269,18 @@ impl Remote {
                 last.entry.clone()
             }
             last => {
-                let entry = self.decoded(server, bytes.clone(), inquiry);
+                let entry = self.decoded(server, bytes.clone(), inquiry, Replay::new());
                 *last = Some(Last { bytes: bytes.clone(), longest, entry: entry.clone() });
                 entry
             }
         };
-        LAST.try_with(of_thread).unwrap_or_else(|_| self.decoded(server, bytes.clone(), inquiry))
+        LAST.try_with(of_thread).unwrap_or_else(|_| self.decoded(server, bytes.clone(), inquiry, Replay::default()))
     }
 
-    fn decoded(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
+    fn decoded(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>, replay: Replay) -> Option<Arc<Entry>> {
         let shift = inquiry.now as i64 - server.time_at_most();
         match codec::decode(bytes, shift, inquiry.longest) {
-            Ok(entry) => Some(Arc::new(entry)),
+            Ok(entry) => Some(Arc::new(Entry { replay, ..entry })),
             Err(codec::Unreadable) => {
                 self.counters.unreadable.fetch_add(1, Ordering::Relaxed);
                 None
