@@ -225,32 +225,38 @@ fn push_all(buf: &mut KeyBuf, head: &[u8], data_type: &str) {
 }
 
 /// The key that has been built for this tenant, and the tags of an entry of this type: of these entities, and of all. They share one
-/// allocation.
+/// allocation. The type is [as keys have it](push_type).
 pub(crate) fn key_and_tags<'e>(
     key: KeyBuf,
     name: &[u8],
-    data_type: &str,
+    type_part: &[u8],
     entities: impl Iterator<Item = (&'e str, Cow<'e, [u8]>)>,
 ) -> (Key, Vec<Tag>, Tenant) {
-    let (mut buf, begin) = (key, 0);
-    let head = SmallVec::<[u8; 64]>::from_slice(tenant(&buf));
-    let head = &head[..];
-    let mut ends = SmallVec::<[usize; 4]>::from_slice(&[buf.len()]);
+    let (end, mut buf) = (key.len(), key);
+    let mut head = SmallVec::<[u8; 128]>::from_slice(tenant(&buf));
+    head.extend_from_slice(type_part);
+    let mut ends = SmallVec::<[usize; 4]>::new();
     for (entity, id) in entities {
-        push_entity(&mut buf, head, data_type, entity, &id);
+        buf.extend_from_slice(&head);
+        push_escaped(&mut buf, entity.as_bytes());
+        buf.push(b'=');
+        push_escaped(&mut buf, &id);
         ends.push(buf.len());
     }
-    push_all(&mut buf, head, data_type);
+    buf.extend_from_slice(&head);
+    buf.push(b'*');
     ends.push(buf.len());
     buf.extend_from_slice(name);
     // As long as it is, for it may be held for long.
     let all = Bytes::copy_from_slice(&buf);
     give_back(buf);
-    let mut parts = std::iter::once(&begin).chain(&ends).zip(&ends).map(|(begin, end)| all.slice(*begin..*end));
-    let key = Key(parts.next().unwrap_or_default());
-    let tags = parts.map(Tag).collect();
-    let tenant = Tenant { name: all.slice(all.len() - name.len()..), head: all.slice(..head.len()) };
-    (key, tags, tenant)
+    let (mut tags, mut begin) = (Vec::with_capacity(ends.len()), end);
+    for end in ends {
+        tags.push(Tag(all.slice(begin..end)));
+        begin = end;
+    }
+    let tenant = Tenant { name: all.slice(begin..), head: all.slice(..head.len() - type_part.len()) };
+    (Key(all.slice(..end)), tags, tenant)
 }
 
 /// The name of an entry: tenant, data type, resource, scope and variant, in canonical bytes.

@@ -169,7 +169,9 @@ impl<T, C: Codec> EntryBuilder<T, C> {
         let tags = self.tags.iter().map(id).collect::<Option<Vec<_>>>()?;
         let entities = scope.iter().chain(&tags).filter(|s| **s != own).chain([&own]);
         let entities = entities.map(|(entity, id)| (entity.as_str(), Cow::from(&id[..])));
-        let (key, mut tags, _) = key_and_tags(bounded(key), b"", &self.data_type, entities);
+        let mut type_part = KeyBuf::new();
+        push_type(&mut type_part, &self.data_type);
+        let (key, mut tags, _) = key_and_tags(bounded(key), b"", &type_part, entities);
         let mut seen = HashSet::new();
         tags.retain(|tag| seen.insert(tag.clone()));
         Some((key, tags))

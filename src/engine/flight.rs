@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    hash::BuildHasher,
     sync::{Arc, PoisonError},
 };
 
@@ -129,8 +130,7 @@ pub(crate) struct Flights([Mutex<HashMap<Key, Arc<Flight>>>; SHARDS]);
 
 impl Flights {
     fn shard(&self, key: &Key) -> MutexGuard<'_, HashMap<Key, Arc<Flight>>> {
-        // Keys end in what differs most: the variant and before it the ids.
-        let at = key.as_bytes().iter().fold(0usize, |sum, &b| sum.wrapping_mul(31).wrapping_add(b.into()));
+        let at = foldhash::fast::FixedState::default().hash_one(key.as_bytes()) as usize;
         self.0[at % SHARDS].lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -49,7 +49,7 @@ const OTHERS: usize = 1_000;
 const GATHERED: usize = 16;
 
 /// So many of the last questions are compared with one that can be shared.
-const NEAR: usize = 8;
+const NEAR: usize = 4;
 
 /// Room made for what is read: the replies to all who ask at once.
 const ROOM: usize = 64 << 10;

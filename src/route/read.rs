@@ -404,7 +404,7 @@ impl ReadRoute {
     ) -> (Key, Vec<Tag>, Tenant) {
         let names = self.pattern.params().iter();
         let entities = names.filter_map(|param| Some((&*param.entity, param.value(params)?)));
-        key_and_tags(key, name, &self.data_type, entities)
+        key_and_tags(key, name, &self.type_part, entities)
     }
 }
 

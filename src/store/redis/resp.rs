@@ -107,8 +107,13 @@ fn line(bytes: &[u8], from: usize) -> Result<Option<(&[u8], usize)>, Garbled> {
 
 fn number_in(digits: &[u8]) -> Result<i64, Garbled> {
     // What all lengths look like, and what does not overflow.
-    if (1..=18).contains(&digits.len()) && digits.iter().all(u8::is_ascii_digit) {
-        return Ok(digits.iter().fold(0, |number, digit| number * 10 + i64::from(digit - b'0')));
+    if (1..=18).contains(&digits.len()) {
+        let mut number = 0;
+        let mut rest = digits.iter().map(|digit| digit.wrapping_sub(b'0')).take_while(|digit| *digit < 10);
+        let count = rest.by_ref().map(|digit| number = number * 10 + i64::from(digit)).count();
+        if count == digits.len() {
+            return Ok(number);
+        }
     }
     let number = str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok());
     number.ok_or(Garbled("a number that is none"))
