@@ -97,7 +97,7 @@ fn redis_hit(table: &mut Table, workers: usize) {
     let shared = Shared::start(workers);
     let tiers = [Tier::Off, Tier::Validated].map(|tier| {
         let service = shared.cache(tier).layer().layer(counted());
-        shared.until_hit(&service);
+        (0..64).for_each(|task| shared.until_hits(&service, &path_of(task)));
         (format!("{tier:?}").to_lowercase(), service)
     });
     let mut bare = shared.bare.clone();
@@ -117,15 +117,18 @@ fn redis_hit(table: &mut Table, workers: usize) {
             })
         });
         let mut sides = vec![get];
-        for (tier, service) in &tiers {
-            let shared = &shared;
-            sides.push(side(format!("a hit in Redis, `{tier}`, {name}"), move || {
-                let before = LOADS.load(Ordering::Relaxed);
+        // What many ask for at once is looked up once: with a key for each task, it is not.
+        let keys = if tasks == 64 { &[false, true][..] } else { &[false] };
+        for (own_key, (tier, service)) in keys.iter().flat_map(|own| tiers.iter().map(move |tier| (*own, tier))) {
+            let (shared, own) = (&shared, if own_key { ", each its own key" } else { "" });
+            sides.push(side(format!("a hit in Redis, `{tier}`, {name}{own}"), move || {
+                let (before, next) = (LOADS.load(Ordering::Relaxed), AtomicUsize::new(0));
                 let took = shared.spread(tasks, calls, |calls| {
-                    let mut service = service.clone();
+                    let n = next.fetch_add(usize::from(own_key), Ordering::Relaxed);
+                    let (mut service, path) = (service.clone(), path_of(n));
                     async move {
                         for _ in 0..calls {
-                            black_box(service.call(served(PATH)).await.unwrap());
+                            black_box(service.call(served(&path)).await.unwrap());
                         }
                     }
                 });
@@ -142,8 +145,14 @@ fn redis_hit(table: &mut Table, workers: usize) {
             (256, 2) => [Some(0.7); 2],
             _ => [None; 2],
         };
-        table.compare("µs", sides, &goals.map(Goal::Rate));
+        let goals: Vec<_> = keys.iter().flat_map(|_| goals.map(Goal::Rate)).collect();
+        table.compare("µs", sides, &goals);
     }
+}
+
+/// The path of a task that has its own.
+fn path_of(task: usize) -> String {
+    if task == 0 { PATH.to_owned() } else { format!("{PATH}-{task}") }
 }
 
 /// What its client waits for: one after the other, each when all that the last one left to do is done. Both sides pause in between,
