@@ -43,6 +43,7 @@ fn main() {
         Some("alone") => run(&runtime, origin(), "/healthz", |_| true),
         Some("pass-through") => run(&runtime, in_process(), "/healthz", |_| true),
         Some("hit") => run(&runtime, in_process(), "/agents/4711", is_hit),
+        Some("cold") => cold(&runtime),
         Some("redis-off") => in_redis(&runtime, Tier::Off),
         Some("redis-validated") => in_redis(&runtime, Tier::Validated),
         Some("redis-miss") => miss_in_redis(&runtime),
@@ -97,6 +98,18 @@ where
         });
         assert!(responses.iter().all(&is_right), "something else was measured");
         responses.clear();
+    }
+    println!("{CALLS}");
+}
+
+/// Each of more entries than anything is kept ready of.
+fn cold(runtime: &Runtime) {
+    let mut service = in_process();
+    for n in 0..3 * CALLS {
+        let request = served(&format!("/agents/{}", n % CALLS));
+        let call = || runtime.block_on(async { service.call(request).await.unwrap() });
+        let response = if n < 2 * CALLS { call() } else { measured(call) };
+        assert!(n < CALLS || is_hit(&response), "something else was measured");
     }
     println!("{CALLS}");
 }

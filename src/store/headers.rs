@@ -1,16 +1,19 @@
 //! The headers of what is stored. A `HeaderMap` takes 104 bytes for each, and room for more, which is most of what a small
 //! response takes: held in this process they are packed, and made a map again when they are sent.
 
-use std::{borrow::Cow, fmt};
-
-use bytes::{Buf, BufMut, Bytes};
-use http::{
-    HeaderMap, HeaderName, HeaderValue,
-    header::{self, InvalidHeaderValue},
+use std::{
+    array,
+    borrow::Cow,
+    cell::RefCell,
+    fmt,
+    hash::{BuildHasher, Hash, Hasher},
 };
 
+use foldhash::fast::FixedState;
+use http::{HeaderMap, HeaderName, HeaderValue, header};
+
 /// Names that take a byte. Of others each is kept as it is.
-const KNOWN: [HeaderName; 42] = [
+static KNOWN: [HeaderName; 42] = [
     header::ACCEPT_RANGES,
     header::ACCESS_CONTROL_ALLOW_CREDENTIALS,
     header::ACCESS_CONTROL_ALLOW_HEADERS,
@@ -55,11 +58,17 @@ const KNOWN: [HeaderName; 42] = [
     header::X_XSS_PROTECTION,
 ];
 
+/// Maps of names alone that a thread has, of which all headers with the same names have one.
+const FRAMES: usize = 64;
+
+thread_local! {
+    static FRAMES_OF_THREAD: RefCell<[HeaderMap; FRAMES]> = RefCell::new(array::from_fn(|_| HeaderMap::new()));
+}
+
 /// Instead of a number of those: the next of the others.
 const OTHER: u8 = u8::MAX;
 
-/// Set in the length of a value that is not to be shown.
-const SENSITIVE: u32 = 1 << 31;
+const NOTHING: HeaderValue = HeaderValue::from_static("");
 
 /// The headers of a stored response.
 #[derive(Clone)]
@@ -71,12 +80,15 @@ enum Form {
     Packed(Packed),
 }
 
-/// Of each header the number of its name, the length of its value and the value, in one piece.
+/// Of each header the number of its name and its value, and the names that have none. (A value that is no allocation of its own,
+/// as most handlers' are, stays so.)
 #[derive(Clone)]
 struct Packed {
-    bytes: Bytes,
+    names: Box<[u8]>,
+    values: Box<[HeaderValue]>,
     others: Box<[HeaderName]>,
-    count: usize,
+    /// The place of a frame of the same names.
+    frame: usize,
 }
 
 impl Headers {
@@ -99,15 +111,19 @@ impl Headers {
     /// The same headers in little room; nothing if they are.
     pub(super) fn packed(&self) -> Option<Self> {
         let Form::Map(map) = &self.0 else { return None };
-        Packed::of(map).map(|packed| Self(Form::Packed(packed)))
+        Some(Self(Form::Packed(Packed::of(map))))
     }
 
     /// The same, sharing nothing that is counted.
     pub(super) fn copied(&self) -> Option<Self> {
-        let map = self.to_map();
-        let mut packed = Packed::of(&map)?;
+        let mut packed = Packed::of(&self.to_map());
         for name in &mut packed.others {
             *name = HeaderName::from_bytes(name.as_str().as_bytes()).ok()?;
+        }
+        for value in &mut packed.values {
+            let mut own = HeaderValue::from_bytes(value.as_bytes()).ok()?;
+            own.set_sensitive(value.is_sensitive());
+            *value = own;
         }
         Some(Self(Form::Packed(packed)))
     }
@@ -118,7 +134,8 @@ impl Headers {
             Form::Map(map) => weight(map),
             Form::Packed(packed) => {
                 let others = packed.others.iter().map(|name| name.as_str().len() + size_of::<HeaderName>());
-                packed.bytes.len() + others.sum::<usize>()
+                let values = packed.values.iter().map(|value| 1 + value.len() + size_of::<HeaderValue>());
+                others.sum::<usize>() + values.sum::<usize>()
             }
         }
     }
@@ -148,50 +165,62 @@ pub(super) fn weight(map: &HeaderMap) -> usize {
 }
 
 impl Packed {
-    /// None if a value is longer than can be said.
-    fn of(map: &HeaderMap) -> Option<Self> {
-        let size = map.values().map(|value| 1 + size_of::<u32>() + value.len()).sum();
-        let (mut bytes, mut others) = (Vec::with_capacity(size), vec![]);
-        for (name, value) in map {
+    fn of(map: &HeaderMap) -> Self {
+        let (mut names, mut others) = (Vec::with_capacity(map.len()), vec![]);
+        let mut hasher = FixedState::default().build_hasher();
+        for name in map.iter().map(|(name, _)| name) {
             let known = KNOWN.iter().position(|known| known == name);
-            bytes.put_u8(known.map_or(OTHER, |at| at as u8));
+            names.push(known.map_or(OTHER, |at| at as u8));
             others.extend(known.is_none().then(|| name.clone()));
-            let length = u32::try_from(value.len()).ok().filter(|length| length & SENSITIVE == 0)?;
-            bytes.put_u32_le(if value.is_sensitive() { length | SENSITIVE } else { length });
-            bytes.put_slice(value.as_bytes());
+            name.hash(&mut hasher);
         }
-        Some(Self { bytes: bytes.into(), others: others.into(), count: map.len() })
+        let frame = hasher.finish() as usize % FRAMES;
+        Self { names: names.into(), values: map.values().cloned().collect(), others: others.into(), frame }
     }
 
+    fn names(&self) -> impl Iterator<Item = &HeaderName> {
+        let mut others = self.others.iter();
+        self.names.iter().map_while(move |known| match *known {
+            OTHER => others.next(),
+            known => KNOWN.get(usize::from(known)),
+        })
+    }
+
+    /// Where a map of the same names was made before, that is filled: finding places for names is most of the work.
     fn map(&self) -> HeaderMap {
-        let mut map = HeaderMap::try_with_capacity(self.count).unwrap_or_default();
-        let (mut rest, mut others) = (self.bytes.clone(), self.others.iter());
-        // It was made of a map, so there is nothing that cannot be read or does not fit.
-        while let Some((name, value)) = next(&mut rest, &mut others) {
-            let Ok(value) = value else { break };
-            if map.try_append(name, value).is_err() {
-                break;
+        let with = |frames: &RefCell<[HeaderMap; FRAMES]>| {
+            let mut frames = frames.try_borrow_mut().ok()?;
+            let frame = frames.get_mut(self.frame)?;
+            let filled = self.filled(frame);
+            if filled.is_none() {
+                // Its names are its own, or threads would wait for each other to count who has them.
+                let own = |name: &HeaderName| HeaderName::from_bytes(name.as_str().as_bytes()).ok();
+                *frame = made(self.names().filter_map(own).map(|name| (name, NOTHING)));
             }
-        }
-        map
+            filled
+        };
+        let filled = FRAMES_OF_THREAD.try_with(with).ok().flatten();
+        filled.unwrap_or_else(|| made(self.names().cloned().zip(self.values.iter().cloned())))
+    }
+
+    /// The frame with these values, if its names are these.
+    fn filled(&self, frame: &HeaderMap) -> Option<HeaderMap> {
+        let is_it = frame.len() == self.values.len() && frame.iter().map(|(name, _)| name).eq(self.names());
+        let mut map = is_it.then(|| frame.clone())?;
+        map.iter_mut().zip(&self.values).for_each(|((_, place), value)| place.clone_from(value));
+        Some(map)
     }
 }
 
-type Header = (HeaderName, Result<HeaderValue, InvalidHeaderValue>);
-
-fn next<'a>(rest: &mut Bytes, others: &mut impl Iterator<Item = &'a HeaderName>) -> Option<Header> {
-    let name = match rest.try_get_u8().ok()? {
-        OTHER => others.next()?.clone(),
-        known => KNOWN.get(usize::from(known))?.clone(),
-    };
-    let said = rest.try_get_u32_le().ok()?;
-    let length = (said & !SENSITIVE) as usize;
-    let value = (length <= rest.len()).then(|| HeaderValue::from_maybe_shared(rest.split_to(length)))?;
-    let value = value.map(|mut value| {
-        value.set_sensitive(said & SENSITIVE != 0);
-        value
-    });
-    Some((name, value))
+/// Of a map's headers, so there are not too many.
+fn made(headers: impl Iterator<Item = (HeaderName, HeaderValue)>) -> HeaderMap {
+    let mut map = HeaderMap::try_with_capacity(headers.size_hint().1.unwrap_or_default()).unwrap_or_default();
+    for (name, value) in headers {
+        if map.try_append(name, value).is_err() {
+            break;
+        }
+    }
+    map
 }
 
 #[cfg(test)]
@@ -220,6 +249,8 @@ mod tests {
             }
             let headers = Headers::from(map.clone());
             for packed in [headers.packed().unwrap(), headers.copied().unwrap()] {
+                // The first time its frame is made, and then it is filled.
+                prop_assert_eq!(packed.to_map(), packed.to_map());
                 let found = packed.to_map();
                 let said = |map: &HeaderMap| {
                     map.iter().map(|(n, v)| (n.clone(), v.clone(), v.is_sensitive())).collect::<Vec<_>>()

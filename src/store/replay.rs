@@ -14,6 +14,9 @@ use http::HeaderMap;
 /// The places of a thread, of which each entry has one.
 const PLACES: usize = 256;
 
+/// So often others must be asked for before a place is another's.
+const MOST: u8 = 16;
+
 /// Which entry it is: no other of this process ever has the same. What has none is not replayed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Replay(u64);
@@ -21,6 +24,7 @@ pub(crate) struct Replay(u64);
 #[derive(Default)]
 struct Place {
     of: Replay,
+    votes: u8,
     /// When it was last hit: age and time to live in seconds.
     second: (u64, i64),
     headers: Option<HeaderMap>,
@@ -42,8 +46,17 @@ impl Replay {
         let mut made = |places: &RefCell<Box<[Place; PLACES]>>| {
             let mut places = places.try_borrow_mut().ok()?;
             let place = places.get_mut(self.0 as usize % PLACES).filter(|_| self != Self::default())?;
-            if place.of != self || place.second != second {
-                *place = Place { of: self, second, headers: None };
+            if place.of != self {
+                // The vote of a majority: who is asked for most often stays.
+                place.votes = place.votes.saturating_sub(1);
+                if place.votes == 0 {
+                    *place = Place { of: self, votes: 1, second, headers: None };
+                }
+                return None;
+            }
+            place.votes = (place.votes + 1).min(MOST);
+            if place.second != second {
+                (place.second, place.headers) = (second, None);
                 return None;
             }
             if place.headers.is_none() {
@@ -85,5 +98,10 @@ mod tests {
             let all = [one, same_place, Replay::new(), one, same_place, Replay::default()];
             all.into_iter().for_each(|replay| age(replay, second));
         }
+        // Who is asked for more often has the place, in the end.
+        (0..100).for_each(|_| age(same_place, 3));
+        count.set(0);
+        [same_place, one, same_place].into_iter().for_each(|replay| age(replay, 3));
+        assert_eq!(count.take(), 1);
     }
 }
