@@ -1,7 +1,7 @@
 //! How cost grows with entries, tags, tenants, bodies and invalidations: writes docs/growth.md and its plots anew.
 //!
 //! `cargo bench --bench growth`; `-- --quick` only shows that it works, and writes to `target/bench`; `-- --entries 10000000` is ten
-//! times as many, which take 27 GB.
+//! times as many, which take 17 GB.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 #[path = "support/measure.rs"]
