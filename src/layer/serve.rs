@@ -177,7 +177,7 @@ pub(crate) fn answer<R: Body>(
         headers
     };
     let headers = match (how.handled, &asked.key) {
-        (None, None) => entry.replay.headers((age, ttl.unwrap_or(0)), make),
+        (None, None) => entry.replay.headers((age, ttl.unwrap_or(0)), how.teller.name(), make),
         _ => make(),
     };
     let mut response = match &asked.conditions {

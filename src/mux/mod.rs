@@ -1,7 +1,7 @@
 //! Many callers on one connection: what they ask is written in the order in which they ask, and answered in that order.
 //!
-//! Many who ask the same at once ask once: who comes while a question waits to be written shares it, and its answer, which is not
-//! older than the youngest of them. What has been written is shared by nobody who comes.
+//! Many who ask the same at once ask once: who comes while a question waits to be written, among the last few, shares it, and its
+//! answer, which is not older than the youngest of them. What has been written is shared by nobody who comes.
 //!
 //! One task writes and reads, both at once, so that neither side waits for the other with full buffers. A caller adds bytes
 //! to one buffer under a lock, and waits. A caller who goes leaves its place in the line, and its reply is still taken. A
@@ -179,7 +179,7 @@ impl<R> Queue<R> {
     fn same(&mut self, asked: Range<usize>) -> Option<&mut Call<R>> {
         let asked = self.bytes.get(asked).filter(|asked| !asked.is_empty())?;
         let is_same = |call: &&mut Call<R>| self.bytes.get(call.place.clone()) == Some(asked);
-        self.calls.iter_mut().rev().take(NEAR).find(is_same)
+        self.calls.iter_mut().rev().filter(|call| !call.place.is_empty()).take(NEAR).find(is_same)
     }
 }
 

@@ -120,14 +120,14 @@ async fn what_is_asked_at_once_is_asked_once() {
         (ask(true, "one"), ask(true, "one"), ask(true, "two"), ask(true, "one"), ask(false, "one"));
     drop(goes);
     asked("- one\n.\n- two\n.\n- one\n.\n").await;
-    let late = ask(true, "one");
-    asked("- one\n.\n").await;
-    for said in ["1", "2", "3", "4"] {
+    let (other, late, later) = (ask(false, "two"), ask(true, "one"), ask(true, "one"));
+    asked("- two\n.\n- one\n.\n").await;
+    for said in ["1", "2", "3", "4", "5"] {
         far.write_all(format!("- {said}\n.\n").as_bytes()).await.unwrap();
     }
     let said = |said: &str| format!("[Text(None, {said:?})]");
     assert_eq!([one.await, again.await, two.await], ["1", "1", "2"].map(said));
-    assert_eq!([alone.await, late.await], ["3", "4"].map(said));
+    assert_eq!([alone.await, other.await, late.await, later.await], ["3", "4", "5", "5"].map(said));
 }
 
 /// Each side has more to say than the way between them holds.

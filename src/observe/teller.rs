@@ -29,6 +29,11 @@ impl Teller {
         Self(Arc::new(OfType { data_type: data_type.into(), name: name.cloned(), watcher }))
     }
 
+    /// The cache's name in `Cache-Status`.
+    pub(crate) fn name(&self) -> Option<&Arc<str>> {
+        self.0.name.as_ref()
+    }
+
     /// Who counts them.
     pub(crate) fn watcher(&self) -> &Arc<Watcher> {
         &self.0.watcher

@@ -68,7 +68,7 @@ pub struct Entry {
     /// The request headers it is the answer to, and the key they give. Known to those who waited for it, until it is
     /// stored under that key.
     pub(crate) varied: Option<Box<(Box<[HeaderName]>, Key)>>,
-    /// Where its headers are kept ready, if it is held in this process.
+    /// Where its headers are kept ready, if they are. It is of this very entry: who changes a copy of it gives that another.
     pub(crate) replay: Replay,
 }
 
@@ -167,12 +167,23 @@ impl Entry {
         let Some(headers) = stored.headers.packed() else { return entry };
         let StoredResponse { status, body, trailers, .. } = stored;
         let (status, body, trailers) = (*status, body.clone(), trailers.clone());
+        let replay = Replay::of(&headers);
         let payload = Payload::Response(StoredResponse { status, headers, body, trailers });
         match Arc::get_mut(&mut entry) {
-            Some(own) => (own.payload, own.replay) = (payload, Replay::new()),
-            None => entry = Arc::new(Self { replay: Replay::new(), ..entry.with(payload) }),
+            Some(own) => (own.payload, own.replay) = (payload, replay),
+            None => entry = Arc::new(Self { replay, ..entry.with(payload) }),
         }
         entry
+    }
+
+    /// The same, with its headers kept ready.
+    #[cfg(feature = "redis")]
+    pub(super) fn replayed(self) -> Self {
+        let replay = match &self.payload {
+            Payload::Response(stored) => Replay::of(&stored.headers),
+            _ => Replay::default(),
+        };
+        Self { replay, ..self }
     }
 
     /// The same, but for what it holds.

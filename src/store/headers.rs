@@ -61,6 +61,9 @@ static KNOWN: [HeaderName; 42] = [
 /// Maps of names alone that a thread has, of which all headers with the same names have one.
 const FRAMES: usize = 64;
 
+/// Headers that weigh more are not kept by threads.
+const SMALL: usize = 16 << 10;
+
 thread_local! {
     static FRAMES_OF_THREAD: RefCell<[HeaderMap; FRAMES]> = RefCell::new(array::from_fn(|_| HeaderMap::new()));
 }
@@ -87,7 +90,7 @@ struct Packed {
     names: Box<[u8]>,
     values: Box<[HeaderValue]>,
     others: Box<[HeaderName]>,
-    /// The place of a frame of the same names.
+    /// The place of a frame of the same names, if there is one.
     frame: usize,
 }
 
@@ -126,6 +129,11 @@ impl Headers {
             *value = own;
         }
         Some(Self(Form::Packed(packed)))
+    }
+
+    /// Whether they may be kept ready, by as many threads as there are.
+    pub(super) fn is_small(&self) -> bool {
+        self.weight() <= SMALL
     }
 
     /// About how many bytes of memory they take.
@@ -174,7 +182,8 @@ impl Packed {
             others.extend(known.is_none().then(|| name.clone()));
             name.hash(&mut hasher);
         }
-        let frame = hasher.finish() as usize % FRAMES;
+        // There is no frame of what is large.
+        let frame = if weight(map) > SMALL { FRAMES } else { hasher.finish() as usize % FRAMES };
         Self { names: names.into(), values: map.values().cloned().collect(), others: others.into(), frame }
     }
 
@@ -232,6 +241,15 @@ mod tests {
     fn name() -> impl Strategy<Value = HeaderName> {
         let known = (0..KNOWN.len()).prop_map(|at| KNOWN[at].clone());
         prop_oneof![known, "[a-z][a-z0-9-]{0,20}".prop_map(|name| HeaderName::try_from(name).unwrap())]
+    }
+
+    /// Nor is what is large kept by any thread.
+    #[test]
+    fn what_is_large_is_packed_as_well() {
+        let name = |i: usize| HeaderName::try_from(format!("x-{i}")).unwrap();
+        let map: HeaderMap = (0..1_000).map(|i| (name(i), HeaderValue::from(i))).collect();
+        let packed = Packed::of(&map);
+        assert!(packed.frame == FRAMES && packed.map() == map);
     }
 
     proptest! {

@@ -364,7 +364,9 @@ impl<S, M> CacheAside<S, M> {
                 if request.extensions().get().is_some_and(|looked: &Looked| looked.has(&core, &key)) {
                     return future::call(&mut inner, request).await.map(|response| response.map(CacheBody::inner));
                 }
-                return miss(Key::new(key)).answer(inner, request).await;
+                let whole = Key::new(key.as_slice().into());
+                give_back(key);
+                return miss(whole).answer(inner, request).await;
             }
             let response = future::call(&mut inner, request).await?;
             let why = kept_out.unwrap_or("request-body");
@@ -467,8 +469,11 @@ impl<S, M> CacheAside<S, M> {
 
 /// The key and the tags of what a request asks for. A key that a body is a part of is not known yet, and goes on.
 fn named(route: &ReadRoute, key: &mut KeyBuf, tenant: &[u8], params: &Params<'_, '_>) -> (Key, Vec<Tag>, Tenant) {
-    let known = if route.body.is_some() { key.clone() } else { std::mem::take(key) };
-    route.key_and_tags(known, tenant, params)
+    if route.body.is_none() {
+        return route.key_and_tags(std::mem::take(key), tenant, params);
+    }
+    let (_, tags, tenant) = route.key_and_tags(key.clone(), tenant, params);
+    (Key::new(KeyBuf::new()), tags, tenant)
 }
 
 /// The path as clients see it, and the query.

@@ -108,18 +108,17 @@ pub(super) fn copied(entry: &Entry) -> Option<Arc<Entry>> {
     if entry.weight() > LARGEST {
         return None;
     }
-    let payload = match &entry.payload {
-        Payload::Response(StoredResponse { status, headers, body, trailers }) => Payload::Response(StoredResponse {
-            status: *status,
-            headers: headers.copied()?,
-            body: Bytes::copy_from_slice(body),
-            trailers: match trailers {
-                Some(trailers) => Some(Box::new(Headers::from((**trailers).clone()).copied()?.into_map())),
-                None => None,
-            },
-        }),
+    let Payload::Response(StoredResponse { status, headers, body, trailers }) = &entry.payload else {
         // These are read, and not handed out.
-        other => other.clone(),
+        return Some(Arc::new(entry.clone()));
     };
-    Some(Arc::new(Entry { replay: Replay::new(), ..entry.with(payload) }))
+    let headers = headers.copied()?;
+    let replay = Replay::of(&headers);
+    let trailers = match trailers {
+        Some(trailers) => Some(Box::new(Headers::from((**trailers).clone()).copied()?.into_map())),
+        None => None,
+    };
+    let body = Bytes::copy_from_slice(body);
+    let payload = Payload::Response(StoredResponse { status: *status, headers, body, trailers });
+    Some(Arc::new(Entry { replay, ..entry.with(payload) }))
 }

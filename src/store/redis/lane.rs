@@ -77,7 +77,7 @@ impl Lane {
         answer.replies.iter().flatten().map(|reply| reply.value().map_err(Trouble::from)).collect()
     }
 
-    /// Makes one command, at once, or, if it is `shared`, with who asks the same.
+    /// Makes one command, at once, or, if `is_shared`, with who asks the same.
     pub(super) fn ask<W: FnOnce(&mut BytesMut)>(
         &self,
         is_shared: bool,

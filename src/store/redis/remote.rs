@@ -43,8 +43,8 @@ use crate::{
     clock::Millis,
     key::{Key, Tag},
     store::{
-        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Replay, Search, Stamp, Store,
-        StoreError, StoreFuture, TagGroup, codec,
+        Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Stamp, Store, StoreError,
+        StoreFuture, TagGroup, codec,
         regional::{FIELD, Kind, Record},
         wire::{Counters, Generations, by_tenant},
     },
@@ -63,7 +63,10 @@ const SAID: Duration = Duration::from_secs(60);
 const NOTED: Duration = Duration::from_secs(30 * 86_400);
 
 /// Entries of up to so many bytes are decoded once for all who were answered with them at once.
-const SHARED: usize = 64 << 10;
+const SHARED: usize = 32 << 10;
+
+/// So many milliseconds sooner it may end for that.
+const APART: i64 = 10;
 
 /// So many tags are dropped or fenced by one script, and told by one entry: others wait meanwhile.
 const AT_ONCE: usize = 1_000;
@@ -108,8 +111,19 @@ end
 /// is.
 struct Last {
     bytes: Bytes,
+    /// By how much its times were shifted.
+    shift: i64,
     longest: Option<Duration>,
     entry: Option<Arc<Entry>>,
+}
+
+impl Last {
+    /// Whether it is what these bytes would be read as, or ends sooner by what clocks are read apart: another cache over the same
+    /// store may have another clock, and other bounds.
+    fn is(&self, bytes: &Bytes, shift: i64, longest: Option<Duration>) -> bool {
+        let sooner = shift.saturating_sub(self.shift);
+        self.bytes.as_ptr_range() == bytes.as_ptr_range() && (0..=APART).contains(&sooner) && self.longest == longest
+    }
 }
 
 thread_local! {
@@ -260,32 +274,28 @@ impl Remote {
 
     /// What many have been answered at once is decoded once by each thread.
     fn read_entry(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
-        if bytes.len() > SHARED || bytes.is_unique() {
-            return self.decoded(server, bytes, inquiry, Replay::default());
+        let (shift, longest) = (inquiry.now as i64 - server.time_at_most(), inquiry.longest);
+        if bytes.is_empty() || bytes.len() > SHARED || bytes.is_unique() {
+            return self.decoded(bytes, shift, longest).map(Arc::new);
         }
-        let longest = inquiry.longest;
         let of_thread = |last: &RefCell<Option<Last>>| match &mut *last.borrow_mut() {
-            Some(last) if last.bytes.as_ptr_range() == bytes.as_ptr_range() && last.longest == longest => {
-                last.entry.clone()
-            }
+            Some(last) if last.is(&bytes, shift, longest) => last.entry.clone(),
             last => {
-                let entry = self.decoded(server, bytes.clone(), inquiry, Replay::new());
-                *last = Some(Last { bytes: bytes.clone(), longest, entry: entry.clone() });
+                let entry = self.decoded(bytes.clone(), shift, longest).map(|entry| Arc::new(entry.replayed()));
+                *last = Some(Last { bytes: bytes.clone(), shift, longest, entry: entry.clone() });
                 entry
             }
         };
-        LAST.try_with(of_thread).unwrap_or_else(|_| self.decoded(server, bytes.clone(), inquiry, Replay::default()))
+        let shared = LAST.try_with(of_thread);
+        shared.unwrap_or_else(|_| self.decoded(bytes.clone(), shift, longest).map(Arc::new))
     }
 
-    fn decoded(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>, replay: Replay) -> Option<Arc<Entry>> {
-        let shift = inquiry.now as i64 - server.time_at_most();
-        match codec::decode(bytes, shift, inquiry.longest) {
-            Ok(entry) => Some(Arc::new(Entry { replay, ..entry })),
-            Err(codec::Unreadable) => {
-                self.counters.unreadable.fetch_add(1, Ordering::Relaxed);
-                None
-            }
+    fn decoded(&self, bytes: Bytes, shift: i64, longest: Option<Duration>) -> Option<Entry> {
+        let entry = codec::decode(bytes, shift, longest).ok();
+        if entry.is_none() {
+            self.counters.unreadable.fetch_add(1, Ordering::Relaxed);
         }
+        entry
     }
 
     /// The keys that a look-up reads: that of an entry and the mark, and those of generations.

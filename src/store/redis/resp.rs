@@ -108,10 +108,8 @@ fn line(bytes: &[u8], from: usize) -> Result<Option<(&[u8], usize)>, Garbled> {
 fn number_in(digits: &[u8]) -> Result<i64, Garbled> {
     // What all lengths look like, and what does not overflow.
     if (1..=18).contains(&digits.len()) {
-        let mut number = 0;
-        let mut rest = digits.iter().map(|digit| digit.wrapping_sub(b'0')).take_while(|digit| *digit < 10);
-        let count = rest.by_ref().map(|digit| number = number * 10 + i64::from(digit)).count();
-        if count == digits.len() {
+        let digit = |byte: &u8| Some(byte.wrapping_sub(b'0')).filter(|digit| *digit < 10);
+        if let Some(number) = digits.iter().try_fold(0, |number, byte| Some(number * 10 + i64::from(digit(byte)?))) {
             return Ok(number);
         }
     }
