@@ -208,20 +208,14 @@ pub(crate) fn push_ids<'a>(
     buf.push(b':');
 }
 
-/// Goes on with the tag of an entity.
-fn push_entity(buf: &mut KeyBuf, head: &[u8], data_type: &str, entity: &str, id: &[u8]) {
-    buf.extend_from_slice(head);
-    push_type(buf, data_type);
+/// What ends the tag of everything of a type.
+const ALL: u8 = b'*';
+
+/// Ends the tag of an entity.
+fn push_entity(buf: &mut KeyBuf, entity: &str, id: &[u8]) {
     push_escaped(buf, entity.as_bytes());
     buf.push(b'=');
     push_escaped(buf, id);
-}
-
-/// Goes on with the tag of everything of a type.
-fn push_all(buf: &mut KeyBuf, head: &[u8], data_type: &str) {
-    buf.extend_from_slice(head);
-    push_type(buf, data_type);
-    buf.push(b'*');
 }
 
 /// The key that has been built for this tenant, and the tags of an entry of this type: of these entities, and of all. They share one
@@ -238,13 +232,11 @@ pub(crate) fn key_and_tags<'e>(
     let mut ends = SmallVec::<[usize; 4]>::new();
     for (entity, id) in entities {
         buf.extend_from_slice(&head);
-        push_escaped(&mut buf, entity.as_bytes());
-        buf.push(b'=');
-        push_escaped(&mut buf, &id);
+        push_entity(&mut buf, entity, &id);
         ends.push(buf.len());
     }
     buf.extend_from_slice(&head);
-    buf.push(b'*');
+    buf.push(ALL);
     ends.push(buf.len());
     // One of which keys hold only the hash is not to be held as long as these.
     let own = (name.len() > MAX_PART).then(|| Bytes::copy_from_slice(name));
@@ -298,20 +290,24 @@ impl Tag {
     /// begin with.
     pub(crate) fn entity(head: &[u8], data_type: &str, entity: &str, id: &[u8]) -> Self {
         let mut buf = KeyBuf::with_capacity(head.len() + data_type.len() + entity.len() + id.len() + 3);
-        push_entity(&mut buf, head, data_type, entity, id);
+        buf.extend_from_slice(head);
+        push_type(&mut buf, data_type);
+        push_entity(&mut buf, entity, id);
         Self(buf.into())
     }
 
     /// The tag of every entry of `data_type`.
     pub(crate) fn all(head: &[u8], data_type: &str) -> Self {
         let mut buf = KeyBuf::with_capacity(head.len() + data_type.len() + 3);
-        push_all(&mut buf, head, data_type);
+        buf.extend_from_slice(head);
+        push_type(&mut buf, data_type);
+        buf.push(ALL);
         Self(buf.into())
     }
 
     /// Whether it is of all entries of its type. (No id is spelled like that.)
     pub(crate) fn is_all(&self) -> bool {
-        self.0.last() == Some(&b'*')
+        self.0.last() == Some(&ALL)
     }
 
     /// The canonical bytes: printable ASCII that begins with `service{tenant}:`.
