@@ -138,10 +138,7 @@ impl fmt::Display for Broken {
 /// A connection, for as many callers as there are. It is closed with the last of these.
 pub(crate) struct Mux<F: Framing>(Arc<Handle<F>>);
 
-struct Handle<F: Framing> {
-    shared: Arc<Shared<F::Reply>>,
-    patience: Duration,
-}
+struct Handle<F: Framing>(Arc<Shared<F::Reply>>);
 
 struct Shared<R> {
     queue: Mutex<Queue<R>>,
@@ -167,8 +164,6 @@ struct Call<R> {
     answer: Answer<R>,
     /// How many commands were answered in their order.
     answered: usize,
-    /// How long it waits at most before its connection is given up.
-    until: Instant,
     callers: SmallVec<[oneshot::Sender<Answer<R>>; 1]>,
     /// Where in what is to be written it is, if it can be shared.
     place: Range<usize>,
@@ -191,8 +186,8 @@ impl<F: Framing> Clone for Mux<F> {
 
 impl<F: Framing> Drop for Handle<F> {
     fn drop(&mut self) {
-        self.shared.end(&"nobody needs it".into());
-        self.shared.task.wake();
+        self.0.end(&"nobody needs it".into());
+        self.0.task.wake();
     }
 }
 
@@ -232,7 +227,7 @@ impl<F: Framing> Mux<F> {
             overdue: Box::pin(sleep(patience)),
             patience,
         };
-        (Self(Arc::new(Handle { shared, patience })), serving)
+        (Self(Arc::new(Handle(shared))), serving)
     }
 
     /// Makes so many commands, which `write` writes, with numbers from the one that it is given. They are made at once: what waits
@@ -259,20 +254,20 @@ impl<F: Framing> Mux<F> {
         answered: Result<oneshot::Receiver<Answer<F::Reply>>, Broken>,
     ) -> Result<Answer<F::Reply>, Broken> {
         answered?.await.map_err(|_| {
-            let why = self.0.shared.queue().end.clone();
+            let why = self.0.0.queue().end.clone();
             Broken::Unanswered(why.unwrap_or_else(|| "the connection is gone".into()))
         })
     }
 
     /// Whether nothing is sent any more.
     pub(crate) fn is_over(&self) -> bool {
-        self.0.shared.queue().end.is_some()
+        self.0.0.queue().end.is_some()
     }
 
     /// Gives the connection up: whoever waits is told why.
     pub(crate) fn end(&self, why: &Arc<str>) {
-        self.0.shared.end(why);
-        self.0.shared.task.wake();
+        self.0.0.end(why);
+        self.0.0.task.wake();
     }
 
     fn enqueue(
@@ -281,8 +276,8 @@ impl<F: Framing> Mux<F> {
         is_shared: bool,
         write: impl FnOnce(&mut BytesMut, u32),
     ) -> Result<oneshot::Receiver<Answer<F::Reply>>, Broken> {
-        let Handle { shared, patience } = &*self.0;
-        let ((caller, answered), until) = (oneshot::channel(), Instant::now() + *patience);
+        let Handle(shared) = &*self.0;
+        let (caller, answered) = oneshot::channel();
         let mut queue = shared.queue();
         if let Some(why) = &queue.end {
             return Err(Broken::Unsent(why.clone()));
@@ -303,7 +298,7 @@ impl<F: Framing> Mux<F> {
                 queue.next = queue.next.wrapping_add(count);
                 let answer = Answer { replies: (0..count).map(|_| None).collect(), others: vec![] };
                 let callers = SmallVec::from_buf([caller]);
-                queue.calls.push_back(Call { asked, answer, answered: 0, until, callers, place });
+                queue.calls.push_back(Call { asked, answer, answered: 0, callers, place });
             }
         }
         queue.callers += 1;
@@ -339,8 +334,8 @@ struct Serving<S, F: Framing> {
     framing: F,
     output: BytesMut,
     input: BytesMut,
-    /// Who waits behind what has been written, the oldest first.
-    sent: VecDeque<Call<F::Reply>>,
+    /// Who waits behind what has been written, the oldest first, and until when at most before the connection is given up.
+    sent: VecDeque<(Instant, Call<F::Reply>)>,
     /// Whether it has let others go first, and writes next time.
     gathers: bool,
     overdue: Pin<Box<Sleep>>,
@@ -375,7 +370,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
         }
         while self.overdue.as_mut().poll(cx).is_ready() {
             let now = Instant::now();
-            let oldest = self.sent.front().map_or(now + self.patience, |call| call.until);
+            let oldest = self.sent.front().map_or(now + self.patience, |(until, _)| *until);
             if oldest <= now {
                 return Err(format!("no answer within {:?}", self.patience).into());
             }
@@ -406,8 +401,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
             if self.output.is_empty() {
                 let mut queue = self.guard.0.queue();
                 std::mem::swap(&mut queue.bytes, &mut self.output);
-                self.sent.append(&mut queue.calls);
-                queue.callers = 0;
+                if !queue.calls.is_empty() {
+                    let until = Instant::now() + self.patience;
+                    self.sent.extend(queue.calls.drain(..).map(|call| (until, call)));
+                    queue.callers = 0;
+                }
             }
             if self.output.is_empty() {
                 let flushed = Pin::new(&mut self.stream).poll_flush(cx);
@@ -438,7 +436,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
     }
 
     fn take(&mut self, reply: F::Reply) -> Result<(), Arc<str>> {
-        let oldest = self.sent.front_mut();
+        let oldest = self.sent.front_mut().map(|(_, call)| call);
         let place = oldest.as_ref().map_or(Place::Stray, |call| self.framing.place(&reply, call.asked));
         let Some(call) = oldest.filter(|_| place != Place::Stray) else {
             return Err("a reply that nobody has asked for".into());
@@ -460,7 +458,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
             Place::Some => call.answer.others.push(reply),
             Place::End | Place::Stray => {}
         }
-        if is_last && let Some(Call { answer, mut callers, .. }) = self.sent.pop_front() {
+        if is_last && let Some((_, Call { answer, mut callers, .. })) = self.sent.pop_front() {
             self.guard.0.waiting.fetch_sub(callers.len(), Ordering::Relaxed);
             let last = callers.pop();
             // Who has gone does not want it any more.

@@ -41,7 +41,9 @@ impl Held {
 
     /// Whether it may be answered from now.
     pub(crate) fn is_alive(&self) -> bool {
-        self.clock.now() < self.proven_until.load(Ordering::Acquire)
+        let until = self.proven_until.load(Ordering::Acquire);
+        // Where nobody wants it, nobody looks at the clock.
+        until != 0 && self.clock.now() < until
     }
 
     /// Some type wants it; whether that is new.
