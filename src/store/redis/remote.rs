@@ -1010,6 +1010,20 @@ mod tests {
         assert_eq!(super::told(&[Value::Okay, Value::Okay], &[stored(1)], reign), None, "too few");
     }
 
+    /// What another cache over the same store makes of the same reply, by another clock or with other bounds, is its own.
+    #[test]
+    fn a_decoded_reply_is_for_those_who_would_read_the_same() {
+        let (bytes, longest) = (Bytes::copy_from_slice(b"entry"), Some(Duration::from_secs(1)));
+        let last = Last { bytes: bytes.clone(), shift: 100, longest, entry: None };
+        // That it ends a moment sooner is no harm; that it ends later is.
+        for (shift, is) in [(99, false), (100, true), (100 + APART, true), (101 + APART, false)] {
+            assert_eq!(last.is(&bytes, shift, longest), is, "{shift}");
+        }
+        assert!(!last.is(&bytes, 100, None) && !last.is(&bytes, 100, Some(Duration::from_secs(2))));
+        let (other, part) = (Bytes::copy_from_slice(&bytes), bytes.slice(1..));
+        assert!(!last.is(&other, 100, longest) && !last.is(&part, 100, longest));
+    }
+
     /// By each of the groups: it was delivered to a reader, who has nothing left of what came up to it.
     #[test]
     fn an_entry_is_acknowledged_when_no_reader_has_it_before_him() {
