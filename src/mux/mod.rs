@@ -138,7 +138,9 @@ impl fmt::Display for Broken {
 /// A connection, for as many callers as there are. It is closed with the last of these.
 pub(crate) struct Mux<F: Framing>(Arc<Handle<F>>);
 
-struct Handle<F: Framing>(Arc<Shared<F::Reply>>);
+struct Handle<F: Framing> {
+    shared: Arc<Shared<F::Reply>>,
+}
 
 struct Shared<R> {
     queue: Mutex<Queue<R>>,
@@ -186,8 +188,8 @@ impl<F: Framing> Clone for Mux<F> {
 
 impl<F: Framing> Drop for Handle<F> {
     fn drop(&mut self) {
-        self.0.end(&"nobody needs it".into());
-        self.0.task.wake();
+        self.shared.end(&"nobody needs it".into());
+        self.shared.task.wake();
     }
 }
 
@@ -207,8 +209,9 @@ impl<R> Shared<R> {
 }
 
 impl<F: Framing> Mux<F> {
-    /// The connection, and the task that serves it, which ends with the connection and says why. A caller waits for
-    /// `patience` at most before the connection is given up.
+    /// The connection, and the task that serves it, which ends with the connection and says why. It is given up when an answer
+    /// does not come within `patience` after its question was taken to be written, which is within as much after it was asked: what
+    /// was taken before it has the same bound.
     pub(crate) fn new<S>(stream: S, framing: F, patience: Duration) -> (Self, impl Future<Output = Arc<str>> + Send)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
@@ -223,11 +226,12 @@ impl<F: Framing> Mux<F> {
             output: BytesMut::new(),
             input: BytesMut::new(),
             sent: VecDeque::new(),
+            until: Instant::now(),
             gathers: false,
             overdue: Box::pin(sleep(patience)),
             patience,
         };
-        (Self(Arc::new(Handle(shared))), serving)
+        (Self(Arc::new(Handle { shared })), serving)
     }
 
     /// Makes so many commands, which `write` writes, with numbers from the one that it is given. They are made at once: what waits
@@ -254,20 +258,20 @@ impl<F: Framing> Mux<F> {
         answered: Result<oneshot::Receiver<Answer<F::Reply>>, Broken>,
     ) -> Result<Answer<F::Reply>, Broken> {
         answered?.await.map_err(|_| {
-            let why = self.0.0.queue().end.clone();
+            let why = self.0.shared.queue().end.clone();
             Broken::Unanswered(why.unwrap_or_else(|| "the connection is gone".into()))
         })
     }
 
     /// Whether nothing is sent any more.
     pub(crate) fn is_over(&self) -> bool {
-        self.0.0.queue().end.is_some()
+        self.0.shared.queue().end.is_some()
     }
 
     /// Gives the connection up: whoever waits is told why.
     pub(crate) fn end(&self, why: &Arc<str>) {
-        self.0.0.end(why);
-        self.0.0.task.wake();
+        self.0.shared.end(why);
+        self.0.shared.task.wake();
     }
 
     fn enqueue(
@@ -276,7 +280,7 @@ impl<F: Framing> Mux<F> {
         is_shared: bool,
         write: impl FnOnce(&mut BytesMut, u32),
     ) -> Result<oneshot::Receiver<Answer<F::Reply>>, Broken> {
-        let Handle(shared) = &*self.0;
+        let shared = &self.0.shared;
         let (caller, answered) = oneshot::channel();
         let mut queue = shared.queue();
         if let Some(why) = &queue.end {
@@ -334,8 +338,11 @@ struct Serving<S, F: Framing> {
     framing: F,
     output: BytesMut,
     input: BytesMut,
-    /// Who waits behind what has been written, the oldest first, and until when at most before the connection is given up.
+    /// Who waits behind what has been written, the oldest first, and until when at most before the connection is given up. (Told when
+    /// it is taken, once for all that is: each would else look at the clock.)
     sent: VecDeque<(Instant, Call<F::Reply>)>,
+    /// The same of what is being written.
+    until: Instant,
     /// Whether it has let others go first, and writes next time.
     gathers: bool,
     overdue: Pin<Box<Sleep>>,
@@ -370,7 +377,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
         }
         while self.overdue.as_mut().poll(cx).is_ready() {
             let now = Instant::now();
-            let oldest = self.sent.front().map_or(now + self.patience, |(until, _)| *until);
+            let written = if self.output.is_empty() { now + self.patience } else { self.until };
+            let oldest = self.sent.front().map_or(written, |(until, _)| *until);
             if oldest <= now {
                 return Err(format!("no answer within {:?}", self.patience).into());
             }
@@ -402,8 +410,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin, F: Framing> Serving<S, F> {
                 let mut queue = self.guard.0.queue();
                 std::mem::swap(&mut queue.bytes, &mut self.output);
                 if !queue.calls.is_empty() {
-                    let until = Instant::now() + self.patience;
-                    self.sent.extend(queue.calls.drain(..).map(|call| (until, call)));
+                    self.until = Instant::now() + self.patience;
+                    self.sent.extend(queue.calls.drain(..).map(|call| (self.until, call)));
                     queue.callers = 0;
                 }
             }

@@ -2,6 +2,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
     net::TcpStream,
     task::JoinHandle,
+    time::timeout,
 };
 
 use super::*;
@@ -153,6 +154,48 @@ async fn nobody_waits_without_a_bound() {
     // Nor one whose question is not even taken.
     let (mux, _far, _) = connection(4, LONG);
     assert!(matches!(ask(&mux, "hello").await, Err(Broken::Unanswered(_))));
+}
+
+/// It begins when a question is taken, whatever came before, and what is taken behind another has its own.
+#[tokio::test(start_paused = true)]
+async fn each_answer_has_its_time() {
+    let (mux, _far, _) = connection(1 << 16, LONG);
+    sleep(LONG * 3 / 2).await;
+    let start = Instant::now();
+    assert!(ask(&mux, "late").await.is_err());
+    assert_eq!(start.elapsed().as_secs(), LONG.as_secs());
+    for (answers, ends) in [(true, 9_500), (false, 9_900)] {
+        let (mux, mut far, _) = connection(4, LONG);
+        let start = Instant::now();
+        let asks = |text: &'static str| {
+            let mux = mux.clone();
+            tokio::spawn(async move { ask(&mux, text).await })
+        };
+        let first = asks("first");
+        sleep(Duration::from_secs(1)).await;
+        let second = asks("second");
+        sleep(Duration::from_millis(3_900)).await;
+        far.read_exact(&mut [0; 10]).await.unwrap();
+        far.write_all(b"0 first\n.\n").await.unwrap();
+        assert_eq!(first.await.unwrap().as_deref(), Ok("first"));
+        if answers {
+            sleep(Duration::from_millis(4_600)).await;
+            far.read_exact(&mut [0; 11]).await.unwrap();
+            far.write_all(b"1 second\n.\n").await.unwrap();
+        }
+        assert_eq!(second.await.unwrap().is_ok(), answers);
+        assert_eq!(start.elapsed().as_millis() / 10 * 10, ends);
+    }
+    // Nor is what nobody takes waited behind, though all that was asked is answered.
+    let (mux, mut far, _) = connection(4, LONG);
+    let first = ask(&mux, "first");
+    let answers = async {
+        far.write_all(b"0 first\n.\n").await.unwrap();
+        sleep(LONG / 2).await;
+        timeout(LONG, ask(&mux, "second")).await
+    };
+    let (first, second) = tokio::join!(first, answers);
+    assert!(first.is_ok() && matches!(second, Ok(Err(Broken::Unanswered(_)))), "{second:?}");
 }
 
 #[tokio::test]

@@ -144,8 +144,9 @@ pub(super) async fn a_lease_runs_out(scene: &Scene) -> Seen {
     scene.here.put(&key, &filled, Tier::default()).await?;
     is_lifted(scene, &tags[0]).await?;
     is_gone(scene, &key, &tags, &old).await?;
-    // Where times are told in seconds, one process may take the lease to have run out a second before another does.
-    comes("the end of a lease, in another process", async || {
+    // Where times are told in seconds, one process may take the lease to have run out a second before another does, or before it
+    // hears of the time again itself.
+    comes("the end of a lease, for who fills", async || {
         let filled = scene.here.fill(&key, &tags, "after").await?;
         if filled.stamps.iter().any(|stamp| stamp.generation.is_fenced()) {
             return Ok(false);

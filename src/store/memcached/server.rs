@@ -40,7 +40,7 @@ const CONNECT: Duration = Duration::from_secs(1);
 /// Pauses between two attempts, at first and at most.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// How long one caller may wait before the connection is given up.
+/// How long an answer may take before the connection is given up.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The space of all generations lives for so long, or a second more, without anybody who uses it.

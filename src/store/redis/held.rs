@@ -42,7 +42,7 @@ impl Held {
     /// Whether it may be answered from now.
     pub(crate) fn is_alive(&self) -> bool {
         let until = self.proven_until.load(Ordering::Acquire);
-        // Where nobody wants it, nobody looks at the clock.
+        // Where nothing is proven, as where nobody wants it, nobody looks at the clock.
         until != 0 && self.clock.now() < until
     }
 
@@ -115,6 +115,9 @@ mod tests {
             held.hear(&push, b"cas:g:");
             assert_eq!(held.is_alive(), is_alive, "{push:?}");
         }
+        let held = Held::new(MemoryStore::new(1 << 20), Clock::default());
+        held.prove(1);
+        assert!(!held.is_alive(), "what proves it has run out");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::mux::{Broken, Mux};
 
-/// How long one caller waits at least before the connection is given up. (Heartbeats go over it as well.)
+/// How long an answer may take at least before the connection is given up. (Heartbeats go over it as well.)
 const PATIENCE: Duration = Duration::from_secs(2);
 
 pub(super) struct Lane(Mux<Resp>);

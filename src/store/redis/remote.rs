@@ -1020,8 +1020,9 @@ mod tests {
             assert_eq!(last.is(&bytes, shift, longest), is, "{shift}");
         }
         assert!(!last.is(&bytes, 100, None) && !last.is(&bytes, 100, Some(Duration::from_secs(2))));
-        let (other, part) = (Bytes::copy_from_slice(&bytes), bytes.slice(1..));
-        assert!(!last.is(&other, 100, longest) && !last.is(&part, 100, longest));
+        for other in [Bytes::copy_from_slice(&bytes), bytes.slice(1..), bytes.slice(..4)] {
+            assert!(!last.is(&other, 100, longest), "{other:?}");
+        }
     }
 
     /// By each of the groups: it was delivered to a reader, who has nothing left of what came up to it.
