@@ -131,9 +131,12 @@ impl Headers {
         Some(Self(Form::Packed(packed)))
     }
 
-    /// Whether they may be kept ready, by as many threads as there are.
+    /// Whether they may be kept ready, by as many threads as there are: as a map, whether they are one now or not.
     pub(super) fn is_small(&self) -> bool {
-        self.weight() <= SMALL
+        match &self.0 {
+            Form::Map(map) => weight(map) <= SMALL,
+            Form::Packed(packed) => packed.frame < FRAMES,
+        }
     }
 
     /// About how many bytes of memory they take.
@@ -250,6 +253,13 @@ mod tests {
         let map: HeaderMap = (0..1_000).map(|i| (name(i), HeaderValue::from(i))).collect();
         let packed = Packed::of(&map);
         assert!(packed.frame == FRAMES && packed.map() == map);
+        // What takes less room packed is as large when it is kept ready.
+        for (count, is_small) in [(100, true), (200, false)] {
+            let headers =
+                Headers::from(map.iter().take(count).map(|(n, v)| (n.clone(), v.clone())).collect::<HeaderMap>());
+            let packed = headers.packed().unwrap();
+            assert!(packed.weight() < SMALL && headers.is_small() == is_small && packed.is_small() == is_small);
+        }
     }
 
     proptest! {
