@@ -177,7 +177,6 @@ impl Entry {
     }
 
     /// The same, with its headers kept ready.
-    #[cfg(feature = "redis")]
     pub(super) fn replayed(self) -> Self {
         let replay = match &self.payload {
             Payload::Response(stored) => Replay::of(&stored.headers),

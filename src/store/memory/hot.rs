@@ -11,7 +11,7 @@ use bytes::Bytes;
 use super::{TagState, is_current};
 use crate::{
     clock::Millis,
-    store::{Entry, Headers, Payload, Replay, StoredResponse},
+    store::{Entry, Headers, Payload, StoredResponse},
 };
 
 /// The places of a thread, of which each key has one.
@@ -113,12 +113,11 @@ pub(super) fn copied(entry: &Entry) -> Option<Arc<Entry>> {
         return Some(Arc::new(entry.clone()));
     };
     let headers = headers.copied()?;
-    let replay = Replay::of(&headers);
     let trailers = match trailers {
         Some(trailers) => Some(Box::new(Headers::from((**trailers).clone()).copied()?.into_map())),
         None => None,
     };
     let body = Bytes::copy_from_slice(body);
     let payload = Payload::Response(StoredResponse { status: *status, headers, body, trailers });
-    Some(Arc::new(Entry { replay, ..entry.with(payload) }))
+    Some(Arc::new(entry.with(payload).replayed()))
 }
