@@ -227,7 +227,7 @@ pub(crate) fn key_and_tags<'e>(
     entities: impl Iterator<Item = (&'e str, Cow<'e, [u8]>)>,
 ) -> (Key, Vec<Tag>, Tenant) {
     let (end, mut buf) = (key.len(), key);
-    let mut head = SmallVec::<[u8; 128]>::from_slice(tenant(&buf));
+    let mut head = SmallVec::<[u8; 128]>::from_slice(tenant_of(&buf));
     head.extend_from_slice(type_part);
     let mut ends = SmallVec::<[usize; 4]>::new();
     for (entity, id) in entities {
@@ -276,11 +276,12 @@ impl Key {
 
     /// The service and the tenant in braces: what all keys and tags of that tenant begin with.
     pub fn tenant(&self) -> &[u8] {
-        tenant(&self.0)
+        tenant_of(&self.0)
     }
 }
 
-fn tenant(name: &[u8]) -> &[u8] {
+/// What a key or tag begins with: the service and the tenant in braces.
+pub(crate) fn tenant_of(name: &[u8]) -> &[u8] {
     let end = name.iter().position(|&c| c == b'}').map_or(0, |at| at + 1);
     &name[..end]
 }
@@ -338,7 +339,7 @@ impl Tag {
 
     /// The service and the tenant in braces: what all keys and tags of that tenant begin with.
     pub fn tenant(&self) -> &[u8] {
-        tenant(&self.0)
+        tenant_of(&self.0)
     }
 }
 

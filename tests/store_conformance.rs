@@ -69,13 +69,15 @@ enum Sabotage {
     /// Keys of more than 250 bytes are cut.
     CutsKeys,
     PeeksAtWhatWasDropped,
+    /// What it holds is current for ever.
+    HoldsWhatWasDropped,
     FailsAlways,
 }
 
 use Sabotage::*;
 
 /// Each with a rule that it breaks.
-const SABOTAGES: [(Sabotage, &str); 29] = [
+const SABOTAGES: [(Sabotage, &str); 30] = [
     (NeverHits, "it_hits"),
     (DroppedComesBack, "a_dropped_generation_never_comes_back"),
     (FixedGeneration, "a_dropped_generation_never_comes_back"),
@@ -104,6 +106,7 @@ const SABOTAGES: [(Sabotage, &str); 29] = [
     (MixesNotes, "a_note_is_kept_as_it_was_written_last"),
     (CutsKeys, "each_key_has_its_own_entry"),
     (PeeksAtWhatWasDropped, "a_peek_tells_only_what_is_current"),
+    (HoldsWhatWasDropped, "what_is_held_is_current_until_it_is_dropped"),
     (FailsAlways, "it_hits"),
 ];
 
@@ -176,6 +179,20 @@ impl Store for Sabotaged {
         match self.how {
             PeeksAtWhatWasDropped => self.held.lock().unwrap().get(&cut(key)).cloned(),
             _ => self.store.peek(key, now),
+        }
+    }
+
+    fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
+        match self.how {
+            HoldsWhatWasDropped => self.held.lock().unwrap().get(&cut(key)).cloned(),
+            _ => self.store.held(key, tier),
+        }
+    }
+
+    fn is_current<'a>(&'a self, key: &'a [u8], entry: &'a Entry) -> StoreFuture<'a, bool> {
+        match self.how {
+            HoldsWhatWasDropped => Box::pin(ready(Ok(true))),
+            _ => self.store.is_current(key, entry),
         }
     }
 

@@ -173,7 +173,10 @@ impl Engine {
                 let mut now = self.store.lookup(self.inquiry(key, asked, tags.len(), policy, at)).await?;
                 let Some(entry) = now.entry.take() else { return Ok((None, now)) };
                 match validity(&entry, tags, asked, &now.generations) {
-                    Validity::Valid => return Ok((Some(Stale { entry, invalidated: false }), now)),
+                    Validity::Valid => {
+                        entry.completes(self.number);
+                        return Ok((Some(Stale { entry, invalidated: false }), now));
+                    }
                     Validity::Invalid => return Ok((Some(Stale { entry, invalidated: true }), now)),
                     Validity::Unknown(late) => {
                         self.remember_late(key, &late);

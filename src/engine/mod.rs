@@ -16,7 +16,10 @@ mod obtain;
 mod stale;
 
 use std::{
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -33,7 +36,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    catalog::Drops,
+    catalog::{Drops, Tier},
     clock::{Clock, Millis},
     key::{Key, Tag},
     store::{Entry, Fence, Health, Store, StoreError, TagGroup},
@@ -92,7 +95,12 @@ impl Inside {
     }
 }
 
+/// The next engine's number.
+static NUMBER: AtomicU64 = AtomicU64::new(1);
+
 pub(crate) struct Engine {
+    /// Its own in this process, for as long as that runs.
+    number: u64,
     store: Arc<dyn Store>,
     flights: Flights,
     /// How many requests have stopped waiting for another's call.
@@ -132,6 +140,7 @@ impl Engine {
         // Whoever waits, waits until there are none; that is no reason to take no more.
         tasks.close();
         Self {
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
             store,
             flights: Flights::default(),
             overdue: AtomicU64::new(0),
@@ -149,6 +158,18 @@ impl Engine {
     /// A hit that needs no waiting.
     pub(crate) fn peek(&self, key: &[u8], now: Millis) -> Option<Arc<Entry>> {
         self.store.peek(key, now).filter(|entry| entry.is_fresh(now))
+    }
+
+    /// What this process holds, and may answer with once [it is known to be current](Self::is_current). That it has all tags has
+    /// been found when it was looked up.
+    pub(crate) fn held(&self, key: &[u8], tier: Tier, now: Millis) -> Option<Arc<Entry>> {
+        self.store.held(key, tier).filter(|entry| entry.is_fresh(now) && entry.is_complete_for(self.number))
+    }
+
+    /// Whether nothing of an entry that is held has been dropped.
+    pub(crate) async fn is_current(&self, key: &[u8], entry: &Entry) -> Result<bool, StoreError> {
+        let is_current = self.store.is_current(key, entry).await;
+        is_current.inspect_err(|error| tracing::debug!(%error, "store unavailable: calling the origin"))
     }
 
     /// Fences all these tags for a write that is about to begin.

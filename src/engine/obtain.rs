@@ -79,6 +79,13 @@ pub(crate) enum Obtained<T> {
     Load(Option<Leader>),
 }
 
+impl<T> Obtained<T> {
+    /// What becomes of a request when the store cannot be asked.
+    pub(crate) fn unavailable(asker: &impl Asker) -> Self {
+        if asker.only_stored() { Self::Absent } else { Self::Load(None) }
+    }
+}
+
 /// What to do when another's call has ended.
 #[derive(Debug)]
 enum Landing {
@@ -166,8 +173,7 @@ impl Engine {
             };
             let (entry, source) = match self.go_on_from(looked, &round.key, tags, policy, round.attempt).await {
                 Begin::Lead(leader) => return self.depart(leader, round.attempt, asker),
-                Begin::Unavailable if asker.only_stored() => return Obtained::Absent,
-                Begin::Unavailable => return Obtained::Load(None),
+                Begin::Unavailable => return Obtained::unavailable(asker),
                 Begin::Hit(entry) => (entry, Source::Store),
                 Begin::Collapsed(entry) => (entry, Source::Flight),
                 // What is stale is no answer to who is to replace it.

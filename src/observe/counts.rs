@@ -133,6 +133,11 @@ impl Timer {
         }
     }
 
+    /// Of one request, which began then.
+    pub(crate) fn since(began: Instant) -> Self {
+        Self(Some((began, 1)))
+    }
+
     pub(crate) fn began(self) -> Instant {
         self.0.map_or_else(Instant::now, |(began, _)| began)
     }

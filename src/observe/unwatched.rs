@@ -55,6 +55,10 @@ impl Watch {
         self
     }
 
+    pub(crate) fn hand_on(self) -> Timer {
+        Timer
+    }
+
     pub(crate) fn end(self, _: Option<(&Extensions, SizeHint)>) {}
 
     pub(crate) fn finish(self, _: (Handling, Option<&'static str>), _: Option<FoundIn>, _: Served) {}

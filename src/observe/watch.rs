@@ -135,6 +135,11 @@ impl Watch {
         self
     }
 
+    /// It is not answered yet, and somebody else watches it from when it began.
+    pub(crate) fn hand_on(mut self) -> Timer {
+        self.0.take().map_or_else(Timer::start, |under| Timer::since(under.began))
+    }
+
     /// The request has its response, or the inner service's error.
     pub(crate) fn end(mut self, response: Option<(&Extensions, SizeHint)>) {
         let Some(under) = self.0.take() else { return };

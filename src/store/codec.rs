@@ -240,6 +240,7 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
         learned,
         varied: None,
         replay: Default::default(),
+        complete: Default::default(),
     })
 }
 
@@ -386,6 +387,7 @@ mod tests {
             learned: None,
             varied: None,
             replay: Default::default(),
+            complete: Default::default(),
         }
     }
 

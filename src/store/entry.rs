@@ -1,6 +1,13 @@
 //! What a store holds under a key: a response or a value, the generations it was filled under, and its times.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, StatusCode};
@@ -70,6 +77,18 @@ pub struct Entry {
     pub(crate) varied: Option<Box<(Box<[HeaderName]>, Key)>>,
     /// Where its headers are kept ready, if they are. It is of this very entry: who changes a copy of it gives that another.
     pub(crate) replay: Replay,
+    /// Which cache of this process has found that it has all the tags that its mapping asks for, if one has.
+    pub(crate) complete: Complete,
+}
+
+/// A number of a cache.
+#[derive(Debug, Default)]
+pub(crate) struct Complete(AtomicU64);
+
+impl Clone for Complete {
+    fn clone(&self) -> Self {
+        Self(AtomicU64::new(self.0.load(Relaxed)))
+    }
 }
 
 impl Entry {
@@ -91,6 +110,19 @@ impl Entry {
             learned: None,
             varied: None,
             replay: Replay::default(),
+            complete: Complete::default(),
+        }
+    }
+
+    /// Whether this cache has found it complete.
+    pub(crate) fn is_complete_for(&self, cache: u64) -> bool {
+        self.complete.0.load(Relaxed) == cache
+    }
+
+    /// This cache, whose number is not 0, has found it complete.
+    pub(crate) fn completes(&self, cache: u64) {
+        if !self.is_complete_for(cache) {
+            self.complete.0.store(cache, Relaxed);
         }
     }
 
@@ -187,7 +219,8 @@ impl Entry {
 
     /// The same, but for what it holds.
     pub(super) fn with(&self, payload: Payload) -> Self {
-        Self { payload, stamps: self.stamps.clone(), varied: self.varied.clone(), replay: Replay::default(), ..*self }
+        let (stamps, varied) = (self.stamps.clone(), self.varied.clone());
+        Self { payload, stamps, varied, replay: Replay::default(), complete: self.complete.clone(), ..*self }
     }
 
     /// When the store may forget it; `Millis::MAX` means never.

@@ -430,8 +430,8 @@ impl MemoryStore {
     }
 
     /// The entry, valid or not.
-    pub(super) fn raw(&self, key: &Key) -> Option<Arc<Entry>> {
-        self.resident(&key.0, None)
+    pub(super) fn raw(&self, key: &[u8]) -> Option<Arc<Entry>> {
+        self.resident(key, None)
     }
 
     /// An entry is looked for: if it had to go not long ago, that is counted.
@@ -441,9 +441,17 @@ impl MemoryStore {
 
     /// Whatever is in place under this key is there no more.
     #[cfg(any(feature = "redis", feature = "memcached"))]
-    pub(super) fn forget(&self, key: &Key) {
-        self.entries.remove(&key.0);
-        self.changes(self.hasher.hash_one(&key.0[..])).fetch_add(1, Ordering::Release);
+    pub(super) fn forget(&self, key: &[u8]) {
+        self.entries.remove(key);
+        self.changes(self.hasher.hash_one(key)).fetch_add(1, Ordering::Release);
+    }
+
+    /// The same, if it was filled under the same generations as this.
+    #[cfg(any(feature = "redis", feature = "memcached"))]
+    pub(super) fn forget_this(&self, key: &[u8], entry: &Entry) {
+        if self.entries.remove_if(key, |resident| resident.entry.stamps == entry.stamps).is_some() {
+            self.changes(self.hasher.hash_one(key)).fetch_add(1, Ordering::Release);
+        }
     }
 
     /// Drops a tag that nobody but this process' entries and captures know.
@@ -506,7 +514,7 @@ impl Store for MemoryStore {
     fn lookup<'a>(&'a self, Inquiry { key, tags, .. }: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         self.sought(key);
         let version = |tag| self.version(&mut self.shard(tag), tag);
-        done(Lookup::new(self.raw(key), tags.iter().map(|tag| Some(generation(version(tag)))).collect()))
+        done(Lookup::new(self.raw(key.as_bytes()), tags.iter().map(|tag| Some(generation(version(tag)))).collect()))
     }
 
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened> {
@@ -728,7 +736,7 @@ mod tests {
             fill(&store, &key, 100).await;
             hot(&store, &key).unwrap();
             if gone {
-                store.forget(&key)
+                store.forget(key.as_bytes())
             } else {
                 store.clear().await.unwrap()
             }

@@ -343,6 +343,20 @@ pub trait Store: Send + Sync + 'static {
         None
     }
 
+    /// What it holds in this process under this key, if a look-up of this tier would only ask whether that is still
+    /// [current](Store::is_current): the very entry that look-ups give. By default nothing.
+    fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
+        let _ = (key, tier);
+        None
+    }
+
+    /// Whether all generations that a [held](Store::held) entry was filled under are current, in one round trip. One that is not may
+    /// be forgotten. Who wraps a store passes on both of these, or neither.
+    fn is_current<'a>(&'a self, key: &'a [u8], entry: &'a Entry) -> StoreFuture<'a, bool> {
+        let _ = (key, entry);
+        Box::pin(std::future::ready(Ok(false)))
+    }
+
     /// Reads the entry, valid or not, and the current generations of the tags, in one round trip.
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup>;
 

@@ -17,6 +17,14 @@ impl<S: Store + ?Sized> Store for Arc<S> {
         (**self).peek(key, now)
     }
 
+    fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
+        (**self).held(key, tier)
+    }
+
+    fn is_current<'a>(&'a self, key: &'a [u8], entry: &'a Entry) -> StoreFuture<'a, bool> {
+        (**self).is_current(key, entry)
+    }
+
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         (**self).lookup(inquiry)
     }

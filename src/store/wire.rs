@@ -12,10 +12,18 @@ use crate::{error::ConfigError, key::Tag};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
+/// Tags that are gone through more than once.
+pub(super) trait Tags<'t>: ExactSizeIterator<Item = &'t Tag> + Clone + Send {}
+
+impl<'t, I: ExactSizeIterator<Item = &'t Tag> + Clone + Send> Tags<'t> for I {}
+
 /// A store that can be asked for generations alone.
 pub(super) trait Generations: Store {
     /// The current generation of each tag, in that order.
-    fn generations(&self, tags: &[Tag]) -> impl Future<Output = Result<Vec<Option<Generation>>, StoreError>> + Send;
+    fn generations<'t>(
+        &self,
+        tags: impl Tags<'t>,
+    ) -> impl Future<Output = Result<Vec<Option<Generation>>, StoreError>> + Send;
 }
 
 /// A look-up whose entry may be held in `memory`, but each hit asks whether it is current.
@@ -27,8 +35,8 @@ pub(super) fn validated<'a, S: Generations>(
 ) -> impl Future<Output = Result<Lookup, StoreError>> + Send + use<'a, S> {
     async move {
         // What has expired is not asked about: the store may have another by now.
-        if let Some(entry) = memory.raw(inquiry.key).filter(|entry| entry.is_fresh(inquiry.now)) {
-            let generations = remote.call(|remote| remote.generations(inquiry.tags)).await?;
+        if let Some(entry) = memory.raw(inquiry.key.as_bytes()).filter(|entry| entry.is_fresh(inquiry.now)) {
+            let generations = remote.call(|remote| remote.generations(inquiry.tags.iter())).await?;
             if is_current(&entry, &inquiry, &generations) {
                 return Ok(Lookup::new(Some(entry), generations));
             }
@@ -40,6 +48,25 @@ pub(super) fn validated<'a, S: Generations>(
             memory.insert(inquiry.key, entry.clone(), vec![], 0);
         }
         Ok(found)
+    }
+}
+
+/// Whether an entry that is held in `memory` is current. One that is not is not asked about again.
+#[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+pub(super) fn still_current<'a, S: Generations>(
+    remote: &'a Guard<S>,
+    memory: &'a MemoryStore,
+    key: &'a [u8],
+    entry: &'a Entry,
+) -> impl Future<Output = Result<bool, StoreError>> + Send + use<'a, S> {
+    async move {
+        let tags = entry.stamps.iter().map(|stamp| &stamp.tag);
+        let now = remote.call(|remote| remote.generations(tags)).await?;
+        let is_current = entry.stamps.iter().map(|stamp| Some(stamp.generation)).eq(now);
+        if !is_current {
+            memory.forget_this(key, entry);
+        }
+        Ok(is_current)
     }
 }
 

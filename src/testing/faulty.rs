@@ -155,6 +155,14 @@ impl Store for Faulty {
         }
     }
 
+    fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
+        self.store.held(key, tier)
+    }
+
+    fn is_current<'a>(&'a self, key: &'a [u8], entry: &'a Entry) -> StoreFuture<'a, bool> {
+        Box::pin(self.call(move |store| store.is_current(key, entry)))
+    }
+
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         Box::pin(self.call(move |store| store.lookup(inquiry)))
     }

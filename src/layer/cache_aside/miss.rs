@@ -9,8 +9,6 @@ use tokio::{sync::oneshot, time::timeout};
 use tower_service::Service;
 use tracing::Instrument;
 
-#[cfg(feature = "stats")]
-use crate::observe::Handling;
 use crate::{
     clock::Millis,
     engine::{Asker, Attended, Inside, Leader, Obtained, Source, Stale, Use},
@@ -34,6 +32,8 @@ pub(super) struct Miss {
     pub(super) mapped: Mapped,
     pub(super) so_far: SoFar,
     pub(super) needs_public: bool,
+    /// The store cannot be asked.
+    pub(super) is_unavailable: bool,
 }
 
 /// What the mapping says of it, whatever becomes of it.
@@ -57,8 +57,10 @@ pub(super) struct SoFar {
     pub(super) known: Option<(Box<[HeaderName]>, Millis)>,
     /// What its response becomes a part of, if it is asked for by another load.
     pub(super) whole: Option<Reads>,
-    /// What answers it is to be replaced before it ends.
-    pub(super) due: bool,
+    /// What has been drawn of the entry that was made then.
+    pub(super) drawn: Option<(Millis, Behind)>,
+    /// What is done about what answers it.
+    pub(super) behind: Behind,
 }
 
 /// What is done about an entry that has been served.
@@ -124,7 +126,11 @@ impl<R: Body> Asker for Ask<'_, R> {
             so_far.reason = Reason::Request;
             return Use::Useless;
         };
-        so_far.due = source == Source::Store && so_far.asked.replaces(entry, now, route.policy.early_refresh);
+        so_far.behind = match (source, so_far.drawn) {
+            (Source::Store, Some((created, behind))) if created == entry.created => behind,
+            (Source::Store, _) => draw(core, route, &so_far.asked, (so_far.key.as_bytes(), entry), self.headers, now),
+            _ => Behind::Nothing,
+        };
         let outcome = how.outcome(entry, now, response.body());
         Use::Answer((response, outcome))
     }
@@ -173,10 +179,14 @@ impl Miss {
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         async move {
-            let (key, mapped, so_far) = (self.so_far.key.clone(), &self.mapped, &mut self.so_far);
+            let (key, is_unavailable) = (self.so_far.key.clone(), self.is_unavailable);
+            let (mapped, so_far) = (&self.mapped, &mut self.so_far);
             let Mapped { core, route, tags, .. } = mapped;
             let mut ask = Ask { mapped, so_far, headers: request.headers(), body: PhantomData::<fn() -> R> };
-            let obtained = core.engine.obtain(key, tags, &route.policy, &mut ask).await;
+            let obtained = match is_unavailable {
+                true => Obtained::unavailable(&ask),
+                false => core.engine.obtain(key, tags, &route.policy, &mut ask).await,
+            };
             match self.done(obtained, inner, request) {
                 Ok(response) => Ok(response),
                 Err(rest) => rest.await,
@@ -197,7 +207,7 @@ impl Miss {
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         match obtained {
-            Obtained::Answer((response, outcome)) => match self.behind(&outcome, request.headers()) {
+            Obtained::Answer((response, outcome)) => match self.so_far.behind {
                 // What the request's map held its extensions in has room for this one.
                 Behind::Nothing => Ok(with_outcome(response, std::mem::take(request.extensions_mut()), outcome)),
                 behind => {
@@ -222,23 +232,6 @@ impl Miss {
                 }
                 Err(Box::pin(self.call(inner, request, leader)))
             }
-        }
-    }
-
-    /// What is done about what answers it.
-    fn behind(&self, outcome: &Outcome, headers: &HeaderMap) -> Behind {
-        let _ = (outcome, headers);
-        match self.so_far.asked.is_partial() {
-            true => Behind::Nothing,
-            false if self.so_far.due => Behind::Refresh,
-            #[cfg(feature = "stats")]
-            false
-                if outcome.outcome == Handling::Hit
-                    && audits(&self.mapped.core, &self.mapped.route, self.so_far.key.as_bytes(), headers) =>
-            {
-                Behind::Audit
-            }
-            false => Behind::Nothing,
         }
     }
 
@@ -368,9 +361,28 @@ impl Miss {
     }
 }
 
+/// What is done about a stored entry that answers a request: some of it by chance.
+pub(super) fn draw(
+    core: &Core,
+    route: &ReadRoute,
+    asked: &Asked,
+    (key, entry): (&[u8], &Entry),
+    headers: &HeaderMap,
+    now: Millis,
+) -> Behind {
+    let _ = (core, key, headers);
+    match asked.is_partial() {
+        true => Behind::Nothing,
+        false if asked.replaces(entry, now, route.policy.early_refresh) => Behind::Refresh,
+        #[cfg(feature = "stats")]
+        false if audits(core, route, key, headers) => Behind::Audit,
+        false => Behind::Nothing,
+    }
+}
+
 #[cfg(feature = "stats")]
 /// Whether a hit is to be compared. One with credentials is nobody else's business.
-pub(super) fn audits(core: &Core, route: &ReadRoute, key: &[u8], headers: &HeaderMap) -> bool {
+fn audits(core: &Core, route: &ReadRoute, key: &[u8], headers: &HeaderMap) -> bool {
     let Some(auditor) = &core.auditor else { return false };
     route.body.is_none()
         && !route.is_of_users()

@@ -1,11 +1,13 @@
 //! The layer that answers reads from the cache, and invalidates after the writes that come through it.
 //!
-//! A hit in this process is answered on the spot: no task, no boxing, no lock held. Everything else goes through the
-//! engine, which tells whether to answer, to wait for another request's call, or to call the inner service. That call
-//! is polled by its request, and goes on in a task of its own when its client hangs up.
+//! A hit in this process is answered on the spot: no task, no boxing, no lock held. What this process holds, but may answer
+//! with only when the store says that it is current, is answered as soon as that is said. Everything else goes through the
+//! engine, which tells whether to answer, to wait for another request's call, or to call the inner service. That call is
+//! polled by its request, and goes on in a task of its own when its client hangs up.
 
 #[cfg(feature = "stats")]
 mod audit;
+mod held;
 mod load;
 mod miss;
 
@@ -17,9 +19,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{
-    Extensions, HeaderMap, HeaderName, Method, Request, Response, Uri, Version, header, request, uri::PathAndQuery,
-};
+use http::{Extensions, Method, Request, Response, Uri, Version, header, request, uri::PathAndQuery};
 use http_body::Body;
 use matchit::Params;
 use smallvec::SmallVec;
@@ -42,13 +42,13 @@ use super::{
     write::Write,
 };
 use crate::{
-    clock::Millis,
     http::cache_status::{Forwarded, Handled, Reason},
     key::{Key, KeyBuf, Tag, Tenant, give_back},
-    observe::{FoundIn, Outcome, Timer, Watch},
-    route::{At, BodyKey, Place, Read, ReadRoute, Wanted, variant_key},
-    store::Payload,
+    observe::{Timer, Watch},
+    route::{At, BodyKey, Place, Read, ReadRoute, Wanted},
+    store::Entry,
 };
+use held::{Held, Turn, held};
 use miss::{Behind, Mapped, Miss, SoFar};
 
 /// Wraps services in [`CacheAside`]; made by [`Cache::layer`](crate::Cache::layer).
@@ -167,22 +167,30 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        if let Some(write) = Write::of(&self.core, &mut request, self.mount.as_deref()) {
-            return self.write(write, request);
+        match Write::of(&self.core, &mut request, self.mount.as_deref()) {
+            Some(write) => self.write(write, request),
+            None => self.seek(request, Timer::start(), Turn::First),
         }
-        let timer = Timer::start();
+    }
+}
+
+impl<S, M> CacheAside<S, M> {
+    /// Answers a read.
+    fn seek<B, R>(&self, request: Request<B>, timer: Timer, turn: Turn) -> ResponseFuture<S, B, R, CacheBody<R>>
+    where
+        S: Origin<B, R> + Clone,
+        M: ReadBody<B>,
+        B: Body + Send + 'static,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
+    {
         let (parts, body) = request.into_parts();
         let place = Place::new(&parts.uri, &parts.extensions, self.mount.as_deref());
-        let Some(read) = self.core.routes.read(&parts.method, &place) else {
-            if parts.method == Method::GET {
-                self.core.unmatched(place.full());
-            }
-            let tag_header = self.core.options.tag_header.clone();
-            let finish = Finish { told: None, tag_header, whole: Reads::current() };
-            return self.pass(Request::from_parts(parts, body), Some(finish));
-        };
         // What another load asks for becomes a part of what it makes.
         let whole = Reads::current();
+        let Some(read) = self.core.routes.read(&parts.method, &place) else {
+            let finish = self.unmatched(&parts.method, &place, whole);
+            return self.pass(Request::from_parts(parts, body), Some(finish));
+        };
         let (route, wanted, asked) = match self.wanted(&read, &parts, &body) {
             Ok(wanted) => wanted,
             Err(handled) => {
@@ -194,10 +202,11 @@ where
         if parts.extensions.get().is_some_and(looked) {
             return self.pass(Request::from_parts(parts, body), None);
         }
-        let held = self.held(route, &wanted.key, &asked, &parts.headers, whole.as_ref());
-        let Held { response, behind, variant, known } = held;
+        let held = held(&self.core, route, &wanted.key, &asked, &parts.headers, (whole.as_ref(), turn));
+        let Held { response, behind, unconfirmed, variant, known } = held;
         let at = At { params: &read.params, mount: read.mount };
-        let picked = picked(&self.core, route, (&place, &at), &parts, (&wanted, variant.as_deref()));
+        let picks = || picked(&self.core, route, (&place, &at), &parts, (&wanted, variant.as_deref()));
+        let picked = (turn == Turn::First).then(picks).flatten();
         let Wanted { mut key, tenant: name, needs_public, .. } = wanted;
         let watcher = route.teller.watcher();
         let (response, watch) = match response {
@@ -211,30 +220,30 @@ where
                 watcher.hit(timer, &outcome, || Some(name.clone()));
                 (Some(with_outcome(response, Extensions::new(), outcome)), None)
             }
-            None if asked.ahead.is_some() => (None, None),
-            None => (None, Some(watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri)))),
+            None => {
+                let watch = || watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri));
+                (None, asked.ahead.is_none().then(watch))
+            }
         };
-        let (primary, tags, tenant) = named(route, &mut key, &name, &read.params);
-        if let Some(whole) = &whole {
-            whole.add_tags(tags.iter());
+        if let Some((entry, Behind::Nothing)) = unconfirmed {
+            return self.confirm((key, entry), (route.clone(), asked), watch, Request::from_parts(parts, body));
         }
+        let (primary, tags, tenant) = named(route, &mut key, &name, &read.params);
+        whole.iter().for_each(|whole| whole.add_tags(tags.iter()));
         let reason = if variant.is_some() { Reason::VaryMiss } else { Reason::UriMiss };
         let by_body = route.body.map(|how| (how, route.clone(), picked));
         let mapped = Mapped { core: self.core.clone(), route: route.clone(), tenant, tags };
         let miss = move |primary: Key| {
             let key = variant.map_or_else(|| primary.clone(), Key::new);
-            let so_far = SoFar { primary, key, asked, reason, known, whole, due: false };
-            Miss { mapped, so_far, needs_public }
+            let drawn = unconfirmed.map(|(entry, behind)| (entry.created, behind));
+            let so_far = SoFar { primary, key, asked, reason, known, whole, drawn, behind: Behind::Nothing };
+            Miss { mapped, so_far, needs_public, is_unavailable: turn == Turn::Unavailable }
         };
         let (inner, request) = (self.inner.clone(), Request::from_parts(parts, body));
         match (response, by_body) {
             (None, Some(by_body)) => self.answer_body(miss, key, by_body, watch, inner, request),
             (None, None) => ResponseFuture::boxed(Box::pin(watched(watch, miss(primary).answer(inner, request)))),
-            (Some(response), _) => {
-                let task = miss(primary).follow_up(behind, inner, request);
-                self.core.engine.spawn(task.in_current_span());
-                ResponseFuture::ready(response)
-            }
+            (Some(response), _) => self.answer_before(response, miss(primary).follow_up(behind, inner, request)),
         }
     }
 }
@@ -273,59 +282,63 @@ impl Counted {
 /// What a request looks for, by which route.
 type Sought<'k> = (&'k Arc<ReadRoute>, Wanted<'k>, Asked);
 
-/// What this process holds for a request.
-struct Held<R: Body> {
-    response: Option<(Response<CacheBody<R>>, Outcome)>,
-    /// What is done behind its reader.
-    behind: Behind,
-    /// The key of its variant, where there are any.
-    variant: Option<Vec<u8>>,
-    /// By which headers, and for how long that is remembered.
-    known: Option<(Box<[HeaderName]>, Millis)>,
-}
-
 impl<S, M> CacheAside<S, M> {
-    fn held<R: Body>(
+    /// Answers with what this process holds, if the store says that it is current; else it is looked for as though nothing was held.
+    fn confirm<B, R>(
         &self,
-        route: &ReadRoute,
-        key: &[u8],
-        asked: &Asked,
-        headers: &HeaderMap,
-        whole: Option<&Reads>,
-    ) -> Held<R> {
-        let engine = &self.core.engine;
-        let now = engine.now();
-        let (mut variant, mut known) = (None, None);
-        let mut entry = if route.body.is_some() { None } else { engine.peek(key, now) };
-        if let Some(Payload::Vary(names)) = entry.as_deref().map(|entry| &entry.payload) {
-            let key = variant_key(key, names, headers);
-            let of_variant = engine.peek(&key, now);
-            known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
-            (variant, entry) = (Some(key), of_variant);
-        }
-        let entry = entry.filter(|entry| asked.ahead.is_none() && asked.accepts(entry, now));
-        let how = How::hit(&route.teller, FoundIn::Process);
-        let response = entry.and_then(|entry| {
-            let response = answer(&entry, now, asked, how)?;
-            if let Some(whole) = whole {
-                whole.add_stamps(&entry.stamps);
+        (key, entry): (KeyBuf, Arc<Entry>),
+        (route, asked): (Arc<ReadRoute>, Asked),
+        watch: Option<Watch>,
+        mut request: Request<B>,
+    ) -> ResponseFuture<S, B, R, CacheBody<R>>
+    where
+        S: Origin<B, R> + Clone,
+        M: ReadBody<B>,
+        B: Body + Send + 'static,
+        R: Body<Data = Bytes, Error: Send> + Send + 'static,
+    {
+        let layer = self.clone();
+        ResponseFuture::boxed(Box::pin(async move {
+            let engine = &layer.core.engine;
+            let is_current = engine.is_current(&key, &entry).await.ok();
+            give_back(key);
+            let (now, how) = (engine.now(), How::hit(&route.teller, layer.core.found_in()));
+            let is_good = is_current == Some(true) && entry.is_fresh(now) && asked.accepts(&entry, now);
+            if let Some(response) = is_good.then(|| answer(&entry, now, &asked, how)).flatten() {
+                let outcome = how.outcome(&entry, now, response.body());
+                let response = with_outcome(response, std::mem::take(request.extensions_mut()), outcome);
+                if let Some(watch) = watch {
+                    watch.end(Some((response.extensions(), response.body().size_hint())));
+                }
+                return Ok(response);
             }
-            let behind = match asked.is_partial() {
-                true => Behind::Nothing,
-                false if asked.replaces(&entry, now, route.policy.early_refresh) => Behind::Refresh,
-                #[cfg(feature = "stats")]
-                false if miss::audits(&self.core, route, variant.as_deref().unwrap_or(key), headers) => Behind::Audit,
-                false => Behind::Nothing,
-            };
-            let outcome = how.outcome(&entry, now, response.body());
-            Some(((response, outcome), behind))
-        });
-        if route.body.is_none() && asked.ahead.is_none() {
-            route.teller.watcher().looked(variant.as_deref().unwrap_or(key), response.is_some());
+            // Not held while the inner service works.
+            drop((entry, route, asked));
+            let turn = if is_current.is_some() { Turn::NotCurrent } else { Turn::Unavailable };
+            let timer = watch.map_or_else(Timer::start, Watch::hand_on);
+            Box::pin(layer.seek(request, timer, turn)).await
+        }))
+    }
+
+    /// Answers, and does this behind it.
+    fn answer_before<B, R: Body>(
+        &self,
+        response: Response<CacheBody<R>>,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) -> ResponseFuture<S, B, R, CacheBody<R>>
+    where
+        S: Service<Request<B>>,
+    {
+        self.core.engine.spawn(task.in_current_span());
+        ResponseFuture::ready(response)
+    }
+
+    /// A path that no route reads.
+    fn unmatched(&self, method: &Method, place: &Place<'_>, whole: Option<Reads>) -> Finish {
+        if *method == Method::GET {
+            self.core.unmatched(place.full());
         }
-        let (response, behind) =
-            response.map_or((None, Behind::Nothing), |(response, behind)| (Some(response), behind));
-        Held { response, behind, variant, known }
+        Finish { told: None, tag_header: self.core.options.tag_header.clone(), whole }
     }
 
     fn pass<B, R: Body>(&self, request: Request<B>, finish: Option<Finish>) -> ResponseFuture<S, B, R, CacheBody<R>>

@@ -1,17 +1,17 @@
 //! What was filled is found as it was, and nothing else.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use super::scene::{
-    Flaw, HOUR, Scene, Seen, TIERS, comes, difference, entry, expect, never, now, response, stamps, steady, text,
+    Flaw, HOUR, Scene, Seen, TIERS, comes, difference, entry, expect, group, never, now, response, stamps, steady, text,
 };
 use crate::{
     catalog::{Lifetime, Tier},
     key::{Key, Tag},
-    store::{Entry, Inquiry, Payload, Search, StoredResponse},
+    store::{Entry, Fence, Inquiry, Payload, Search, StoredResponse},
 };
 
 /// The rule without which the others say little: a store that never finds anything breaks none of them.
@@ -240,6 +240,35 @@ pub(super) async fn a_peek_tells_only_what_is_current(scene: &Scene) -> Seen {
         never(found.is_some(), || format!("tier {tier:?}: what this process has dropped is answered at once"))?;
         // Elsewhere it may be for as long as it takes to be said.
         comes("a peek elsewhere sees a drop", async || Ok(scene.there.0.peek(key.as_bytes(), now()).is_none())).await?;
+    }
+    Ok(())
+}
+
+/// What a process holds is what was filled, and is current until any of its tags is dropped or fenced, by whomever.
+pub(super) async fn what_is_held_is_current_until_it_is_dropped(scene: &Scene) -> Seen {
+    let tags = [scene.tag("1"), scene.tag("2")];
+    for (i, tier) in TIERS.into_iter().enumerate() {
+        for (n, fence) in
+            [None, None, Some(Fence::new(Duration::from_secs(30), Duration::ZERO))].into_iter().enumerate()
+        {
+            let key = scene.key(&format!("{i}-{n}"));
+            let filled = scene.here.fill(&key, &tags, "held").await?;
+            // A store may hold it once it was asked for.
+            scene.here.valid(&key, &tags, tier).await?;
+            let Some(held) = scene.here.0.held(key.as_bytes(), tier) else { continue };
+            let differs = difference(&filled, &held);
+            never(differs.is_some(), || format!("held: {}", differs.unwrap_or_default()))?;
+            let is_current = || steady("is_current", || scene.here.0.is_current(key.as_bytes(), &held));
+            expect(is_current().await?, || format!("tier {tier:?}: what was just filled is not current"))?;
+            match &fence {
+                None => scene.there.drop_tags(&tags[n..=n]).await?,
+                Some(fence) => scene.there.fence(&tags[1..], fence).await?,
+            }
+            never(is_current().await?, || format!("tier {tier:?}: it is current although its tag {n} was dropped"))?;
+            if let Some(fence) = &fence {
+                scene.there.invalidate(&group(&tags[1..]), Some(fence)).await?;
+            }
+        }
     }
     Ok(())
 }

@@ -112,6 +112,12 @@ async fn read(handle: Handle, at: usize, world: Arc<World>, mut n: usize) -> See
             world.at_least(own, &entry, "answered at once")?;
         }
         let needed = thing.acknowledged.load(Ordering::SeqCst);
+        let held = handle.0.held(thing.key.as_bytes(), world.tier);
+        if let Some(entry) = held
+            && handle.0.is_current(thing.key.as_bytes(), &entry).await.is_ok_and(|is_current| is_current)
+        {
+            world.at_least(needed, &entry, "current")?;
+        }
         let inquiry = Inquiry::new(&thing.key, &tags, world.tier, now());
         let Ok(found) = handle.0.lookup(inquiry).await else {
             sleep(Duration::from_millis(5)).await;

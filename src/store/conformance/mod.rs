@@ -82,7 +82,8 @@ const RULES: &[Rule] = rules![
     entries: it_hits, every_kind_of_entry_is_found_as_it_was, bodies_are_found_whole,
         a_large_body_is_found_whole_or_not_at_all, odd_headers_are_found_as_they_were, each_key_has_its_own_entry,
         each_tag_has_its_own_generation, what_is_kept_for_long_is_found, what_is_over_is_not_fresh,
-        a_peek_tells_only_what_is_current, a_search_finds_what_is_asked_for;
+        a_peek_tells_only_what_is_current, what_is_held_is_current_until_it_is_dropped,
+        a_search_finds_what_is_asked_for;
     generations: an_absent_generation_is_created_for_everybody, opens_at_once_agree, what_is_asked_is_answered_in_order,
         a_dropped_generation_never_comes_back, an_entry_falls_with_each_of_its_tags,
         an_invalidation_drops_all_tags_of_all_groups, many_tags_are_dropped_at_once, counts_are_about_right, members_of_a_fleet_hear_each_other, a_note_is_kept_as_it_was_written_last,

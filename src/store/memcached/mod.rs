@@ -10,7 +10,7 @@ mod frames;
 mod remote;
 mod server;
 
-use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fmt, future::ready, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use serde::Deserialize;
@@ -19,13 +19,13 @@ use sha2::{Digest, Sha256};
 use super::{
     Entry, Exchange, Fence, Generation, Guard, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Store, StoreError,
     StoreFuture, TagGroup, Usage,
-    wire::{Counters, WireStats, check_times, validated},
+    wire::{Counters, WireStats, check_times, still_current, validated},
 };
 use crate::{
     catalog::Tier,
     clock::Millis,
     error::ConfigError,
-    key::{Key, Tag},
+    key::{Key, Tag, tenant_of},
     units::{bytes, duration},
 };
 #[cfg(any(test, fuzzing))]
@@ -282,6 +282,15 @@ fn addresses(servers: &[String]) -> Result<BTreeSet<String>, ConfigError> {
 }
 
 impl Store for MemcachedStore {
+    fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
+        self.0.memory.as_ref().filter(|_| tier == Tier::Validated)?.raw(key)
+    }
+
+    fn is_current<'a>(&'a self, key: &'a [u8], entry: &'a Entry) -> StoreFuture<'a, bool> {
+        let Some(memory) = &self.0.memory else { return Box::pin(ready(Ok(false))) };
+        Box::pin(still_current(self.of(tenant_of(key)), memory, key, entry))
+    }
+
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         match &self.0.memory {
             Some(memory) if inquiry.tier != Tier::Off => {
@@ -304,7 +313,7 @@ impl Store for MemcachedStore {
             self.of(key.tenant()).fill(key, entry, tier, now).await?;
             // What is held is what was there before.
             if let Some(memory) = &self.0.memory {
-                memory.forget(key);
+                memory.forget(key.as_bytes());
             }
             Ok(())
         })

@@ -47,7 +47,7 @@ use crate::{
         Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture,
         TagGroup,
         codec::{self},
-        wire::{Counters, Generations, by_tenant},
+        wire::{Counters, Generations, Tags, by_tenant},
     },
 };
 
@@ -170,8 +170,8 @@ impl Remote {
         root(&self.server.address, &self.server.terms)
     }
 
-    fn of_tags(&self, kind: &str, tags: &[Tag], command: impl Fn(Name) -> Command) -> Vec<Command> {
-        tags.iter().map(|tag| command(self.name(kind, tag.as_bytes()))).collect()
+    fn of_tags<'t>(&self, kind: &str, tags: impl Tags<'t>, command: impl Fn(Name) -> Command) -> Vec<Command> {
+        tags.map(|tag| command(self.name(kind, tag.as_bytes()))).collect()
     }
 
     fn read_entry(&self, connection: &Connection, bytes: &Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
@@ -203,7 +203,7 @@ impl Remote {
         tags.iter().for_each(|tag| made(self.name("g:", tag.as_bytes()), opened));
         made(self.name("m:", tenant(tags)), opened);
         let fences = commands.len();
-        commands.extend(self.of_tags("f:", tags, Command::get));
+        commands.extend(self.of_tags("f:", tags.iter(), Command::get));
         let answer = connection.call(&commands).await?;
         self.server.refuses(refusal(&answer));
         let root = value(&answer, 1).and_then(|root| number(root));
@@ -365,13 +365,14 @@ impl Remote {
 }
 
 impl Generations for Remote {
-    async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
+    async fn generations<'t>(&self, tags: impl Tags<'t>) -> Result<Vec<Option<Generation>>, StoreError> {
         let connection = self.server.reading().await?;
         let mut commands = vec![Command::get(self.root())];
+        let count = tags.len();
         commands.extend(self.of_tags("g:", tags, Command::get));
         let answer = connection.call(&commands).await?;
         let root = value(&answer, 0).and_then(|root| number(root));
-        Ok((1..=tags.len()).map(|at| generation(&answer, root, at)).collect())
+        Ok((1..=count).map(|at| generation(&answer, root, at)).collect())
     }
 }
 
@@ -380,7 +381,7 @@ impl Store for Remote {
         Box::pin(async move {
             let connection = self.server.reading().await?;
             let mut commands = vec![Command::get(self.root()), Command::get(self.name("e:", inquiry.key.as_bytes()))];
-            commands.extend(self.of_tags("g:", inquiry.tags, Command::get));
+            commands.extend(self.of_tags("g:", inquiry.tags.iter(), Command::get));
             let answer = connection.call(&commands).await?;
             let root = value(&answer, 0).and_then(|root| number(root));
             let entry = value(&answer, 1).and_then(|bytes| self.read_entry(&connection, bytes, &inquiry));

@@ -26,6 +26,7 @@ mod watch;
 
 use std::{
     fmt,
+    future::ready,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
@@ -40,7 +41,7 @@ use super::{
     Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, MemoryStore, Opened, Search, Store, StoreError,
     StoreFuture, TagGroup, Usage,
     guard::Guard,
-    wire::{Counters, WireStats, check_times, is_current, validated},
+    wire::{Counters, WireStats, check_times, is_current, still_current, validated},
 };
 use crate::{
     catalog::Tier,
@@ -374,6 +375,15 @@ impl Store for RedisStore {
         held.memory.peek(key, now)
     }
 
+    fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
+        self.0.held.as_ref().filter(|_| tier == Tier::Validated)?.memory.raw(key)
+    }
+
+    fn is_current<'a>(&'a self, key: &'a [u8], entry: &'a Entry) -> StoreFuture<'a, bool> {
+        let Some(held) = &self.0.held else { return Box::pin(ready(Ok(false))) };
+        Box::pin(still_current(self.remote(), &held.memory, key, entry))
+    }
+
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         let remote = self.remote();
         // In one box, and not in one for each that passes it on.
@@ -408,7 +418,7 @@ impl Store for RedisStore {
             self.remote().fill(key, entry, tier, now).await?;
             // What is held is what was there before.
             if let Some(held) = &self.0.held {
-                held.memory.forget(key);
+                held.memory.forget(key.as_bytes());
             }
             Ok(())
         })

@@ -46,7 +46,7 @@ use crate::{
         Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Stamp, Store, StoreError,
         StoreFuture, TagGroup, codec,
         regional::{FIELD, Kind, Record},
-        wire::{Counters, Generations, by_tenant},
+        wire::{Counters, Generations, Tags, by_tenant},
     },
 };
 
@@ -299,21 +299,21 @@ impl Remote {
     }
 
     /// The keys that a look-up reads: that of an entry and the mark, and those of generations.
-    fn names<'a>(&'a self, key: Option<&'a Key>, tags: &'a [Tag]) -> impl Iterator<Item = Name<'a>> {
+    fn names<'a, 't: 'a>(&'a self, key: Option<&'a Key>, tags: impl Tags<'t> + 'a) -> impl Iterator<Item = Name<'a>> {
         let entry = key.into_iter().flat_map(|key| [("e:", key.as_bytes()), ("m:", key.tenant())]);
-        let all = entry.chain(tags.iter().map(|tag| ("g:", tag.as_bytes())));
+        let all = entry.chain(tags.map(|tag| ("g:", tag.as_bytes())));
         all.map(|(kind, rest)| Name([self.link.terms.prefix.as_bytes(), kind.as_bytes(), rest]))
     }
 
     /// Reads what is stored of an entry, and the mark, if that is asked for, and generations: the one command of a hit. It goes
     /// over the connection for look-ups where there is one, else over the client library's.
-    async fn read(&self, server: &Server, key: Option<&Key>, tags: &[Tag]) -> Result<Found, StoreError> {
+    async fn read<'t>(&self, server: &Server, key: Option<&Key>, tags: impl Tags<'t>) -> Result<Found, StoreError> {
         let count = key.map_or(0, |_| 2) + tags.len();
         let found = match server.lane() {
             Some(lane) => {
-                let names = || self.names(key, tags).map(|name| name.0);
+                let names = self.names(key, tags).map(|name| name.0);
                 // An entry is worth it: what it takes to send, to read and to make something of.
-                let asked = lane.ask(key.is_some(), |out| resp::write(out, "MGET", count, names()));
+                let asked = lane.ask(key.is_some(), |out| resp::write(out, "MGET", count, names));
                 let reply = self.link.asked(server, lane, asked.await)?;
                 let found = Found::of(&reply, key.is_some(), count, server.reign);
                 let found = found.map_err(|trouble| self.link.refused(server, Step::Read, trouble))?;
@@ -321,10 +321,10 @@ impl Remote {
                 found.ok_or_else(|| self.link.confused(server, lane))?
             }
             None => {
-                let size = self.names(key, tags).flat_map(|name| name.0).map(<[u8]>::len).sum::<usize>();
+                let size = self.names(key, tags.clone()).flat_map(|name| name.0).map(<[u8]>::len).sum::<usize>();
                 let mut get = Cmd::with_capacity(1 + count, 4 + size);
                 get.arg("MGET");
-                for name in self.names(key, tags) {
+                for name in self.names(key, tags.clone()) {
                     get.arg(name);
                 }
                 let values: Vec<Value> = self.command(server, Step::Read, &get).await?;
@@ -344,7 +344,7 @@ impl Remote {
 
     pub(super) async fn find(&self, inquiry: Inquiry<'_>) -> Result<Lookup, StoreError> {
         let server = self.link.reading(inquiry.key.tenant()).await?;
-        let Found { entry, mark, generations } = self.read(&server, Some(inquiry.key), inquiry.tags).await?;
+        let Found { entry, mark, generations } = self.read(&server, Some(inquiry.key), inquiry.tags.iter()).await?;
         let entry = entry.and_then(|bytes| self.read_entry(&server, bytes, &inquiry));
         Ok(Lookup::new(entry, generations).marked(mark.map(|mark| Mark(mark.0))))
     }
@@ -786,11 +786,9 @@ fn generation_in(stored: &[u8], reign: u128) -> Option<Generation> {
 }
 
 impl Generations for Remote {
-    async fn generations(&self, tags: &[Tag]) -> Result<Vec<Option<Generation>>, StoreError> {
-        if tags.is_empty() {
-            return Ok(vec![]);
-        }
-        let server = self.link.reading(tenant(tags)).await?;
+    async fn generations<'t>(&self, tags: impl Tags<'t>) -> Result<Vec<Option<Generation>>, StoreError> {
+        let Some(first) = tags.clone().next() else { return Ok(vec![]) };
+        let server = self.link.reading(first.tenant()).await?;
         Ok(self.read(&server, None, tags).await?.generations)
     }
 }

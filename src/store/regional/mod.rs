@@ -227,6 +227,17 @@ impl Store for Regional {
         self.reading().ok()?.peek(key, now)
     }
 
+    fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
+        self.reading().ok()?.held(key, tier)
+    }
+
+    fn is_current<'a>(&'a self, key: &'a [u8], entry: &'a Entry) -> StoreFuture<'a, bool> {
+        match self.reading() {
+            Ok(local) => local.is_current(key, entry),
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        }
+    }
+
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         match self.reading() {
             Ok(local) => local.lookup(inquiry),

@@ -1,0 +1,101 @@
+//! What this process holds for a request: what answers it on the spot, and what does so once the store has said that it is current.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, HeaderName, Response};
+use http_body::Body;
+
+use super::miss::{Behind, draw};
+use crate::{
+    clock::Millis,
+    layer::{
+        body::CacheBody,
+        changes::Reads,
+        core::Core,
+        serve::{Asked, How, answer},
+    },
+    observe::{FoundIn, Outcome},
+    route::{ReadRoute, variant_key},
+    store::{Entry, Payload},
+};
+
+/// Whether a request is looked for again, and why. What counts or picks requests has seen it the first time.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    First,
+    /// What this process held of it is not current.
+    NotCurrent,
+    /// The store cannot be asked.
+    Unavailable,
+}
+
+pub(super) struct Held<R: Body> {
+    pub(super) response: Option<(Response<CacheBody<R>>, Outcome)>,
+    /// What is done behind its reader.
+    pub(super) behind: Behind,
+    /// What may answer as soon as the store says that it is current, and what is done about it then.
+    pub(super) unconfirmed: Option<(Arc<Entry>, Behind)>,
+    /// The key of its variant, where there are any.
+    pub(super) variant: Option<Vec<u8>>,
+    /// By which headers, and for how long that is remembered.
+    pub(super) known: Option<(Box<[HeaderName]>, Millis)>,
+}
+
+pub(super) fn held<R: Body>(
+    core: &Core,
+    route: &ReadRoute,
+    key: &[u8],
+    asked: &Asked,
+    headers: &HeaderMap,
+    (whole, turn): (Option<&Reads>, Turn),
+) -> Held<R> {
+    let engine = &core.engine;
+    let now = engine.now();
+    let (mut variant, mut known) = (None, None);
+    let mut entry = if route.body.is_some() { None } else { engine.peek(key, now) };
+    if let Some(Payload::Vary(names)) = entry.as_deref().map(|entry| &entry.payload) {
+        let key = variant_key(key, names, headers);
+        let of_variant = engine.peek(&key, now);
+        known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
+        (variant, entry) = (Some(key), of_variant);
+    }
+    let entry = entry.filter(|entry| asked.ahead.is_none() && asked.accepts(entry, now));
+    let how = How::hit(&route.teller, FoundIn::Process);
+    let response = entry.and_then(|entry| {
+        let response = answer(&entry, now, asked, how)?;
+        if let Some(whole) = whole {
+            whole.add_stamps(&entry.stamps);
+        }
+        let key = variant.as_deref().unwrap_or(key);
+        let behind = draw(core, route, asked, (key, &entry), headers, now);
+        let outcome = how.outcome(&entry, now, response.body());
+        Some(((response, outcome), behind))
+    });
+    let mut unconfirmed = None;
+    if route.body.is_none() && asked.ahead.is_none() && turn == Turn::First {
+        route.teller.watcher().looked(variant.as_deref().unwrap_or(key), response.is_some());
+        // What leads to variants, or is a part of another response, is looked up.
+        if response.is_none() && variant.is_none() && whole.is_none() {
+            unconfirmed = to_confirm(core, route, key, asked, headers, now);
+        }
+    }
+    let (response, behind) = response.map_or((None, Behind::Nothing), |(response, behind)| (Some(response), behind));
+    Held { response, behind, unconfirmed, variant, known }
+}
+
+fn to_confirm(
+    core: &Core,
+    route: &ReadRoute,
+    key: &[u8],
+    asked: &Asked,
+    headers: &HeaderMap,
+    now: Millis,
+) -> Option<(Arc<Entry>, Behind)> {
+    let entry = core.engine.held(key, route.policy.tier(), now)?;
+    let is_plain = matches!(entry.payload, Payload::Response(_)) && entry.varied.is_none();
+    if !is_plain || !asked.accepts(&entry, now) {
+        return None;
+    }
+    let behind = draw(core, route, asked, (key, &entry), headers, now);
+    Some((entry, behind))
+}
