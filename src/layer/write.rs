@@ -109,6 +109,9 @@ impl Write {
     /// An unsafe request that no other layer of this cache takes care of; it is then claimed, and its handler may say what
     /// it changes.
     pub(super) fn of<B>(core: &Arc<Core>, request: &mut Request<B>, mount: Option<&str>) -> Option<Self> {
+        if request.method().is_safe() {
+            return None;
+        }
         let place = Place::new(request.uri(), request.extensions(), mount);
         let written = core.routes.written(request.method(), &place)?;
         let place = place.into_owned();

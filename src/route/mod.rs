@@ -309,12 +309,9 @@ impl Routes {
         Some(Read { route, any, params: found.params, mount: found.mount, is_certain: found.is_certain })
     }
 
-    /// What a request changes, as far as that is declared; `None` if it may change nothing, or nothing that is not seen to
-    /// elsewhere.
+    /// What a request changes, whose method is not known to be safe, as far as that is declared; `None` if it may change nothing,
+    /// or nothing that is not seen to elsewhere.
     pub(crate) fn written(&self, method: &Method, place: &Place<'_>) -> Option<Written> {
-        if matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE) {
-            return None;
-        }
         let is_unsafe = is_unsafe(method);
         let (read, written) = (place.find(&self.reads), place.find(&self.writes));
         // One that only reads.

@@ -41,6 +41,7 @@ pub(super) struct Held<R: Body> {
     pub(super) known: Option<(Box<[HeaderName]>, Millis)>,
 }
 
+#[inline]
 pub(super) fn held<R: Body>(
     core: &Core,
     route: &ReadRoute,
