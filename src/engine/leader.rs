@@ -78,24 +78,27 @@ impl Leader {
     /// declares, and `varied` says which request headers it depends on, and under which key it is stored for it. `None`
     /// if one of the tags may have been dropped since the load began: then the response is good for nobody but its own
     /// request.
-    pub(crate) async fn seal(
+    #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+    pub(crate) fn seal(
         self,
         payload: Payload,
         late: Vec<Tag>,
         life: Lifetime,
         varied: Option<(Box<[HeaderName]>, Key)>,
-    ) -> Option<Sealed> {
-        let stamps = self.stamps(late).await?;
-        // A part may be older than its tag's generation: of a tier that has not heard of the write yet.
-        if is_older(&self.parts, &stamps) {
-            return None;
+    ) -> impl Future<Output = Option<Sealed>> + Send {
+        async move {
+            let stamps = self.stamps(late).await?;
+            // A part may be older than its tag's generation: of a tier that has not heard of the write yet.
+            if is_older(&self.parts, &stamps) {
+                return None;
+            }
+            let poll = self.poll(&payload, &life, varied.as_ref().map(|(_, key)| key));
+            let (life, learned) = self.learn(poll.as_ref(), life);
+            let entry = Entry::new(payload, stamps.into(), self.flight.began(), life);
+            let entry = Arc::new(Entry { varied: varied.map(Box::new), learned, ..entry });
+            self.flight.land(Landed::Done(entry.clone()));
+            Some(Sealed { entry, drifted: poll.and_then(|poll| poll.change), leader: self })
         }
-        let poll = self.poll(&payload, &life, varied.as_ref().map(|(_, key)| key));
-        let (life, learned) = self.learn(poll.as_ref(), life);
-        let entry = Entry::new(payload, stamps.into(), self.flight.began(), life);
-        let entry = Arc::new(Entry { varied: varied.map(Box::new), learned, ..entry });
-        self.flight.land(Landed::Done(entry.clone()));
-        Some(Sealed { entry, drifted: poll.and_then(|poll| poll.change), leader: self })
     }
 
     /// What its entry has: the tags that the request names, and those that the response declares, under the generations from before

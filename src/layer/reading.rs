@@ -207,66 +207,74 @@ impl Reading {
     }
 
     /// All of it is there.
-    async fn complete<R: Body, E>(mut self, mut client: Client<R, E>, copy: Copy, asked: &Asked) {
-        let (data, trailers) = copy.into_parts();
-        let (reads, known) = &self.known;
-        let is_counted = counts(&self.parts.headers, data.len());
-        let accepted = if is_counted { (self.accepts)(&data, trailers.as_ref()) } else { Err("content-length") };
-        if let Err(detail) = accepted.and(if reads.count() > *known { Err("late-tags") } else { Ok(()) }) {
-            drop(self.leader);
-            (self.forwarded.stored, self.forwarded.detail) = (false, Some(detail));
-            return client.end(|| {
-                self.teller.tell(Handled::Forwarded(self.forwarded), asked.key.as_deref(), &mut self.parts);
-                let body = CacheBody::full(data, trailers);
-                Response::from_parts(self.parts, if is_counted { body } else { body.uncounted() })
-            });
-        }
-        if self.adds_tag
-            && let Ok(tag) = entity_tag(&data)
-        {
-            self.parts.headers.insert(header::ETAG, tag);
-        }
-        let mut headers = stored_headers(&self.parts.headers);
-        // When it was made, where nobody says so (RFC 9110, section 6.6.1).
-        if !headers.contains_key(header::DATE)
-            && let Some(date) = date_of(self.date)
-        {
-            headers.insert(header::DATE, date);
-        }
-        let stored = StoredResponse {
-            status: self.parts.status,
-            headers: headers.into(),
-            body: data.clone(),
-            trailers: trailers.clone().map(Box::new),
-        };
-        let keep = self.forwarded.stored;
-        let leader = self.leader.made_of(self.known.0.stamps());
-        let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
-        self.forwarded.stored = keep && sealed.as_ref().is_some_and(Sealed::is_kept);
-        if self.forwarded.stored {
-            self.teller.watcher().stored(data.len());
-        }
-        if let Some(sealed) = sealed.as_ref().filter(|_| self.forwarded.stored) {
-            self.teller.watcher().kept(sealed.key(), sealed.entry.weight());
-        }
-        if let Some(sealed) = &sealed {
-            tell_drift(sealed, &self.teller, self.route);
-        }
-        client.end(|| {
-            let how = How::forwarded(&self.teller, self.forwarded);
-            let conditional = sealed.as_ref().filter(|_| asked.head || asked.conditions.is_some());
-            conditional.and_then(|sealed| conditionally(sealed, &self.parts, asked, how)).unwrap_or_else(|| {
-                let mut parts = self.parts;
-                self.teller.tell(Handled::Forwarded(self.forwarded), asked.key.as_deref(), &mut parts);
-                Response::from_parts(parts, CacheBody::full(data, trailers))
-            })
-        });
-        if let Some(sealed) = sealed.filter(|_| keep) {
-            // Its client does not wait for that; who asks here before it is stored finds the flight.
-            if sealed.is_remote() {
-                yield_now().await;
+    #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+    fn complete<R: Body, E>(
+        mut self,
+        mut client: Client<R, E>,
+        copy: Copy,
+        asked: &Asked,
+    ) -> impl Future<Output = ()> + use<'_, R, E> {
+        async move {
+            let (data, trailers) = copy.into_parts();
+            let (reads, known) = &self.known;
+            let is_counted = counts(&self.parts.headers, data.len());
+            let accepted = if is_counted { (self.accepts)(&data, trailers.as_ref()) } else { Err("content-length") };
+            if let Err(detail) = accepted.and(if reads.count() > *known { Err("late-tags") } else { Ok(()) }) {
+                drop(self.leader);
+                (self.forwarded.stored, self.forwarded.detail) = (false, Some(detail));
+                return client.end(|| {
+                    self.teller.tell(Handled::Forwarded(self.forwarded), asked.key.as_deref(), &mut self.parts);
+                    let body = CacheBody::full(data, trailers);
+                    Response::from_parts(self.parts, if is_counted { body } else { body.uncounted() })
+                });
             }
-            sealed.store().await;
+            if self.adds_tag
+                && let Ok(tag) = entity_tag(&data)
+            {
+                self.parts.headers.insert(header::ETAG, tag);
+            }
+            let mut headers = stored_headers(&self.parts.headers);
+            // When it was made, where nobody says so (RFC 9110, section 6.6.1).
+            if !headers.contains_key(header::DATE)
+                && let Some(date) = date_of(self.date)
+            {
+                headers.insert(header::DATE, date);
+            }
+            let stored = StoredResponse {
+                status: self.parts.status,
+                headers: headers.into(),
+                body: data.clone(),
+                trailers: trailers.clone().map(Box::new),
+            };
+            let keep = self.forwarded.stored;
+            let leader = self.leader.made_of(self.known.0.stamps());
+            let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
+            self.forwarded.stored = keep && sealed.as_ref().is_some_and(Sealed::is_kept);
+            if self.forwarded.stored {
+                self.teller.watcher().stored(data.len());
+            }
+            if let Some(sealed) = sealed.as_ref().filter(|_| self.forwarded.stored) {
+                self.teller.watcher().kept(sealed.key(), sealed.entry.weight());
+            }
+            if let Some(sealed) = &sealed {
+                tell_drift(sealed, &self.teller, self.route);
+            }
+            client.end(|| {
+                let how = How::forwarded(&self.teller, self.forwarded);
+                let conditional = sealed.as_ref().filter(|_| asked.head || asked.conditions.is_some());
+                conditional.and_then(|sealed| conditionally(sealed, &self.parts, asked, how)).unwrap_or_else(|| {
+                    let mut parts = self.parts;
+                    self.teller.tell(Handled::Forwarded(self.forwarded), asked.key.as_deref(), &mut parts);
+                    Response::from_parts(parts, CacheBody::full(data, trailers))
+                })
+            });
+            if let Some(sealed) = sealed.filter(|_| keep) {
+                // Its client does not wait for that; who asks here before it is stored finds the flight.
+                if sealed.is_remote() {
+                    yield_now().await;
+                }
+                sealed.store().await;
+            }
         }
     }
 

@@ -37,56 +37,68 @@ use crate::{
 };
 
 impl Miss {
-    /// Calls the inner service, answers its request, and stores the response for others if it may be.
-    pub(super) async fn load<S, B, R>(
+    /// Calls the inner service, answers its request, and stores the response for others if it may be. What is done with the response
+    /// is boxed when it is known: what is not begun yet is moved, all the room for it included.
+    #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+    pub(super) fn load<S, B, R>(
         self,
         mut inner: S,
         mut request: Request<B>,
         mut leader: Option<Leader>,
         reply: Reply<R, S::Error>,
-    ) where
+    ) -> impl Future<Output = ()>
+    where
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
     {
-        let (start, date) = (Instant::now(), self.mapped.core.date());
-        let (headers, reads) = (request.headers().clone(), Reads::default());
-        tracing::debug!(
-            key = %self.so_far.key.as_bytes().escape_ascii(),
-            tags = ?leader.iter().flat_map(Leader::tags).collect::<Vec<_>>(),
-            reason = self.so_far.reason.as_str(),
-            "calling the inner service"
-        );
-        let confirmable = self.prepare(&mut request, leader.as_mut());
-        let is_asked = leader.as_ref().is_none_or(|leader| leader.unshared);
-        if let Some(whole) = &self.so_far.whole {
-            whole.include(&reads);
-        }
-        let result = reads.scope(future::call(&mut inner, request)).await;
-        let is_ok = matches!(&result, Ok(response) if !response.status().is_server_error());
-        self.mapped.route.teller.watcher().loaded(is_ok, start.elapsed());
-        if !is_ok && let Some(response) = self.instead(leader.as_ref()) {
-            let _ = reply.send(Ok(response));
-            return;
-        }
-        let response = match result {
-            Ok(response) => response,
-            Err(error) => {
-                drop(leader);
-                // Nobody is there to be answered if the client hung up.
-                let _ = reply.send(Err(error));
+        async move {
+            let (start, date) = (Instant::now(), self.mapped.core.date());
+            let (headers, reads) = (request.headers().clone(), Reads::default());
+            tracing::debug!(
+                key = %self.so_far.key.as_bytes().escape_ascii(),
+                tags = ?leader.iter().flat_map(Leader::tags).collect::<Vec<_>>(),
+                reason = self.so_far.reason.as_str(),
+                "calling the inner service"
+            );
+            let confirmable = self.prepare(&mut request, leader.as_mut());
+            let is_asked = leader.as_ref().is_none_or(|leader| leader.unshared);
+            if let Some(whole) = &self.so_far.whole {
+                whole.include(&reads);
+            }
+            let result = reads.scope(future::call(&mut inner, request)).await;
+            let is_ok = matches!(&result, Ok(response) if !response.status().is_server_error());
+            self.mapped.route.teller.watcher().loaded(is_ok, start.elapsed());
+            if !is_ok && let Some(response) = self.instead(leader.as_ref()) {
+                let _ = reply.send(Ok(response));
                 return;
             }
-        };
-        let called = Called { start, date, headers, reads, confirmable, is_asked };
-        self.answered(response, called, leader, reply).await;
+            let response = match result {
+                Ok(response) => response,
+                Err(error) => {
+                    drop(leader);
+                    // Nobody is there to be answered if the client hung up.
+                    let _ = reply.send(Err(error));
+                    return;
+                }
+            };
+            let called = Called { start, date, headers, reads, confirmable, is_asked, leader };
+            match self.answered(response, called, reply) {
+                Next::Nothing => {}
+                Next::Confirm(confirmed, reply) => Box::pin(self.confirm(confirmed, reply)).await,
+                Next::Read(reading, body, reply) => {
+                    let (reads, asked) = (reading.known.0.clone(), &self.so_far.asked);
+                    reads.scope(Box::pin(reading.read(body, asked, reply))).await;
+                }
+            }
+        }
     }
 
     /// What becomes of a response.
-    async fn answered<R, E>(self, response: Response<R>, called: Called, leader: Option<Leader>, reply: Reply<R, E>)
+    fn answered<R, E>(&self, response: Response<R>, called: Called, reply: Reply<R, E>) -> Next<R, E>
     where
         R: Body<Data = Bytes>,
     {
-        let Called { start, date, headers, reads, confirmable, is_asked } = called;
+        let Called { start, date, headers, reads, confirmable, is_asked, leader } = called;
         let (Mapped { core, route, tenant, .. }, SoFar { asked, .. }) = (&self.mapped, &self.so_far);
         let (mut parts, body) = response.into_parts();
         take_weak_date(&mut parts.headers, date, start.elapsed());
@@ -123,14 +135,14 @@ impl Miss {
                 let varied = self.varied(names, &headers);
                 Kept { leader, late, life, varied }
             });
-            return self.confirm(stored, parts, kept, forwarded, reply).await;
+            return Next::Confirm(Confirmed { stored, parts, kept, forwarded }, reply);
         }
         let Some((leader, life, names)) = settled else {
             let (key, reason) = (self.so_far.key.as_bytes().escape_ascii(), forwarded.detail);
             tracing::debug!(%key, reason, status = parts.status.as_u16(), "not stored");
             route.teller.tell(Handled::Forwarded(forwarded), asked.key.as_deref(), &mut parts);
             let _ = reply.send(Ok(unstored(parts, body, asked, is_asked)));
-            return;
+            return Next::Nothing;
         };
         let (varied, limit) = (self.varied(names, &headers), core.options.body_limit);
         let is_plain = parts.status == StatusCode::OK && !parts.headers.contains_key(header::ETAG);
@@ -151,7 +163,7 @@ impl Miss {
             limit,
             accepts: |_, _| Ok(()),
         };
-        reads.scope(reading.read(body, asked, reply)).await;
+        Next::Read(reading, body, reply)
     }
 
     /// Asks for the whole response, or whether the stored one is still good, which is then returned. Where nothing will be
@@ -214,14 +226,8 @@ impl Miss {
     }
 
     /// Stores what the origin has confirmed anew, and answers with it.
-    async fn confirm<R: Body, E>(
-        &self,
-        stored: StoredResponse,
-        parts: response::Parts,
-        kept: Option<Kept>,
-        mut forwarded: Forwarded,
-        reply: Reply<R, E>,
-    ) {
+    async fn confirm<R: Body, E>(&self, confirmed: Confirmed, reply: Reply<R, E>) {
+        let Confirmed { stored, parts, kept, mut forwarded } = confirmed;
         let headers = stored_headers(&parts.headers).into();
         let payload = Payload::Response(StoredResponse { headers, ..stored });
         let engine = &self.mapped.core.engine;
@@ -258,6 +264,25 @@ struct Called {
     confirmable: Option<StoredResponse>,
     /// Whether the handler is asked what the client asks.
     is_asked: bool,
+    leader: Option<Leader>,
+}
+
+/// What is still to be done with a response.
+enum Next<R, E>
+where
+    R: Body,
+{
+    Nothing,
+    Confirm(Confirmed, Reply<R, E>),
+    Read(Reading, R, Reply<R, E>),
+}
+
+/// A stored response that the origin has confirmed.
+struct Confirmed {
+    stored: StoredResponse,
+    parts: response::Parts,
+    kept: Option<Kept>,
+    forwarded: Forwarded,
 }
 
 /// Makes the head of a confirmation that of the stored response, which is still made of what it was made of.

@@ -266,7 +266,12 @@ impl Miss {
     }
 
     /// Waits for the origin, or for as long as its type has patience with it while there is something else to serve.
-    async fn call<S, B, R>(self, inner: S, request: Request<B>, leader: Option<Leader>) -> Replied<R, S::Error>
+    fn call<S, B, R>(
+        self,
+        inner: S,
+        request: Request<B>,
+        leader: Option<Leader>,
+    ) -> impl Future<Output = Replied<R, S::Error>> + Send + use<S, B, R>
     where
         S: Origin<B, R>,
         B: Send + 'static,
@@ -277,16 +282,17 @@ impl Miss {
         let (engine, policy) = (&core.engine, &route.policy);
         let stale = leader.as_ref().and_then(stored).filter(|stale| !stale.invalidated).cloned();
         let stale = stale.filter(|stale| stale.serves_on_error(engine.now(), policy));
+        let patience = policy.soft_timeout.zip(stale);
         let mut load = self.attend(inner, request, leader);
-        match policy.soft_timeout.zip(stale) {
-            None => load.await,
-            Some((patience, stale)) => match timeout(patience, &mut load).await {
+        async move {
+            let Some((patience, stale)) = patience else { return load.await };
+            match timeout(patience, &mut load).await {
                 Ok(replied) => replied,
                 Err(_) => match serve_stale(&core, &route, (&asked, whole.as_ref()), &stale.entry) {
                     Some(response) => Ok(response),
                     None => load.await,
                 },
-            },
+            }
         }
     }
 
