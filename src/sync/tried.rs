@@ -95,6 +95,15 @@ pub(crate) mod shared {
             self.inner().remove(key);
         }
 
+        #[cfg(any(feature = "redis", feature = "memcached"))]
+        pub(crate) fn remove_if<Q: Hash + Equivalent<K> + ?Sized>(
+            &self,
+            key: &Q,
+            is_it: impl FnOnce(&V) -> bool,
+        ) -> Option<(K, V)> {
+            self.inner().remove_if(key, is_it)
+        }
+
         pub(crate) fn iter(&self) -> impl Iterator<Item = (K, V)>
         where
             K: Clone,
