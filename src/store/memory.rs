@@ -449,9 +449,9 @@ impl MemoryStore {
     /// The same, if it was filled under the same generations as this.
     #[cfg(any(feature = "redis", feature = "memcached"))]
     pub(super) fn forget_this(&self, key: &[u8], entry: &Entry) {
-        if self.entries.remove_if(key, |resident| resident.entry.stamps == entry.stamps).is_some() {
-            self.changes(self.hasher.hash_one(key)).fetch_add(1, Ordering::Release);
-        }
+        self.entries.remove_if(key, |resident| resident.entry.stamps == entry.stamps);
+        // A thread may have a copy of what has gone before.
+        self.changes(self.hasher.hash_one(key)).fetch_add(1, Ordering::Release);
     }
 
     /// Drops a tag that nobody but this process' entries and captures know.

@@ -316,7 +316,9 @@ impl<S, M> CacheAside<S, M> {
             drop((entry, route, asked));
             let turn = if is_current.is_some() { Turn::NotCurrent } else { Turn::Unavailable };
             let timer = watch.map_or_else(Timer::start, Watch::hand_on);
-            Box::pin(layer.seek(request, timer, turn)).await
+            let again = Box::pin(layer.seek(request, timer, turn));
+            drop(layer);
+            again.await
         }))
     }
 

@@ -264,7 +264,7 @@ pub(super) async fn what_is_held_is_current_until_it_is_dropped(scene: &Scene) -
                 None => scene.there.drop_tags(&tags[n..=n]).await?,
                 Some(fence) => scene.there.fence(&tags[1..], fence).await?,
             }
-            never(is_current().await?, || format!("tier {tier:?}: it is current although its tag {n} was dropped"))?;
+            never(is_current().await?, || format!("tier {tier:?}: it is current although a tag of it was dropped"))?;
             if let Some(fence) = &fence {
                 scene.there.invalidate(&group(&tags[1..]), Some(fence)).await?;
             }
