@@ -178,11 +178,11 @@ async fn a_hit_asks_once_whether_it_is_current() {
     for n in 1..=5 {
         until_held(&cache, &web, &asked).await;
         assert_eq!(other.put(PATH).await.status, 200);
-        let (before, already) = (of_doc(&cache), mgets(&redis));
+        let (before, [already]) = (of_doc(&cache), redis.calls(["mget"]));
         let reply = web.get(PATH).await;
         assert_eq!((reply.text(), reply.cache_status()), (&*format!("row {n}"), "fwd=uri-miss; stored"));
         assert_eq!(asked.take(), (1, 1));
-        asked_redis.push(mgets(&redis) - already);
+        asked_redis.push(redis.calls(["mget"])[0] - already);
         let after = of_doc(&cache);
         assert_eq!((after.0 - before.0, after.1 - before.1, after.2 - before.2), (1, 0, 1));
     }
@@ -192,11 +192,6 @@ async fn a_hit_asks_once_whether_it_is_current() {
     ahead.store(10 * 86_400, Ordering::SeqCst);
     web.get(PATH).await;
     assert_eq!(asked.take(), (1, 0));
-}
-
-fn mgets(redis: &Redis) -> u64 {
-    let stats = redis.command(&["INFO", "commandstats"]);
-    stats.split("cmdstat_mget:calls=").nth(1).unwrap().split(',').next().unwrap().parse().unwrap()
 }
 
 /// Requests, hits, misses.

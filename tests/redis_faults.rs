@@ -22,7 +22,7 @@ use std::{
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use proxy::{Mode, Proxy};
-use redis::Redis;
+use redis::{Redis, number};
 use tempfile::TempDir;
 use tokio::{sync::Semaphore, task::JoinHandle};
 use tower_cache_aside::{
@@ -107,23 +107,11 @@ async fn until(what: impl Fn() -> bool) {
     }
 }
 
-/// A number that Redis tells.
-fn number(info: &str, field: &str) -> u64 {
-    let digits = info.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0");
-    digits.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
-}
-
-/// How often each of these commands was called, at one moment.
-fn calls<const N: usize>(redis: &Redis, commands: [&str; N]) -> [u64; N] {
-    let stats = redis.command(&["INFO", "commandstats"]);
-    commands.map(|command| number(&stats, &format!("cmdstat_{command}:calls=")))
-}
-
 /// How many `MGET`s, and how many bytes from Redis, ten hits cost; `None` if any was a miss.
 async fn ten_hits(redis: &Redis, web: &Web) -> Option<(u64, u64)> {
     // Less those of heartbeats, each of which drops something as well.
     let asks = || {
-        let [mget, unlink] = calls(redis, ["mget", "unlink"]);
+        let [mget, unlink] = redis.calls(["mget", "unlink"]);
         mget.saturating_sub(unlink)
     };
     let bytes = || number(&redis.command(&["INFO", "stats"]), "total_net_output_bytes:");
@@ -157,9 +145,9 @@ async fn who_looks_up_a_key_at_once_shares_it() {
         let text = i.to_string();
         until_stored(&redis, &web, &text).await;
         // Of heartbeats there may be one in between.
-        let [before] = calls(&redis, ["mget"]);
+        let [before] = redis.calls(["mget"]);
         let replies = futures_util::future::join_all((0..64).map(|_| web.get(PATH))).await;
-        let [after] = calls(&redis, ["mget"]);
+        let [after] = redis.calls(["mget"]);
         assert!(after - before <= 4, "{} look-ups for 64 readers", after - before);
         assert!(replies.iter().all(|reply| reply.is_hit() && reply.text() == text), "{replies:?}");
         // Readers before, during and after: those who begin after the write has been acknowledged see it.
@@ -184,7 +172,7 @@ async fn a_generation_is_prolonged_once() {
     let web = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&Db::default()));
     let prolonged = || {
         // Less those of heartbeats, each of which drops something as well.
-        let [pexpireat, unlink] = calls(&redis, ["pexpireat", "unlink"]);
+        let [pexpireat, unlink] = redis.calls(["pexpireat", "unlink"]);
         pexpireat.saturating_sub(unlink)
     };
     let lives = || {
@@ -247,7 +235,7 @@ async fn what_counts_entries_has_an_end() {
 async fn a_miss_whose_tags_are_known_asks_once() {
     let redis = Redis::start(&[]);
     let web = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&Db::default()));
-    let calls = || calls(&redis, ["mget", "set"]);
+    let calls = || redis.calls(["mget", "set"]);
     let stored = until_stored(&redis, &web, "0").await;
     redis.command(&["DEL", &stored]);
     let before = calls();

@@ -439,18 +439,10 @@ impl MemoryStore {
         self.evictions.sought(&key.0);
     }
 
-    /// Whatever is in place under this key is there no more.
+    /// What is in place under this key is there no more, if it is this; nor are threads' copies, also of what has gone before.
     #[cfg(any(feature = "redis", feature = "memcached"))]
-    pub(super) fn forget(&self, key: &[u8]) {
-        self.entries.remove(key);
-        self.changes(self.hasher.hash_one(key)).fetch_add(1, Ordering::Release);
-    }
-
-    /// The same, if it was filled under the same generations as this.
-    #[cfg(any(feature = "redis", feature = "memcached"))]
-    pub(super) fn forget_this(&self, key: &[u8], entry: &Entry) {
-        self.entries.remove_if(key, |resident| resident.entry.stamps == entry.stamps);
-        // A thread may have a copy of what has gone before.
+    pub(super) fn forget(&self, key: &[u8], is_it: impl FnOnce(&Entry) -> bool) {
+        self.entries.remove_if(key, |resident| is_it(&resident.entry));
         self.changes(self.hasher.hash_one(key)).fetch_add(1, Ordering::Release);
     }
 
@@ -736,7 +728,7 @@ mod tests {
             fill(&store, &key, 100).await;
             hot(&store, &key).unwrap();
             if gone {
-                store.forget(key.as_bytes())
+                store.forget(key.as_bytes(), |_| true)
             } else {
                 store.clear().await.unwrap()
             }

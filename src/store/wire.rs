@@ -64,7 +64,7 @@ pub(super) fn still_current<'a, S: Generations>(
         let now = remote.call(|remote| remote.generations(tags)).await?;
         let is_current = entry.stamps.iter().map(|stamp| Some(stamp.generation)).eq(now);
         if !is_current {
-            memory.forget_this(key, entry);
+            memory.forget(key, |held| held.stamps == entry.stamps);
         }
         Ok(is_current)
     }

@@ -91,11 +91,6 @@ pub(crate) mod shared {
         }
 
         #[cfg(any(feature = "redis", feature = "memcached"))]
-        pub(crate) fn remove<Q: Hash + Equivalent<K> + ?Sized>(&self, key: &Q) {
-            self.inner().remove(key);
-        }
-
-        #[cfg(any(feature = "redis", feature = "memcached"))]
         pub(crate) fn remove_if<Q: Hash + Equivalent<K> + ?Sized>(
             &self,
             key: &Q,

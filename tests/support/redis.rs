@@ -49,6 +49,12 @@ pub struct Redis {
     args: Vec<String>,
 }
 
+/// A number that Redis tells.
+pub fn number(info: &str, field: &str) -> u64 {
+    let digits = info.lines().find_map(|line| line.strip_prefix(field)).unwrap_or("0");
+    digits.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+}
+
 impl Redis {
     pub fn start(args: &[&str]) -> Self {
         Self::start_program(program(None), args)
@@ -136,6 +142,12 @@ impl Redis {
         self.kill();
         self.child = spawn(&self.program, self.port, &self.dir, &self.args);
         assert!(self.answers(), "redis-server does not start again");
+    }
+
+    /// How often each of these commands was called, at one moment.
+    pub fn calls<const N: usize>(&self, commands: [&str; N]) -> [u64; N] {
+        let stats = self.command(&["INFO", "commandstats"]);
+        commands.map(|command| number(&stats, &format!("cmdstat_{command}:calls=")))
     }
 
     /// A command on a connection of its own; the raw reply.

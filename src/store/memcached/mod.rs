@@ -313,7 +313,7 @@ impl Store for MemcachedStore {
             self.of(key.tenant()).fill(key, entry, tier, now).await?;
             // What is held is what was there before.
             if let Some(memory) = &self.0.memory {
-                memory.forget(key.as_bytes());
+                memory.forget(key.as_bytes(), |_| true);
             }
             Ok(())
         })

@@ -170,7 +170,12 @@ impl Remote {
         root(&self.server.address, &self.server.terms)
     }
 
-    fn of_tags<'t>(&self, kind: &str, tags: impl Tags<'t>, command: impl Fn(Name) -> Command) -> Vec<Command> {
+    fn of_tags<'t>(
+        &self,
+        kind: &str,
+        tags: impl Iterator<Item = &'t Tag>,
+        command: impl Fn(Name) -> Command,
+    ) -> Vec<Command> {
         tags.map(|tag| command(self.name(kind, tag.as_bytes()))).collect()
     }
 

@@ -418,7 +418,7 @@ impl Store for RedisStore {
             self.remote().fill(key, entry, tier, now).await?;
             // What is held is what was there before.
             if let Some(held) = &self.0.held {
-                held.memory.forget(key.as_bytes());
+                held.memory.forget(key.as_bytes(), |_| true);
             }
             Ok(())
         })
