@@ -1,5 +1,5 @@
-//! Hits of tier `validated` whose entry this process holds: the store is asked once whether it is current, and what comes of it
-//! is what would come of looking the entry up.
+//! Hits whose entry this process holds. In tier `validated` the store is asked once whether it is current, and what comes of it is
+//! what would come of looking the entry up.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 #[path = "support/memcached.rs"]
@@ -25,8 +25,8 @@ use serde_json::json;
 use tower_cache_aside::{
     Cache, CacheBuilder, DataType, Key, Mutation, Route, Stats, Tag, Tier, Ttl,
     store::{
-        Entry, Fence, Generation, Inquiry, Lookup, Mark, MemcachedStore, Opened, RedisBuilder, RedisStore, Regional,
-        Store, StoreError, StoreFuture, TagGroup,
+        Entry, Fence, Generation, Inquiry, Lookup, Mark, MemcachedStore, MemoryStore, Opened, RedisBuilder, RedisStore,
+        Regional, Store, StoreError, StoreFuture, TagGroup,
     },
     testing::Faulty,
 };
@@ -56,6 +56,9 @@ impl Asked {
 struct Counted(Arc<dyn Store>, Asked);
 
 impl Store for Counted {
+    fn peek(&self, key: &[u8], now: u64) -> Option<Arc<Entry>> {
+        self.0.peek(key, now)
+    }
     fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
         self.0.held(key, tier)
     }
@@ -138,15 +141,20 @@ impl Db {
     }
 }
 
-/// Until it is held, and known to have all its tags.
+/// Until it is held, and asked about once.
 async fn until_held(cache: &Cache, web: &Web, asked: &Asked) {
+    until_asked(cache, web, asked, (0, 1)).await;
+}
+
+/// Until a hit asks the store so often.
+async fn until_asked(cache: &Cache, web: &Web, asked: &Asked, expected: (u64, u64)) {
     let start = Instant::now();
     loop {
         // What has been filled is looked up once before it is held.
         cache.drain(Duration::from_secs(60)).await;
         asked.take();
         let reply = web.get(PATH).await;
-        if reply.is_hit() && asked.take() == (0, 1) {
+        if reply.is_hit() && asked.take() == expected {
             return;
         }
         assert!(start.elapsed() < Duration::from_secs(60), "it is not held: {reply:?}");
@@ -360,19 +368,40 @@ async fn every_store_that_holds_entries_confirms_them() {
     }
 }
 
-/// Two caches of a process may have one store, and not the same mapping: then an entry may lack what the other's writes drop.
+/// Two caches of a process may have one store, and not the same mapping: then an entry may lack what the other's writes drop, or
+/// live longer than it may here. What is as this one's mapping says answers at once, whoever has stored it.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_another_mapping_has_stored_is_no_answer() {
-    let (redis, asked, db) = (Redis::start(&[]), Asked::default(), Db::default());
-    let store = Arc::new(Counted(Arc::new(redis_store(&redis).build().unwrap()), asked.clone()));
-    let named = |entity: &str| {
-        let cache = Cache::builder("test").single_tenant("t").data_type(doc()).store(store.clone());
-        let cache = cache.route(Route::new("/docs/{doc_id}", "doc").entity("doc_id", entity));
-        cache.data_type(DataType::new(entity, Ttl::Standard)).build().unwrap()
-    };
-    let (cache, other) = (named("page"), named("file"));
-    let (pages, files) = (db.web(&cache), db.web(&other));
-    until_held(&cache, &pages, &asked).await;
-    let reply = files.get(PATH).await;
-    assert!(!reply.is_hit(), "{reply:?}");
+    let redis = Redis::start(&[]);
+    let tracked = redis_store(&redis).prefix("on").heartbeat(HEARTBEAT).build().unwrap();
+    let stores: [(_, _, Arc<dyn Store>); 3] = [
+        (Tier::On, (0, 0), Arc::new(MemoryStore::new(1 << 20))),
+        (Tier::On, (0, 0), Arc::new(tracked)),
+        (Tier::Validated, (0, 1), Arc::new(redis_store(&redis).build().unwrap())),
+    ];
+    let (hour, moment) = (Duration::from_secs(3_600), Duration::from_millis(100));
+    for (tier, of_a_hit, store) in stores {
+        let (asked, db) = (Asked::default(), Db::default());
+        let store = Arc::new(Counted(store, asked.clone()));
+        let mapped = |entity: &str, ttl: Duration| {
+            let doc = DataType::new("doc", ttl).early_refresh(0.0).tier(tier);
+            let cache = Cache::builder("test").single_tenant("t").data_type(doc).store(store.clone());
+            let cache = cache.route(Route::new("/docs/{doc_id}", "doc").entity("doc_id", entity));
+            let cache = cache.data_type(DataType::new(entity, ttl)).build().unwrap();
+            (db.web(&cache), cache)
+        };
+        let [(pages, cache), (same, _), (files, other), (short, _)] =
+            [mapped("page", hour), mapped("page", hour), mapped("file", hour), mapped("page", moment)];
+        until_asked(&cache, &pages, &asked, of_a_hit).await;
+        for web in [&same, &pages] {
+            let reply = web.get(PATH).await;
+            assert!(reply.is_hit() && asked.take() == of_a_hit, "{tier:?}: {reply:?}");
+        }
+        assert_eq!(files.get(PATH).await.cache_status(), "fwd=uri-miss; stored", "{tier:?}");
+        until_asked(&other, &files, &asked, of_a_hit).await;
+        until_asked(&cache, &pages, &asked, of_a_hit).await;
+        tokio::time::sleep(moment).await;
+        assert!(pages.get(PATH).await.is_hit(), "{tier:?}");
+        assert_eq!(short.get(PATH).await.cache_status(), "fwd=stale; stored", "{tier:?}");
+    }
 }

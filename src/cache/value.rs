@@ -256,7 +256,7 @@ where
 {
     let Some((key, tags)) = place else { return Obtained::Load(None) };
     let now = core.engine.now();
-    let held = core.engine.peek(key.as_bytes(), now);
+    let held = core.engine.peek(key.as_bytes(), policy, now, || &tags);
     match held.map(|mut entry| ask.judge(&mut entry, engine::Source::Store, now)) {
         Some(Use::Answer(value)) => Obtained::Answer(value),
         _ => core.engine.obtain(key, &tags, policy, ask).await,

@@ -174,7 +174,8 @@ impl Engine {
                 let Some(entry) = now.entry.take() else { return Ok((None, now)) };
                 match validity(&entry, tags, asked, &now.generations) {
                     Validity::Valid => {
-                        entry.completes(self.number);
+                        let entry = entry.capped(policy.longest());
+                        entry.checked_by(self.number);
                         return Ok((Some(Stale { entry, invalidated: false }), now));
                     }
                     Validity::Invalid => return Ok((Some(Stale { entry, invalidated: true }), now)),
@@ -238,9 +239,8 @@ impl Engine {
             };
         }
         // A flight may have begun and landed since the look-up; its entry was stored before it was taken off the table.
-        if let Some(entry) =
-            self.peek(leader.key.as_bytes(), self.now()).filter(|entry| !attempt.refresh && attempt.takes(entry))
-        {
+        let there = self.peek(leader.key.as_bytes(), policy, self.now(), || tags);
+        if let Some(entry) = there.filter(|entry| !attempt.refresh && attempt.takes(entry)) {
             leader.flight.land(Landed::Done(entry.clone()));
             return Begin::Hit(entry);
         }

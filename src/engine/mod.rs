@@ -36,7 +36,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    catalog::{Drops, Tier},
+    catalog::{Drops, Policy},
     clock::{Clock, Millis},
     key::{Key, Tag},
     store::{Entry, Fence, Health, Store, StoreError, TagGroup},
@@ -155,15 +155,46 @@ impl Engine {
         self.clock.now()
     }
 
-    /// A hit that needs no waiting.
-    pub(crate) fn peek(&self, key: &[u8], now: Millis) -> Option<Arc<Entry>> {
-        self.store.peek(key, now).filter(|entry| entry.is_fresh(now))
+    /// A hit that needs no waiting. `tags` are those that the request names.
+    pub(crate) fn peek<T: AsRef<[Tag]>>(
+        &self,
+        key: &[u8],
+        policy: &Policy,
+        now: Millis,
+        tags: impl FnOnce() -> T,
+    ) -> Option<Arc<Entry>> {
+        self.checked(self.store.peek(key, now)?, policy, now, tags)
     }
 
-    /// What this process holds, and may answer with once [it is known to be current](Self::is_current). That it has all tags has
-    /// been found when it was looked up.
-    pub(crate) fn held(&self, key: &[u8], tier: Tier, now: Millis) -> Option<Arc<Entry>> {
-        self.store.held(key, tier).filter(|entry| entry.is_fresh(now) && entry.is_complete_for(self.number))
+    /// What this process holds, and may answer with once [it is known to be current](Self::is_current).
+    pub(crate) fn held<T: AsRef<[Tag]>>(
+        &self,
+        key: &[u8],
+        policy: &Policy,
+        now: Millis,
+        tags: impl FnOnce() -> T,
+    ) -> Option<Arc<Entry>> {
+        self.checked(self.store.held(key, policy.tier())?, policy, now, tags)
+    }
+
+    /// What is held and fresh, if it has these tags, for as long as this cache's mapping lets it be: another cache over the same store
+    /// may have put it there. What is found is remembered.
+    #[inline]
+    fn checked<T: AsRef<[Tag]>>(
+        &self,
+        mut entry: Arc<Entry>,
+        policy: &Policy,
+        now: Millis,
+        tags: impl FnOnce() -> T,
+    ) -> Option<Arc<Entry>> {
+        if !entry.is_checked_by(self.number) {
+            if !entry.has(tags().as_ref()) {
+                return None;
+            }
+            entry = entry.capped(policy.longest());
+            entry.checked_by(self.number);
+        }
+        entry.is_fresh(now).then_some(entry)
     }
 
     /// Whether nothing of an entry that is held has been dropped.

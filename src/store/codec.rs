@@ -194,8 +194,6 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
     rest.advance(1);
     let mut time = || rest.try_get_u64_le().map(|time| shifted(time, shift)).map_err(|_| Unreadable);
     let (created, expires, refresh_until, on_error_until, keep_until) = (time()?, time()?, time()?, time()?, time()?);
-    let longest = longest.map_or(Millis::MAX, |longest| longest.as_millis() as Millis);
-    let expires = expires.min(created.saturating_add(longest));
     let load = rest.try_get_u32_le().map_err(|_| Unreadable)?;
     let learned = if has_learned { Some(take_learned(&mut rest)?) } else { None };
     let count = rest.try_get_u16_le().map_err(|_| Unreadable)?;
@@ -228,7 +226,7 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
             Payload::Response(StoredResponse { status, headers: headers.into(), body, trailers })
         }
     };
-    Ok(Entry {
+    let mut entry = Entry {
         payload,
         stamps: stamps.into(),
         created,
@@ -240,8 +238,10 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
         learned,
         varied: None,
         replay: Default::default(),
-        complete: Default::default(),
-    })
+        checked: Default::default(),
+    };
+    entry.cap(longest);
+    Ok(entry)
 }
 
 /// Numbers that are none would be read as another TTL each time.
@@ -387,7 +387,7 @@ mod tests {
             learned: None,
             varied: None,
             replay: Default::default(),
-            complete: Default::default(),
+            checked: Default::default(),
         }
     }
 

@@ -77,15 +77,15 @@ pub struct Entry {
     pub(crate) varied: Option<Box<(Box<[HeaderName]>, Key)>>,
     /// Where its headers are kept ready, if they are. It is of this very entry: who changes a copy of it gives that another.
     pub(crate) replay: Replay,
-    /// Which cache of this process has found that it has all the tags that its mapping asks for, if one has.
-    pub(crate) complete: Complete,
+    /// Which cache of this process has found that it is as its mapping says, if one has: it may be another's.
+    pub(crate) checked: Checked,
 }
 
 /// A number of a cache.
 #[derive(Debug, Default)]
-pub(crate) struct Complete(AtomicU64);
+pub(crate) struct Checked(AtomicU64);
 
-impl Clone for Complete {
+impl Clone for Checked {
     fn clone(&self) -> Self {
         Self(AtomicU64::new(self.0.load(Relaxed)))
     }
@@ -110,20 +110,44 @@ impl Entry {
             learned: None,
             varied: None,
             replay: Replay::default(),
-            complete: Complete::default(),
+            checked: Checked::default(),
         }
     }
 
-    /// Whether this cache has found it complete.
-    pub(crate) fn is_complete_for(&self, cache: u64) -> bool {
-        self.complete.0.load(Relaxed) == cache
+    /// Whether this cache has found that it has all tags, and is not fresh for too long.
+    pub(crate) fn is_checked_by(&self, cache: u64) -> bool {
+        self.checked.0.load(Relaxed) == cache
     }
 
-    /// This cache, whose number is not 0, has found it complete.
-    pub(crate) fn completes(&self, cache: u64) {
-        if !self.is_complete_for(cache) {
-            self.complete.0.store(cache, Relaxed);
+    /// This cache, whose number is not 0, has found so.
+    pub(crate) fn checked_by(&self, cache: u64) {
+        if !self.is_checked_by(cache) {
+            self.checked.0.store(cache, Relaxed);
         }
+    }
+
+    /// Fresh for so long at most, and served stale for no longer after that than was meant.
+    pub(super) fn cap(&mut self, longest: Option<Duration>) {
+        let over = self.over(longest);
+        for time in [&mut self.expires, &mut self.refresh_until, &mut self.on_error_until] {
+            *time = time.saturating_sub(over);
+        }
+    }
+
+    /// The same, of one that others may have.
+    pub(crate) fn capped(self: Arc<Self>, longest: Option<Duration>) -> Arc<Self> {
+        if self.over(longest) == 0 {
+            return self;
+        }
+        let mut own = self.with(self.payload.clone());
+        own.cap(longest);
+        Arc::new(own)
+    }
+
+    /// For how much longer it is fresh than that.
+    fn over(&self, longest: Option<Duration>) -> Millis {
+        let longest = longest.map_or(Millis::MAX, |longest| longest.as_millis() as Millis);
+        self.expires.saturating_sub(self.created.saturating_add(longest))
     }
 
     /// Whether it has all of these tags.
@@ -220,7 +244,7 @@ impl Entry {
     /// The same, but for what it holds.
     pub(super) fn with(&self, payload: Payload) -> Self {
         let (stamps, varied) = (self.stamps.clone(), self.varied.clone());
-        Self { payload, stamps, varied, replay: Replay::default(), complete: self.complete.clone(), ..*self }
+        Self { payload, stamps, varied, replay: Replay::default(), checked: self.checked.clone(), ..*self }
     }
 
     /// When the store may forget it; `Millis::MAX` means never.
@@ -315,6 +339,21 @@ mod tests {
         assert!(ends(100, 10_000, 91_001) && !ends(100, 10_000, 91_000));
         assert!(ends(20, 10_000, 16_001) && !ends(20, 10_000, 16_000));
         assert!(!entry(Lifetime::fresh_for(None)).ends_within(10_000, 91_001));
+    }
+
+    /// What was to be served stale for a while is so after that, and what was not, is not.
+    #[test]
+    fn what_is_fresh_for_too_long_ends_sooner() {
+        let second = Duration::from_secs(1);
+        let life = Lifetime { fresh: Some(second * 9), refresh: second, on_error: second * 2, ..Lifetime::default() };
+        let [bounded, endless] =
+            [entry(life), entry(Lifetime { refresh: second, ..Lifetime::default() })].map(Arc::new);
+        let times = |entry: &Entry| [entry.expires, entry.refresh_until, entry.on_error_until];
+        assert_eq!(times(&bounded.clone().capped(Some(second))), [2_000, 3_000, 4_000]);
+        assert_eq!(times(&endless.clone().capped(Some(second))), [2_000; 3]);
+        for (entry, longest) in [(&bounded, None), (&bounded, Some(second * 9)), (&endless, None)] {
+            assert!(Arc::ptr_eq(&entry.clone().capped(longest), entry), "{longest:?}");
+        }
     }
 
     #[test]

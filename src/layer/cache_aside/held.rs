@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, Response};
 use http_body::Body;
+use matchit::Params;
 
 use super::miss::{Behind, draw};
 use crate::{
@@ -50,14 +51,16 @@ pub(super) fn held<R: Body>(
     asked: &Asked,
     headers: &HeaderMap,
     (whole, turn): (Option<&Reads>, Turn),
+    params: &Params<'_, '_>,
 ) -> Held<R> {
     let engine = &core.engine;
     let now = engine.now();
     let (mut variant, mut known) = (None, None);
-    let mut entry = if route.body.is_some() { None } else { engine.peek(key, now) };
+    let peek = |of: &[u8]| engine.peek(of, &route.policy, now, || route.tags(key, params));
+    let mut entry = if route.body.is_some() { None } else { peek(key) };
     if let Some(Payload::Vary(names)) = entry.as_deref().map(|entry| &entry.payload) {
         let key = variant_key(key, names, headers);
-        let of_variant = engine.peek(&key, now);
+        let of_variant = peek(&key);
         known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
         (variant, entry) = (Some(key), of_variant);
     }
@@ -78,7 +81,8 @@ pub(super) fn held<R: Body>(
         route.teller.watcher().looked(variant.as_deref().unwrap_or(key), response.is_some());
         // What leads to variants, or is a part of another response, is looked up.
         if response.is_none() && variant.is_none() && whole.is_none() {
-            unconfirmed = to_confirm(core, route, key, asked, headers, now);
+            let entry = engine.held(key, &route.policy, now, || route.tags(key, params));
+            unconfirmed = entry.and_then(|entry| to_confirm(core, route, (key, entry), asked, headers, now));
         }
     }
     let (response, behind) = response.map_or((None, Behind::Nothing), |(response, behind)| (Some(response), behind));
@@ -88,12 +92,11 @@ pub(super) fn held<R: Body>(
 fn to_confirm(
     core: &Core,
     route: &ReadRoute,
-    key: &[u8],
+    (key, entry): (&[u8], Arc<Entry>),
     asked: &Asked,
     headers: &HeaderMap,
     now: Millis,
 ) -> Option<(Arc<Entry>, Behind)> {
-    let entry = core.engine.held(key, route.policy.tier(), now)?;
     let is_plain = matches!(entry.payload, Payload::Response(_)) && entry.varied.is_none();
     if !is_plain || !asked.accepts(&entry, now) {
         return None;

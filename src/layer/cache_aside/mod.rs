@@ -202,7 +202,7 @@ impl<S, M> CacheAside<S, M> {
         if parts.extensions.get().is_some_and(looked) {
             return self.pass(Request::from_parts(parts, body), None);
         }
-        let held = held(&self.core, route, &wanted.key, &asked, &parts.headers, (whole.as_ref(), turn));
+        let held = held(&self.core, route, &wanted.key, &asked, &parts.headers, (whole.as_ref(), turn), &read.params);
         let Held { response, behind, unconfirmed, variant, known } = held;
         let at = At { params: &read.params, mount: read.mount };
         let picks = || picked(&self.core, route, (&place, &at), &parts, (&wanted, variant.as_deref()));

@@ -122,8 +122,9 @@ impl Read {
         let (core, route) = (self.core.clone(), self.route.clone());
         let engine = &core.engine;
         let hit = How::hit(&route.teller, FoundIn::Process);
+        let held = engine.peek(&key, &route.policy, engine.now(), || &tags);
         if let Some((entry, response)) =
-            engine.peek(&key, engine.now()).and_then(|e| replay(&e, engine.now(), hit).map(|response| (e, response)))
+            held.and_then(|entry| replay(&entry, engine.now(), hit).map(|response| (entry, response)))
         {
             self.whole.iter().for_each(|whole| whole.add_stamps(&entry.stamps));
             return Ok(out(response));
