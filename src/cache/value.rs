@@ -215,8 +215,8 @@ struct Ask<T, V, C> {
 impl<T: Serialize + DeserializeOwned, V, C: Codec> Asker for Ask<T, V, C> {
     type Answer = V;
 
-    fn judge(&mut self, entry: &mut Arc<Entry>, source: engine::Source, _: Millis) -> Use<V> {
-        let Some(value) = self.shape.decode::<C>(entry) else { return Use::Lacking };
+    fn judge(&mut self, entry: Arc<Entry>, source: engine::Source, _: Millis) -> Use<V> {
+        let Some(value) = self.shape.decode::<C>(&entry) else { return Use::Lacking };
         let bytes = match &entry.payload {
             Payload::Value(bytes) => bytes.len() as u64,
             _ => 0,
@@ -257,7 +257,7 @@ where
     let Some((key, tags)) = place else { return Obtained::Load(None) };
     let now = core.engine.now();
     let held = core.engine.peek(key.as_bytes(), policy, now, || &tags);
-    match held.map(|mut entry| ask.judge(&mut entry, engine::Source::Store, now)) {
+    match held.map(|entry| ask.judge(entry, engine::Source::Store, now)) {
         Some(Use::Answer(value)) => Obtained::Answer(value),
         _ => core.engine.obtain(key, &tags, policy, ask).await,
     }

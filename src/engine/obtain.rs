@@ -29,8 +29,8 @@ use crate::{
 pub(crate) trait Asker {
     type Answer;
 
-    /// What to do with an entry that is valid. One that nobody else has may be used up by an answer.
-    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source, now: Millis) -> Use<Self::Answer>;
+    /// What to do with an entry that is valid.
+    fn judge(&mut self, entry: Arc<Entry>, source: Source, now: Millis) -> Use<Self::Answer>;
 
     /// Neither waits for others nor lets them wait.
     fn is_alone(&self) -> bool {
@@ -111,15 +111,9 @@ struct Round {
 }
 
 impl Round {
-    fn judge<A: Asker>(
-        &mut self,
-        asker: &mut A,
-        mut entry: Arc<Entry>,
-        source: Source,
-        now: Millis,
-    ) -> Option<A::Answer> {
+    fn judge<A: Asker>(&mut self, asker: &mut A, entry: Arc<Entry>, source: Source, now: Millis) -> Option<A::Answer> {
         let created = entry.created;
-        match asker.judge(&mut entry, source, now) {
+        match asker.judge(entry, source, now) {
             Use::Answer(answer) => return Some(answer),
             Use::Elsewhere(other) => self.key = other,
             Use::Useless => self.attempt.reload = true,
@@ -257,7 +251,7 @@ impl Engine {
 }
 
 fn serve_stale<A: Asker>(asker: &mut A, entry: &Arc<Entry>, now: Millis) -> Option<A::Answer> {
-    match asker.judge(&mut entry.clone(), Source::Stale, now) {
+    match asker.judge(entry.clone(), Source::Stale, now) {
         Use::Answer(answer) => Some(answer),
         Use::Elsewhere(_) | Use::Useless | Use::Lacking => None,
     }
@@ -317,7 +311,7 @@ mod tests {
     impl Asker for Asking<'_> {
         type Answer = Source;
 
-        fn judge(&mut self, _: &mut Arc<Entry>, source: Source, _: Millis) -> Use<Source> {
+        fn judge(&mut self, _: Arc<Entry>, source: Source, _: Millis) -> Use<Source> {
             self.2 += 1;
             let finds = self.0.finds.filter(|(_, times)| self.2 <= *times);
             finds.map_or(Use::Answer(source), |(finds, _)| finds(self.1))

@@ -156,20 +156,21 @@ pub(crate) fn serve<R: Body>(
     asked: &Asked,
     how: How<'_>,
 ) -> Option<Response<CacheBody<R>>> {
-    let mut response = answer(entry, now, asked, how)?;
+    let stored = entry.response()?;
+    let mut response = answer((entry, stored), now, asked, how);
     let outcome = how.outcome(entry, now, response.body());
     response.extensions_mut().insert(outcome);
     Some(response)
 }
 
-/// The same, without the [`Outcome`].
+/// The same, without the [`Outcome`]. (What is returned as it is, is made where it is to be: that a response is moved once more is
+/// felt.)
 pub(crate) fn answer<R: Body>(
-    entry: &Entry,
+    (entry, stored): (&Entry, &StoredResponse),
     now: Millis,
     asked: &Asked,
     how: How<'_>,
-) -> Option<Response<CacheBody<R>>> {
-    let Payload::Response(stored) = &entry.payload else { return None };
+) -> Response<CacheBody<R>> {
     let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now));
     let make = || {
         let mut headers = stored.headers.to_map().into_owned();
@@ -185,36 +186,39 @@ pub(crate) fn answer<R: Body>(
         None => whole(stored, headers, asked.head),
     };
     leave_no_place(response.headers_mut());
-    Some(response)
+    response
 }
 
 /// The same of an entry that is not needed any more: what nobody else has is not copied.
 pub(crate) fn use_up<R: Body>(
-    entry: &mut Arc<Entry>,
+    mut entry: Arc<Entry>,
     now: Millis,
     asked: &Asked,
     how: How<'_>,
+    extensions: Extensions,
 ) -> Option<Response<CacheBody<R>>> {
     let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now));
-    match Arc::get_mut(entry).map(|entry| &mut entry.payload) {
-        Some(Payload::Response(stored)) if asked.conditions.is_none() && !asked.head => {
+    let own = Arc::get_mut(&mut entry).filter(|_| asked.conditions.is_none() && !asked.head);
+    let mut response = match own.map(|entry| &mut entry.payload) {
+        Some(Payload::Response(stored)) => {
             let mut headers = std::mem::take(&mut stored.headers).into_map();
             how.say(&mut headers, (age, ttl), stored.status, asked);
             leave_no_place(&mut headers);
-            let body =
-                CacheBody::full(std::mem::take(&mut stored.body), stored.trailers.take().map(|trailers| *trailers));
-            Some(respond(stored.status, headers, body))
+            let trailers = stored.trailers.take().map(|trailers| *trailers);
+            respond(stored.status, headers, CacheBody::full(std::mem::take(&mut stored.body), trailers))
         }
-        _ => answer(entry, now, asked, how),
-    }
+        _ => answer((&entry, entry.response()?), now, asked, how),
+    };
+    let outcome = how.outcome(&entry, now, response.body());
+    put_outcome(&mut response, extensions, outcome);
+    Some(response)
 }
 
-/// The response with its outcome in what its request held its extensions in, which has room for that.
-pub(crate) fn with_outcome<T>(mut response: Response<T>, mut extensions: Extensions, outcome: Outcome) -> Response<T> {
+/// Puts the outcome in what its request held its extensions in, which has room for it.
+pub(crate) fn put_outcome<T>(response: &mut Response<T>, mut extensions: Extensions, outcome: Outcome) {
     extensions.clear();
     extensions.insert(outcome);
     *response.extensions_mut() = extensions;
-    response
 }
 
 /// The place of an age that nobody has filled in.

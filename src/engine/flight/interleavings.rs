@@ -124,8 +124,8 @@ struct Caller;
 impl Asker for Caller {
     type Answer = u64;
 
-    fn judge(&mut self, entry: &mut Arc<Entry>, _: Source, _: Millis) -> Use<u64> {
-        Use::Answer(value(entry))
+    fn judge(&mut self, entry: Arc<Entry>, _: Source, _: Millis) -> Use<u64> {
+        Use::Answer(value(&entry))
     }
 }
 

@@ -2,20 +2,13 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, HeaderName, Response};
-use http_body::Body;
+use http::{HeaderMap, HeaderName};
 use matchit::Params;
 
 use super::miss::{Behind, draw};
 use crate::{
     clock::Millis,
-    layer::{
-        body::CacheBody,
-        changes::Reads,
-        core::Core,
-        serve::{Asked, How, answer},
-    },
-    observe::{FoundIn, Outcome},
+    layer::{changes::Reads, core::Core, serve::Asked},
     route::{ReadRoute, variant_key},
     store::{Entry, Payload},
 };
@@ -30,10 +23,11 @@ pub(super) enum Turn {
     Unavailable,
 }
 
-pub(super) struct Held<R: Body> {
-    pub(super) response: Option<(Response<CacheBody<R>>, Outcome)>,
-    /// What is done behind its reader.
-    pub(super) behind: Behind,
+pub(super) struct Held {
+    /// What answers, and what is done behind its reader.
+    pub(super) found: Option<(Arc<Entry>, Behind)>,
+    /// When.
+    pub(super) now: Millis,
     /// What may answer as soon as the store says that it is current, and what is done about it then.
     pub(super) unconfirmed: Option<(Arc<Entry>, Behind)>,
     /// The key of its variant, where there are any.
@@ -42,9 +36,7 @@ pub(super) struct Held<R: Body> {
     pub(super) known: Option<(Box<[HeaderName]>, Millis)>,
 }
 
-/// (Inline, for a response would be moved once more out of every hit.)
-#[inline]
-pub(super) fn held<R: Body>(
+pub(super) fn held(
     core: &Core,
     route: &ReadRoute,
     key: &[u8],
@@ -52,7 +44,7 @@ pub(super) fn held<R: Body>(
     headers: &HeaderMap,
     (whole, turn): (Option<&Reads>, Turn),
     params: &Params<'_, '_>,
-) -> Held<R> {
+) -> Held {
     let engine = &core.engine;
     let now = engine.now();
     let (mut variant, mut known) = (None, None);
@@ -64,29 +56,25 @@ pub(super) fn held<R: Body>(
         known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
         (variant, entry) = (Some(key), of_variant);
     }
-    let entry = entry.filter(|entry| asked.ahead.is_none() && asked.accepts(entry, now));
-    let how = How::hit(&route.teller, FoundIn::Process);
-    let response = entry.and_then(|entry| {
-        let response = answer(&entry, now, asked, how)?;
+    let answers = |entry: &Entry| entry.response().is_some() && asked.ahead.is_none() && asked.accepts(entry, now);
+    let found = entry.filter(|entry| answers(entry)).map(|entry| {
         if let Some(whole) = whole {
             whole.add_stamps(&entry.stamps);
         }
         let key = variant.as_deref().unwrap_or(key);
         let behind = draw(core, route, asked, (key, &entry), headers, now);
-        let outcome = how.outcome(&entry, now, response.body());
-        Some(((response, outcome), behind))
+        (entry, behind)
     });
     let mut unconfirmed = None;
     if route.body.is_none() && asked.ahead.is_none() && turn == Turn::First {
-        route.teller.watcher().looked(variant.as_deref().unwrap_or(key), response.is_some());
+        route.teller.watcher().looked(variant.as_deref().unwrap_or(key), found.is_some());
         // What leads to variants, or is a part of another response, is looked up.
-        if response.is_none() && variant.is_none() && whole.is_none() {
+        if found.is_none() && variant.is_none() && whole.is_none() {
             let entry = engine.held(key, &route.policy, now, || route.tags(key, params));
             unconfirmed = entry.and_then(|entry| to_confirm(core, route, (key, entry), asked, headers, now));
         }
     }
-    let (response, behind) = response.map_or((None, Behind::Nothing), |(response, behind)| (Some(response), behind));
-    Held { response, behind, unconfirmed, variant, known }
+    Held { found, now, unconfirmed, variant, known }
 }
 
 fn to_confirm(

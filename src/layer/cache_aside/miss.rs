@@ -1,6 +1,6 @@
 //! A request that was not answered on the spot.
 
-use std::{marker::PhantomData, sync::Arc};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http::{Extensions, HeaderMap, HeaderName, Request, Response, StatusCode};
@@ -21,9 +21,9 @@ use crate::{
         extensions::take_tags,
         future::{self, Boxed, Origin},
         reading::Replied,
-        serve::{Asked, How, serve, use_up, with_outcome},
+        serve::{Asked, How, serve, use_up},
     },
-    observe::{Outcome, Teller},
+    observe::Teller,
     route::{ReadRoute, variant_key},
     store::{Entry, Payload},
 };
@@ -78,17 +78,23 @@ pub(super) enum Behind {
 type Done<R, E> = Result<Response<CacheBody<R>>, Boxed<CacheBody<R>, E>>;
 
 /// A request with its headers, which say which variant it wants.
-struct Ask<'a, R> {
+struct Ask<'a> {
     mapped: &'a Mapped,
     so_far: &'a mut SoFar,
     headers: &'a HeaderMap,
-    body: PhantomData<fn() -> R>,
 }
 
-impl<R: Body> Asker for Ask<'_, R> {
-    type Answer = (Response<CacheBody<R>>, Outcome);
+/// A response that answers, and when. It is made where it is needed: it is larger, and would be moved through all that waits for it.
+struct Good {
+    entry: Arc<Entry>,
+    source: Source,
+    now: Millis,
+}
 
-    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source, now: Millis) -> Use<Self::Answer> {
+impl Asker for Ask<'_> {
+    type Answer = Good;
+
+    fn judge(&mut self, entry: Arc<Entry>, source: Source, now: Millis) -> Use<Good> {
         let (so_far, Mapped { core, route, .. }) = (&mut *self.so_far, self.mapped);
         if let Some(whole) = &so_far.whole {
             whole.add_stamps(&entry.stamps);
@@ -119,20 +125,17 @@ impl<R: Body> Asker for Ask<'_, R> {
         if source == Source::Stale && so_far.asked.ahead.is_some() {
             return Use::Useless;
         }
-        let collapsed = Forwarded { collapsed: true, ..Forwarded::new(so_far.reason) };
-        let how = How::of(source, &route.teller, core.found_in(), collapsed);
-        let is_good = source == Source::Stale || so_far.asked.accepts(entry, now);
-        let Some(response) = is_good.then(|| use_up(entry, now, &so_far.asked, how)).flatten() else {
+        let is_good = source == Source::Stale || so_far.asked.accepts(&entry, now);
+        if !is_good || entry.response().is_none() {
             so_far.reason = Reason::Request;
             return Use::Useless;
-        };
+        }
         so_far.behind = match (source, so_far.drawn) {
             (Source::Store, Some((created, behind))) if created == entry.created => behind,
-            (Source::Store, _) => draw(core, route, &so_far.asked, (so_far.key.as_bytes(), entry), self.headers, now),
+            (Source::Store, _) => draw(core, route, &so_far.asked, (so_far.key.as_bytes(), &entry), self.headers, now),
             _ => Behind::Nothing,
         };
-        let outcome = how.outcome(entry, now, response.body());
-        Use::Answer((response, outcome))
+        Use::Answer(Good { entry, source, now })
     }
 
     fn is_alone(&self) -> bool {
@@ -182,7 +185,7 @@ impl Miss {
             let (key, is_unavailable) = (self.so_far.key.clone(), self.is_unavailable);
             let (mapped, so_far) = (&self.mapped, &mut self.so_far);
             let Mapped { core, route, tags, .. } = mapped;
-            let mut ask = Ask { mapped, so_far, headers: request.headers(), body: PhantomData::<fn() -> R> };
+            let mut ask = Ask { mapped, so_far, headers: request.headers() };
             let obtained = match is_unavailable {
                 true => Obtained::unavailable(&ask),
                 false => core.engine.obtain(key, tags, &route.policy, &mut ask).await,
@@ -195,33 +198,31 @@ impl Miss {
     }
 
     /// The answer, or what is still to be done for it.
-    fn done<S, B, R>(
-        mut self,
-        obtained: Obtained<(Response<CacheBody<R>>, Outcome)>,
-        inner: S,
-        mut request: Request<B>,
-    ) -> Done<R, S::Error>
+    fn done<S, B, R>(mut self, obtained: Obtained<Good>, inner: S, mut request: Request<B>) -> Done<R, S::Error>
     where
         S: Origin<B, R>,
         B: Send + 'static,
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         match obtained {
-            Obtained::Answer((response, outcome)) => match self.so_far.behind {
-                // What the request's map held its extensions in has room for this one.
-                Behind::Nothing => Ok(with_outcome(response, std::mem::take(request.extensions_mut()), outcome)),
-                behind => {
-                    let response = with_outcome(response, Extensions::new(), outcome);
-                    Err(Box::pin(self.replace(response, behind, inner, request)))
+            Obtained::Answer(good) => {
+                let own = Some(request.extensions_mut()).filter(|_| self.so_far.behind == Behind::Nothing);
+                match (self.so_far.behind, self.show(good, own)) {
+                    (Behind::Nothing, Some(response)) => Ok(response),
+                    (behind, Some(response)) => Err(Box::pin(self.replace(response, behind, inner, request))),
+                    (_, None) => Err(Box::pin(self.call(inner, request, None))),
                 }
-            },
+            }
             Obtained::Absent => Ok(gateway_timeout(&self.mapped.route.teller)),
-            Obtained::AnswerAndReload((response, outcome), leader) => {
+            Obtained::AnswerAndReload(good, leader) => {
+                let Some(response) = self.show(good, None) else {
+                    return Err(Box::pin(self.call(inner, request, Some(leader))));
+                };
                 if self.loads_whole(Some(&leader)) {
                     self.expired(&leader);
                     drop(self.attend(inner, request, Some(leader)));
                 }
-                Ok(with_outcome(response, Extensions::new(), outcome))
+                Ok(response)
             }
             Obtained::Load(leader) => {
                 if let Some(leader) = &leader {
@@ -233,6 +234,18 @@ impl Miss {
                 Err(Box::pin(self.call(inner, request, leader)))
             }
         }
+    }
+
+    /// The response. Of a request that is done with, its extensions have room for the outcome.
+    fn show<R: Body>(
+        &self,
+        Good { entry, source, now }: Good,
+        extensions: Option<&mut Extensions>,
+    ) -> Option<Response<CacheBody<R>>> {
+        let (Mapped { core, route, .. }, SoFar { asked, reason, .. }) = (&self.mapped, &self.so_far);
+        let collapsed = Forwarded { collapsed: true, ..Forwarded::new(*reason) };
+        let how = How::of(source, &route.teller, core.found_in(), collapsed);
+        use_up(entry, now, asked, how, extensions.map(std::mem::take).unwrap_or_default())
     }
 
     /// Says so if what is stored has only grown old.

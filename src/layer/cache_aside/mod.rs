@@ -19,7 +19,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Extensions, Method, Request, Response, Uri, Version, header, request, uri::PathAndQuery};
+use http::{Method, Request, Response, Uri, Version, header, request, uri::PathAndQuery};
 use http_body::Body;
 use matchit::Params;
 use smallvec::SmallVec;
@@ -38,13 +38,13 @@ use super::{
     invalidate::{answer as answer_write, mount, unavailable},
     popular::{Picked, picked},
     request::{Bodies, NoBodies, ReadBody, RequestBody},
-    serve::{Asked, How, answer, with_outcome},
+    serve::{Asked, How, answer, put_outcome},
     write::Write,
 };
 use crate::{
     http::cache_status::{Forwarded, Handled, Reason},
     key::{Key, KeyBuf, Tag, Tenant, give_back},
-    observe::{Timer, Watch},
+    observe::{FoundIn, Timer, Watch},
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted},
     store::Entry,
 };
@@ -203,22 +203,28 @@ impl<S, M> CacheAside<S, M> {
             return self.pass(Request::from_parts(parts, body), None);
         }
         let held = held(&self.core, route, &wanted.key, &asked, &parts.headers, (whole.as_ref(), turn), &read.params);
-        let Held { response, behind, unconfirmed, variant, known } = held;
+        let Held { found, now, unconfirmed, variant, known } = held;
         let at = At { params: &read.params, mount: read.mount };
         let picks = || picked(&self.core, route, (&place, &at), &parts, (&wanted, variant.as_deref()));
         let picked = (turn == Turn::First).then(picks).flatten();
         let Wanted { mut key, tenant: name, needs_public, .. } = wanted;
-        let watcher = route.teller.watcher();
-        let (response, watch) = match response {
-            // What the request's map held its extensions in has room for this one.
-            Some((response, outcome)) if behind == Behind::Nothing => {
+        let (watcher, how) = (route.teller.watcher(), How::hit(&route.teller, FoundIn::Process));
+        let found = found.as_ref().and_then(|(entry, behind)| Some(((&**entry, entry.response()?), *behind)));
+        let (shown, watch) = match found {
+            Some((entry, Behind::Nothing)) => {
+                let mut response = answer(entry, now, &asked, how);
+                let outcome = how.outcome(entry.0, now, response.body());
                 watcher.hit(timer, &outcome, || Some(name));
+                put_outcome(&mut response, parts.extensions, outcome);
                 give_back(key);
-                return ResponseFuture::ready(with_outcome(response, parts.extensions, outcome));
+                return ResponseFuture::ready(response);
             }
-            Some((response, outcome)) => {
+            Some((entry, behind)) => {
+                let mut response = Box::new(answer(entry, now, &asked, how));
+                let outcome = how.outcome(entry.0, now, response.body());
                 watcher.hit(timer, &outcome, || Some(name.clone()));
-                (Some(with_outcome(response, Extensions::new(), outcome)), None)
+                response.extensions_mut().insert(outcome);
+                (Some((response, behind)), None)
             }
             None => {
                 let watch = || watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri));
@@ -240,10 +246,10 @@ impl<S, M> CacheAside<S, M> {
             Miss { mapped, so_far, needs_public, is_unavailable: turn == Turn::Unavailable }
         };
         let (inner, request) = (self.inner.clone(), Request::from_parts(parts, body));
-        match (response, by_body) {
+        match (shown, by_body) {
             (None, Some(by_body)) => self.answer_body(miss, key, by_body, watch, inner, request),
             (None, None) => ResponseFuture::boxed(Box::pin(watched(watch, miss(primary).answer(inner, request)))),
-            (Some(response), _) => self.answer_before(response, miss(primary).follow_up(behind, inner, request)),
+            (Some((shown, behind)), _) => self.answer_before(*shown, miss(primary).follow_up(behind, inner, request)),
         }
     }
 }
@@ -304,12 +310,13 @@ impl<S, M> CacheAside<S, M> {
             give_back(key);
             let (now, how) = (engine.now(), How::hit(&route.teller, layer.core.found_in()));
             let is_good = is_current == Some(true) && entry.is_fresh(now) && asked.accepts(&entry, now);
-            if let Some(response) = is_good.then(|| answer(&entry, now, &asked, how)).flatten() {
+            if let Some(stored) = entry.response().filter(|_| is_good) {
+                let mut response = answer((&entry, stored), now, &asked, how);
                 let outcome = how.outcome(&entry, now, response.body());
-                let response = with_outcome(response, std::mem::take(request.extensions_mut()), outcome);
                 if let Some(watch) = watch {
-                    watch.end(Some((response.extensions(), response.body().size_hint())));
+                    watch.finish((outcome.outcome, outcome.reason), outcome.tier, outcome.served);
                 }
+                put_outcome(&mut response, std::mem::take(request.extensions_mut()), outcome);
                 return Ok(response);
             }
             // Not held while the inner service works.

@@ -73,7 +73,7 @@ struct Ask<'a, R> {
 impl<R: Body> Asker for Ask<'_, R> {
     type Answer = Response<CacheBody<R>>;
 
-    fn judge(&mut self, entry: &mut Arc<Entry>, source: Source, now: Millis) -> Use<Self::Answer> {
+    fn judge(&mut self, entry: Arc<Entry>, source: Source, now: Millis) -> Use<Self::Answer> {
         let Read { core, route, whole, .. } = self.read;
         if let Some(whole) = whole {
             whole.add_stamps(&entry.stamps);
@@ -83,7 +83,7 @@ impl<R: Body> Asker for Ask<'_, R> {
         }
         let collapsed = Forwarded { collapsed: true, ..Forwarded::new(Reason::UriMiss) };
         let how = How::of(source, &route.teller, core.found_in(), collapsed);
-        replay(entry, now, how).map_or(Use::Useless, Use::Answer)
+        replay(&entry, now, how).map_or(Use::Useless, Use::Answer)
     }
 }
 
