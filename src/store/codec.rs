@@ -11,12 +11,12 @@
 //!
 //! Times are told by a clock that all processes share, which the store knows: see [`Clocks`]. A list of header names that
 //! responses vary by is stored as headers without values. Numbers are little-endian. A value (of the cache-aside function)
-//! has no status, headers or trailers. Reading copies nothing but header names: the body and the header values are slices of
-//! what the store returned. An entry whose TTL is not learned is of version 3, so that processes which know no other read it.
+//! has no status, headers or trailers. Reading copies nothing but header names that are new to the thread: the body and the header
+//! values are slices of what the store returned. An entry whose TTL is not learned is of version 3, so that processes which know no other read it.
 //! Whatever cannot be read (foreign, truncated, corrupt, another version) is [`Unreadable`], which
 //! the store counts and treats as a miss.
 
-use std::{error::Error as StdError, fmt, time::Duration};
+use std::{cell::RefCell, error::Error as StdError, fmt, time::Duration};
 
 use bytes::{Buf, BufMut, Bytes};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
@@ -287,8 +287,7 @@ fn take_headers(rest: &mut Bytes) -> Result<HeaderMap, Unreadable> {
     let mut headers = HeaderMap::try_with_capacity(capacity).map_err(|_| Unreadable)?;
     for _ in 0..count {
         let length = rest.try_get_u16_le().map_err(|_| Unreadable)?;
-        let name = rest.get(..length.into()).ok_or(Unreadable)?;
-        let name = HeaderName::from_bytes(name).map_err(|_| Unreadable)?;
+        let name = named(rest.get(..length.into()).ok_or(Unreadable)?)?;
         rest.advance(length.into());
         let length = rest.try_get_u32_le().map_err(|_| Unreadable)?;
         let value = take(rest, length as usize)?;
@@ -296,6 +295,29 @@ fn take_headers(rest: &mut Bytes) -> Result<HeaderMap, Unreadable> {
         headers.try_append(name, value).map_err(|_| Unreadable)?;
     }
     Ok(headers)
+}
+
+/// So many names are known to each thread, and none that is longer.
+const NAMES: (usize, usize) = (64, 64);
+
+thread_local! {
+    static NAMES_OF_THREAD: RefCell<[Option<HeaderName>; NAMES.0]> = const { RefCell::new([const { None }; NAMES.0]) };
+}
+
+/// A name of a header. One that the library has not is an allocation, but for what this thread has read before: then they share it.
+fn named(name: &[u8]) -> Result<HeaderName, Unreadable> {
+    let read = || HeaderName::from_bytes(name).map_err(|_| Unreadable);
+    let (Some(first), Some(last)) = (name.first(), name.last()) else { return Err(Unreadable) };
+    let of_thread = |names: &RefCell<[Option<HeaderName>; NAMES.0]>| {
+        let mut names = names.try_borrow_mut().ok()?;
+        let place = names.get_mut((name.len() * 31 + usize::from(*first) * 7 + usize::from(*last)) % NAMES.0)?;
+        if place.as_ref().is_none_or(|known| known.as_str().as_bytes() != name) {
+            *place = Some(read().ok()?);
+        }
+        place.clone()
+    };
+    let known = if name.len() > NAMES.1 { None } else { NAMES_OF_THREAD.try_with(of_thread).ok().flatten() };
+    known.map_or_else(read, Ok)
 }
 
 fn take(rest: &mut Bytes, length: usize) -> Result<Bytes, Unreadable> {
@@ -408,8 +430,9 @@ mod tests {
             prop_assert!(same(&entry, &read));
         }
 
+        /// More than a thread knows, some of them longer.
         #[test]
-        fn names_of_headers_are_read(names in proptest::collection::btree_set("x-[a-z]{1,9}|age|cache-status", 1..5)) {
+        fn names_of_headers_are_read(names in proptest::collection::btree_set("[a-z]{1,3}|x-[a-z]{1,99}|age|cache-status", 1..99)) {
             let names: Box<[HeaderName]> = names.iter().map(|n| n.parse().unwrap()).collect();
             let entry = Entry { payload: Payload::Vary(names), ..entry(vec![], &[], false) };
             let read = decode(encode(&entry, 7).unwrap().bytes.into(), -7, None).unwrap();
