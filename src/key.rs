@@ -225,7 +225,7 @@ pub(crate) fn key_and_tags<'e>(
     name: &[u8],
     type_part: &[u8],
     entities: impl Iterator<Item = (&'e str, Cow<'e, [u8]>)>,
-) -> (Key, Vec<Tag>, Tenant) {
+) -> (Key, Tags, Tenant) {
     let (end, mut buf) = (key.len(), key);
     let mut head = SmallVec::<[u8; 128]>::from_slice(tenant_of(&buf));
     head.extend_from_slice(type_part);
@@ -243,10 +243,9 @@ pub(crate) fn key_and_tags<'e>(
     if own.is_none() {
         buf.extend_from_slice(name);
     }
-    // As long as it is, for it may be held for long.
-    let all = Bytes::copy_from_slice(&buf);
+    let all = shared(&buf);
     give_back(buf);
-    let (mut tags, mut begin) = (Vec::with_capacity(ends.len()), end);
+    let (mut tags, mut begin) = (Tags::with_capacity(ends.len()), end);
     for end in ends {
         tags.push(Tag(all.slice(begin..end)));
         begin = end;
@@ -263,6 +262,21 @@ pub struct Key(pub(crate) Bytes);
 /// The unit of invalidation: (tenant, data type, `entity=id`) or (tenant, data type, `*`), in canonical bytes.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Tag(pub(crate) Bytes);
+
+/// A copy for many, about as long as it is, for it may be held for long; most often in one allocation with the count of those who
+/// have it, which otherwise is another.
+fn shared(bytes: &[u8]) -> Bytes {
+    match bytes.len() {
+        ..=64 => Bytes::from_owner(SmallVec::<[u8; 64]>::from_slice(bytes)),
+        65..=96 => Bytes::from_owner(SmallVec::<[u8; 96]>::from_slice(bytes)),
+        97..=128 => Bytes::from_owner(SmallVec::<[u8; 128]>::from_slice(bytes)),
+        129..=256 => Bytes::from_owner(SmallVec::<[u8; 256]>::from_slice(bytes)),
+        _ => Bytes::copy_from_slice(bytes),
+    }
+}
+
+/// Those that a request names: most often its entity's, and that of all of the type.
+pub(crate) type Tags = SmallVec<[Tag; 2]>;
 
 impl Key {
     pub(crate) fn new(bytes: KeyBuf) -> Self {

@@ -16,7 +16,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use super::value::{Codec, Loaded, MessagePack, Report, Shape, Sought, Source, obtain};
 use crate::{
     error::ConfigError,
-    key::{Key, KeyBuf, Tag, Tenant, bounded, key_and_tags, push_escaped, push_ids, push_type},
+    key::{Key, KeyBuf, Tags, Tenant, bounded, key_and_tags, push_escaped, push_ids, push_type},
     layer::Core,
 };
 
@@ -143,7 +143,7 @@ impl<T, C: Codec> EntryBuilder<T, C> {
     }
 
     /// Under which key it is stored, and its tags; `None` if one of its ids has no form in which a write would find it.
-    fn place(&self, tenant: &Tenant) -> Option<(Key, Vec<Tag>)> {
+    fn place(&self, tenant: &Tenant) -> Option<(Key, Tags)> {
         let (space, entities) = (&self.core.space, &self.core.cascades.entities);
         let id =
             |(entity, id): &(String, String)| Some((entity.clone(), entities.id(entity, id.as_bytes())?.into_owned()));
@@ -183,7 +183,7 @@ impl<T, C: Codec> EntryBuilder<T, C> {
 pub struct Fetch<T, F, C = MessagePack> {
     entry: EntryBuilder<T, C>,
     tenant: Tenant,
-    place: Option<(Key, Vec<Tag>)>,
+    place: Option<(Key, Tags)>,
     fetch: F,
 }
 

@@ -18,7 +18,7 @@ use crate::{
     catalog::{Lifetime, Policy},
     clock::Millis,
     engine::{self, Asker, Inside, Leader, Obtained, Use},
-    key::{Key, Tag, Tenant},
+    key::{Key, Tag, Tags, Tenant},
     layer::{Core, Reads},
     observe::{FoundIn, Handling, Served, Teller, Timer, Watch},
     store::{Entry, Payload},
@@ -136,7 +136,7 @@ pub(super) struct Sought {
     pub(super) resource: String,
     pub(super) tenant: Tenant,
     /// Under which key, and its tags; `None` if no write would find it.
-    pub(super) place: Option<(Key, Vec<Tag>)>,
+    pub(super) place: Option<(Key, Tags)>,
     pub(super) ttl: Option<Duration>,
     pub(super) keep_none: Option<Duration>,
 }
@@ -244,12 +244,7 @@ impl<T, V, C> Ask<T, V, C> {
 }
 
 /// Looks for a value: in this process, in the store, with others.
-async fn find<T, V, C>(
-    core: &Core,
-    place: Option<(Key, Vec<Tag>)>,
-    policy: &Policy,
-    ask: &mut Ask<T, V, C>,
-) -> Obtained<V>
+async fn find<T, V, C>(core: &Core, place: Option<(Key, Tags)>, policy: &Policy, ask: &mut Ask<T, V, C>) -> Obtained<V>
 where
     T: Serialize + DeserializeOwned,
     C: Codec,

@@ -169,7 +169,7 @@ fn key(parts: &request::Parts, hosts: &Hosts) -> Option<(Vec<u8>, Vec<Tag>, Seen
         places: if *hosts == Hosts::Each { places(parts) } else { vec![] },
         headers: values.unwrap_or_default(),
     };
-    Some((wanted.key, tags, seen))
+    Some((wanted.key, tags.into_vec(), seen))
 }
 
 fn request(uri: &[u8], headers: HeaderMap) -> Option<request::Parts> {

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     catalog::{Catalogue, Entities, Policy},
     error::ConfigError,
-    key::{Key, KeyBuf, Space, Tag, Tenant, bounded, buffer, key_and_tags, push_escaped, push_ids, push_type},
+    key::{Key, KeyBuf, Space, Tags, Tenant, bounded, buffer, key_and_tags, push_escaped, push_ids, push_type},
     observe::{Teller, Tellers},
 };
 
@@ -391,7 +391,7 @@ impl ReadRoute {
     }
 
     /// The tags of the entry: each entity of the path, and the type as a whole.
-    pub(crate) fn tags(&self, head: &[u8], params: &matchit::Params<'_, '_>) -> Vec<Tag> {
+    pub(crate) fn tags(&self, head: &[u8], params: &matchit::Params<'_, '_>) -> Tags {
         self.key_and_tags(head.to_vec(), b"", params).1
     }
 
@@ -401,7 +401,7 @@ impl ReadRoute {
         key: KeyBuf,
         name: &[u8],
         params: &matchit::Params<'_, '_>,
-    ) -> (Key, Vec<Tag>, Tenant) {
+    ) -> (Key, Tags, Tenant) {
         let names = self.pattern.params().iter();
         let entities = names.filter_map(|param| Some((&*param.entity, param.value(params)?)));
         key_and_tags(key, name, &self.type_part, entities)

@@ -13,7 +13,7 @@ use crate::{
     clock::Millis,
     engine::{Asker, Attended, Inside, Leader, Obtained, Source, Stale, Use},
     http::cache_status::{Forwarded, Reason},
-    key::{Key, Tag, Tenant},
+    key::{Key, Tags, Tenant},
     layer::{
         body::CacheBody,
         changes::Reads,
@@ -41,7 +41,7 @@ pub(super) struct Mapped {
     pub(super) core: Arc<Core>,
     pub(super) route: Arc<ReadRoute>,
     pub(super) tenant: Tenant,
-    pub(super) tags: Vec<Tag>,
+    pub(super) tags: Tags,
 }
 
 /// What is known of it while an answer is sought.

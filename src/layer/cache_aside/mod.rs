@@ -43,7 +43,7 @@ use super::{
 };
 use crate::{
     http::cache_status::{Forwarded, Handled, Reason},
-    key::{Key, KeyBuf, Tag, Tenant, give_back},
+    key::{Key, KeyBuf, Tags, Tenant, give_back},
     observe::{FoundIn, Timer, Watch},
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted},
     store::Entry,
@@ -490,7 +490,7 @@ impl<S, M> CacheAside<S, M> {
 }
 
 /// The key and the tags of what a request asks for. A key that a body is a part of is not known yet, and goes on.
-fn named(route: &ReadRoute, key: &mut KeyBuf, tenant: &[u8], params: &Params<'_, '_>) -> (Key, Vec<Tag>, Tenant) {
+fn named(route: &ReadRoute, key: &mut KeyBuf, tenant: &[u8], params: &Params<'_, '_>) -> (Key, Tags, Tenant) {
     if route.body.is_none() {
         return route.key_and_tags(std::mem::take(key), tenant, params);
     }
