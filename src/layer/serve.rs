@@ -177,16 +177,15 @@ pub(crate) fn answer<R: Body>(
         how.say(&mut headers, (age, ttl), stored.status, asked);
         headers
     };
-    let headers = match (how.handled, &asked.key) {
+    let mut headers = match (how.handled, &asked.key) {
         (None, None) => entry.replay.headers((age, ttl.unwrap_or(0)), how.teller.name(), make),
         _ => make(),
     };
-    let mut response = match &asked.conditions {
+    leave_no_place(&mut headers);
+    match &asked.conditions {
         Some(conditions) => conditionally(stored, headers, asked.head, conditions),
         None => whole(stored, headers, asked.head),
-    };
-    leave_no_place(response.headers_mut());
-    response
+    }
 }
 
 /// The same of an entry that is not needed any more: what nobody else has is not copied.
