@@ -263,14 +263,14 @@ pub struct Key(pub(crate) Bytes);
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct Tag(pub(crate) Bytes);
 
-/// A copy for many, about as long as it is, for it may be held for long; most often in one allocation with the count of those who
-/// have it, which otherwise is another.
+/// A copy for many, at most 64 bytes longer than it is, for it may be held for long; most often in one allocation with the count of
+/// those who have it, which otherwise is another.
 fn shared(bytes: &[u8]) -> Bytes {
     match bytes.len() {
         ..=64 => Bytes::from_owner(SmallVec::<[u8; 64]>::from_slice(bytes)),
         65..=96 => Bytes::from_owner(SmallVec::<[u8; 96]>::from_slice(bytes)),
         97..=128 => Bytes::from_owner(SmallVec::<[u8; 128]>::from_slice(bytes)),
-        129..=256 => Bytes::from_owner(SmallVec::<[u8; 256]>::from_slice(bytes)),
+        193..=256 => Bytes::from_owner(SmallVec::<[u8; 256]>::from_slice(bytes)),
         _ => Bytes::copy_from_slice(bytes),
     }
 }

@@ -962,6 +962,11 @@ async fn a_value_says_what_it_is() {
     for (entry, value) in [(entry(), 5), (entry().version(2), 6), (entry().variant("de"), 7)] {
         assert_eq!(ask(entry, Some(value)).await, (Some(value), false));
     }
+    // Tags are no part of the key: what was asked for with others may lack one by which it is to fall now.
+    let of = |user: &str| cache.entry::<u64>("page", "2").tag("user", user);
+    for (user, value, is_hit) in [("1", 1, false), ("1", 1, true), ("2", 2, false), ("2", 2, true), ("1", 3, false)] {
+        assert_eq!(ask(of(user), Some(value)).await, (Some(value), is_hit), "{user}");
+    }
     // A time of its own, and no longer than its type's.
     for (own, kept) in [(10, 10), (1_000_000, 3_600)] {
         cache.clear().await.unwrap();

@@ -23,7 +23,7 @@ use memcached::Memcached;
 use redis::Redis;
 use serde_json::json;
 use tower_cache_aside::{
-    Cache, CacheBuilder, DataType, Key, Mutation, Route, Stats, Tag, Tier, Ttl,
+    Cache, CacheBuilder, Coalesce, DataType, Key, Mutation, Route, Stats, Tag, Tier, Ttl,
     store::{
         Entry, Fence, Generation, Inquiry, Lookup, Mark, MemcachedStore, MemoryStore, Opened, RedisBuilder, RedisStore,
         Regional, Store, StoreError, StoreFuture, TagGroup,
@@ -121,6 +121,7 @@ fn doc() -> DataType {
 struct Db {
     row: Arc<AtomicU64>,
     reads: Arc<AtomicU64>,
+    fails: Arc<AtomicBool>,
 }
 
 impl Db {
@@ -132,7 +133,7 @@ impl Db {
                 _ => db.reads.fetch_add(1, Ordering::SeqCst),
             };
             let text = format!("row {}", db.row.load(Ordering::SeqCst));
-            let mut response = Response::builder();
+            let mut response = Response::builder().status(if db.fails.load(Ordering::SeqCst) { 500 } else { 200 });
             if request.uri().query().is_some() {
                 response = response.header("etag", format!("\"{text}\"")).header("vary", "accept-language");
             }
@@ -373,25 +374,26 @@ async fn every_store_that_holds_entries_confirms_them() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_another_mapping_has_stored_is_no_answer() {
     let redis = Redis::start(&[]);
-    let tracked = redis_store(&redis).prefix("on").heartbeat(HEARTBEAT).build().unwrap();
     let stores: [(_, _, Arc<dyn Store>); 3] = [
         (Tier::On, (0, 0), Arc::new(MemoryStore::new(1 << 20))),
-        (Tier::On, (0, 0), Arc::new(tracked)),
+        (Tier::On, (0, 0), Arc::new(redis_store(&redis).prefix("on").build().unwrap())),
         (Tier::Validated, (0, 1), Arc::new(redis_store(&redis).build().unwrap())),
     ];
     let (hour, moment) = (Duration::from_secs(3_600), Duration::from_millis(100));
     for (tier, of_a_hit, store) in stores {
         let (asked, db) = (Asked::default(), Db::default());
         let store = Arc::new(Counted(store, asked.clone()));
-        let mapped = |entity: &str, ttl: Duration| {
-            let doc = DataType::new("doc", ttl).early_refresh(0.0).tier(tier);
-            let cache = Cache::builder("test").single_tenant("t").data_type(doc).store(store.clone());
+        let mapped = |entity: &str, doc: DataType| {
+            let cache = Cache::builder("test").single_tenant("t").store(store.clone());
             let cache = cache.route(Route::new("/docs/{doc_id}", "doc").entity("doc_id", entity));
-            let cache = cache.data_type(DataType::new(entity, ttl)).build().unwrap();
+            let cache = cache.data_type(doc.early_refresh(0.0).tier(tier));
+            let cache = cache.data_type(DataType::new(entity, hour)).build().unwrap();
             (db.web(&cache), cache)
         };
-        let [(pages, cache), (same, _), (files, other), (short, _)] =
-            [mapped("page", hour), mapped("page", hour), mapped("file", hour), mapped("page", moment)];
+        let doc = |ttl| DataType::new("doc", ttl);
+        let (pages, cache) = mapped("page", doc(hour));
+        let (same, _) = mapped("page", doc(hour));
+        let (files, other) = mapped("file", doc(hour));
         until_asked(&cache, &pages, &asked, of_a_hit).await;
         for web in [&same, &pages] {
             let reply = web.get(PATH).await;
@@ -399,9 +401,66 @@ async fn what_another_mapping_has_stored_is_no_answer() {
         }
         assert_eq!(files.get(PATH).await.cache_status(), "fwd=uri-miss; stored", "{tier:?}");
         until_asked(&other, &files, &asked, of_a_hit).await;
-        until_asked(&cache, &pages, &asked, of_a_hit).await;
-        tokio::time::sleep(moment).await;
-        assert!(pages.get(PATH).await.is_hit(), "{tier:?}");
-        assert_eq!(short.get(PATH).await.cache_status(), "fwd=stale; stored", "{tier:?}");
+        for coalesce in [Coalesce::Process, Coalesce::Fleet] {
+            let (short, _) = mapped("page", doc(moment).coalesce(coalesce));
+            cache.clear().await.unwrap();
+            until_asked(&cache, &pages, &asked, of_a_hit).await;
+            tokio::time::sleep(moment).await;
+            assert!(pages.get(PATH).await.is_hit(), "{tier:?}");
+            assert_eq!(short.get(PATH).await.cache_status(), "fwd=stale; stored", "{tier:?} {coalesce:?}");
+        }
+    }
+}
+
+/// What this process holds may have ended here, when another process has stored what has not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_has_ended_here_is_looked_up() {
+    let redis = Redis::start(&[]);
+    let (hour, moment) = (Duration::from_secs(3_600), Duration::from_secs(2));
+    let (asked, db) = (Asked::default(), Db::default());
+    let store = Arc::new(Counted(Arc::new(redis_store(&redis).build().unwrap()), asked.clone()));
+    let mapped = |store: Arc<dyn Store>, ttl: Duration| {
+        let cache = over(store, DataType::new("doc", ttl).early_refresh(0.0)).build().unwrap();
+        (db.web(&cache), cache)
+    };
+    let ((long, cache), (short, _)) = (mapped(store.clone(), hour), mapped(store, moment));
+    let (elsewhere, other) = mapped(Arc::new(redis_store(&redis).build().unwrap()), moment);
+    until_held(&cache, &long, &asked).await;
+    tokio::time::sleep(moment).await;
+    while !elsewhere.get(PATH).await.is_hit() {
+        other.drain(Duration::from_secs(60)).await;
+    }
+    let reads = db.reads.load(Ordering::SeqCst);
+    let reply = short.get(PATH).await;
+    assert!(reply.is_hit() && db.reads.load(Ordering::SeqCst) == reads, "{reply:?}");
+}
+
+/// Also what varies by what no route names: what leads to it stays as long.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_varies_is_served_stale_for_as_long_as_is_meant() {
+    let redis = Redis::start(&[]);
+    let (hour, moment) = (Duration::from_secs(3_600), Duration::from_millis(100));
+    let docs: [fn(DataType, Duration) -> DataType; 2] = [DataType::stale_while_revalidate, DataType::stale_if_error];
+    for (prefix, doc) in ["refresh", "error"].into_iter().zip(docs) {
+        let stores: [Arc<dyn Store>; 3] = [
+            Arc::new(MemoryStore::new(1 << 20)),
+            Arc::new(redis_store(&redis).prefix(prefix).build().unwrap()),
+            Arc::new(redis_store(&redis).prefix(format!("{prefix}-off")).in_process(0).build().unwrap()),
+        ];
+        for store in stores {
+            let db = Db::default();
+            let cache = over(store, doc(DataType::new("doc", moment), hour).early_refresh(0.0)).build().unwrap();
+            let web = db.web(&cache);
+            // Until it is connected.
+            let start = Instant::now();
+            while web.get("/docs/1?varies").await.cache_status() != "fwd=uri-miss; stored" {
+                assert!(start.elapsed() < Duration::from_secs(60), "nothing is stored");
+            }
+            cache.drain(Duration::from_secs(60)).await;
+            tokio::time::sleep(moment).await;
+            db.fails.store(true, Ordering::SeqCst);
+            let reply = web.get("/docs/1?varies").await;
+            assert_eq!((reply.status.as_u16(), reply.text()), (200, "row 0"), "{prefix}: {reply:?}");
+        }
     }
 }

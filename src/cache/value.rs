@@ -251,7 +251,7 @@ where
 {
     let Some((key, tags)) = place else { return Obtained::Load(None) };
     let now = core.engine.now();
-    let held = core.engine.peek(key.as_bytes(), policy, now, || &tags);
+    let held = core.engine.peek(key.as_bytes(), now, |entry| entry.suited(&tags, policy.longest()));
     match held.map(|entry| ask.judge(entry, engine::Source::Store, now)) {
         Some(Use::Answer(value)) => Obtained::Answer(value),
         _ => core.engine.obtain(key, &tags, policy, ask).await,

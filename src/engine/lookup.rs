@@ -170,14 +170,11 @@ impl Engine {
         async move {
             let mut at = began;
             for _ in 0..2 {
-                let mut now = self.store.lookup(self.inquiry(key, asked, tags.len(), policy, at)).await?;
+                let now = self.store.lookup(self.inquiry(key, asked, tags.len(), policy, at)).await?;
+                let mut now = now.capped(policy.longest());
                 let Some(entry) = now.entry.take() else { return Ok((None, now)) };
                 match validity(&entry, tags, asked, &now.generations) {
-                    Validity::Valid => {
-                        let entry = entry.capped(policy.longest());
-                        entry.checked_by(self.number);
-                        return Ok((Some(Stale { entry, invalidated: false }), now));
-                    }
+                    Validity::Valid => return Ok((Some(Stale { entry, invalidated: false }), now)),
                     Validity::Invalid => return Ok((Some(Stale { entry, invalidated: true }), now)),
                     Validity::Unknown(late) => {
                         self.remember_late(key, &late);
@@ -239,7 +236,8 @@ impl Engine {
             };
         }
         // A flight may have begun and landed since the look-up; its entry was stored before it was taken off the table.
-        let there = self.peek(leader.key.as_bytes(), policy, self.now(), || tags);
+        let suited = |entry: Arc<Entry>| entry.suited(tags, policy.longest());
+        let there = self.peek(leader.key.as_bytes(), self.now(), suited);
         if let Some(entry) = there.filter(|entry| !attempt.refresh && attempt.takes(entry)) {
             leader.flight.land(Landed::Done(entry.clone()));
             return Begin::Hit(entry);
@@ -325,7 +323,7 @@ impl Engine {
     pub(crate) async fn look_at(&self, key: &Key, tags: &[Tag], policy: &Policy) -> Result<Option<Found>, StoreError> {
         let mut asked = tags.to_vec();
         for _ in 0..2 {
-            let found = self.store.lookup(self.looking_on(key, &asked, policy)).await?;
+            let found = self.store.lookup(self.looking_on(key, &asked, policy)).await?.capped(policy.longest());
             let Some(entry) = found.entry else { return Ok(None) };
             let unknown = entry.places(&asked).filter(|(_, at)| at.is_none());
             let unknown: Vec<_> = unknown.map(|(stamp, _)| stamp.tag.clone()).collect();
@@ -469,6 +467,34 @@ pub(super) mod tests {
         let sealed = bench.lead().await.seal(value(), vec![], life, None).await.unwrap();
         assert!(sealed.entry.keep_until - sealed.entry.created >= 60_000);
         assert_eq!(sealed.key(), bench.key.as_bytes());
+    }
+
+    /// What does so as it is, is asked once by each cache; what has other tags does not, and what is capped is so each time.
+    #[tokio::test]
+    async fn what_suits_one_cache_need_not_suit_another() {
+        let [long, short] = [60, 1].map(|ttl| Bench::of(DataType::new("doc", SECOND * ttl), MemoryStore::new(1 << 20)));
+        let stamps = [Stamp { tag: long.tags[0].clone(), generation: Generation(1) }];
+        let entry = Arc::new(Entry::new(value(), stamps.into(), 0, fresh_for(SECOND * 60)));
+        let asked = std::cell::Cell::new(0);
+        let expires = |bench: &Bench, tags: &[Tag]| {
+            let tags = || {
+                asked.set(asked.get() + 1);
+                tags
+            };
+            bench.engine.suited(entry.clone(), tags, &bench.policy).map(|entry| entry.expires)
+        };
+        for (bench, is_own, found, times) in [
+            (&long, false, None, 1),
+            (&long, true, Some(60_000), 1),
+            (&long, true, Some(60_000), 0),
+            (&short, true, Some(1_000), 1),
+            (&short, true, Some(1_000), 1),
+            (&short, false, None, 1),
+            (&long, true, Some(60_000), 0),
+        ] {
+            let tags = [if is_own { long.tags[0].clone() } else { tag("2") }];
+            assert_eq!((expires(bench, &tags), asked.take()), (found, times), "{is_own}");
+        }
     }
 
     /// Once each, in the order of the flight; what is not declared again is none of an entry's tags.

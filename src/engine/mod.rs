@@ -36,7 +36,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use crate::{
-    catalog::{Drops, Policy},
+    catalog::{Drops, Policy, Tier},
     clock::{Clock, Millis},
     key::{Key, Tag},
     store::{Entry, Fence, Health, Store, StoreError, TagGroup},
@@ -155,46 +155,42 @@ impl Engine {
         self.clock.now()
     }
 
-    /// A hit that needs no waiting. `tags` are those that the request names.
-    pub(crate) fn peek<T: AsRef<[Tag]>>(
+    /// A hit that needs no waiting, if it [suits](Entry::suited) this cache: another over the same store may have put it there.
+    pub(crate) fn peek(
         &self,
         key: &[u8],
-        policy: &Policy,
         now: Millis,
-        tags: impl FnOnce() -> T,
+        suited: impl FnOnce(Arc<Entry>) -> Option<Arc<Entry>>,
     ) -> Option<Arc<Entry>> {
-        self.checked(self.store.peek(key, now)?, policy, now, tags)
+        suited(self.store.peek(key, now)?).filter(|entry| entry.is_fresh(now))
     }
 
-    /// What this process holds, and may answer with once [it is known to be current](Self::is_current).
-    pub(crate) fn held<T: AsRef<[Tag]>>(
+    /// The same of what this process holds, and may answer with once [it is known to be current](Self::is_current).
+    pub(crate) fn held(
         &self,
         key: &[u8],
-        policy: &Policy,
+        tier: Tier,
         now: Millis,
-        tags: impl FnOnce() -> T,
+        suited: impl FnOnce(Arc<Entry>) -> Option<Arc<Entry>>,
     ) -> Option<Arc<Entry>> {
-        self.checked(self.store.held(key, policy.tier())?, policy, now, tags)
+        suited(self.store.held(key, tier)?).filter(|entry| entry.is_fresh(now))
     }
 
-    /// What is held and fresh, if it has these tags, for as long as this cache's mapping lets it be: another cache over the same store
-    /// may have put it there. What is found is remembered.
-    #[inline]
-    fn checked<T: AsRef<[Tag]>>(
+    /// Whether an entry suits, by tags that follow from its key. That one does as it is, is remembered: then they are made no more.
+    pub(crate) fn suited<T: AsRef<[Tag]>>(
         &self,
-        mut entry: Arc<Entry>,
-        policy: &Policy,
-        now: Millis,
+        entry: Arc<Entry>,
         tags: impl FnOnce() -> T,
+        policy: &Policy,
     ) -> Option<Arc<Entry>> {
-        if !entry.is_checked_by(self.number) {
-            if !entry.has(tags().as_ref()) {
-                return None;
-            }
-            entry = entry.capped(policy.longest());
-            entry.checked_by(self.number);
+        if entry.suits(self.number) {
+            return Some(entry);
         }
-        entry.is_fresh(now).then_some(entry)
+        let suited = entry.clone().suited(tags().as_ref(), policy.longest())?;
+        if Arc::ptr_eq(&suited, &entry) {
+            entry.note_suits(self.number);
+        }
+        Some(suited)
     }
 
     /// Whether nothing of an entry that is held has been dropped.

@@ -73,7 +73,7 @@ fn sealed_entry(bytes: Bytes, shift: i64, longest: Option<Duration>) {
     let again = decode(written.clone(), 0, None).unwrap();
     assert!(is_same(&read, &again), "{read:?} {again:?}");
     assert_eq!(written, encode(&again, 0).ok().unwrap().bytes);
-    if let Some(longest) = longest {
+    if let Some(longest) = longest.filter(|_| !matches!(shifted.payload, Payload::Vary(_))) {
         assert!(shifted.expires <= shifted.created.saturating_add(longest.as_millis() as Millis));
     }
     for (time, by) in times(&read).into_iter().zip(times(&shifted)).filter(|_| longest.is_none()) {

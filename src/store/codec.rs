@@ -105,7 +105,7 @@ impl Entry {
     }
 
     /// The entry that was written as these bytes, which its body and header values go on to share. It is fresh for `longest` at
-    /// most, which is that of the [`Inquiry`](super::Inquiry).
+    /// most, which is that of the [`Inquiry`](super::Inquiry), and served stale for as long after that as was meant.
     ///
     /// # Errors
     /// These bytes are no entry, which is no error of the store's: it has none.
@@ -238,7 +238,7 @@ pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Res
         learned,
         varied: None,
         replay: Default::default(),
-        checked: Default::default(),
+        suits: Default::default(),
     };
     entry.cap(longest);
     Ok(entry)
@@ -409,7 +409,7 @@ mod tests {
             learned: None,
             varied: None,
             replay: Default::default(),
-            checked: Default::default(),
+            suits: Default::default(),
         }
     }
 

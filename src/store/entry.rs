@@ -77,15 +77,15 @@ pub struct Entry {
     pub(crate) varied: Option<Box<(Box<[HeaderName]>, Key)>>,
     /// Where its headers are kept ready, if they are. It is of this very entry: who changes a copy of it gives that another.
     pub(crate) replay: Replay,
-    /// Which cache of this process has found that it is as its mapping says, if one has: it may be another's.
-    pub(crate) checked: Checked,
+    /// Which cache of this process it has been found to suit, if one.
+    pub(crate) suits: Suits,
 }
 
 /// A number of a cache.
 #[derive(Debug, Default)]
-pub(crate) struct Checked(AtomicU64);
+pub(crate) struct Suits(AtomicU64);
 
-impl Clone for Checked {
+impl Clone for Suits {
     fn clone(&self) -> Self {
         Self(AtomicU64::new(self.0.load(Relaxed)))
     }
@@ -110,20 +110,25 @@ impl Entry {
             learned: None,
             varied: None,
             replay: Replay::default(),
-            checked: Checked::default(),
+            suits: Suits::default(),
         }
     }
 
-    /// Whether this cache has found that it has all tags, and is not fresh for too long.
-    pub(crate) fn is_checked_by(&self, cache: u64) -> bool {
-        self.checked.0.load(Relaxed) == cache
+    /// Whether it has been found to suit this cache.
+    pub(crate) fn suits(&self, cache: u64) -> bool {
+        self.suits.0.load(Relaxed) == cache
     }
 
-    /// This cache, whose number is not 0, has found so.
-    pub(crate) fn checked_by(&self, cache: u64) {
-        if !self.is_checked_by(cache) {
-            self.checked.0.store(cache, Relaxed);
+    /// It has been found to suit this cache, whose number is not 0.
+    pub(crate) fn note_suits(&self, cache: u64) {
+        if !self.suits(cache) {
+            self.suits.0.store(cache, Relaxed);
         }
+    }
+
+    /// What a cache may answer with whose mapping gives these tags, and a TTL of so much at most: what has all of them, and no longer.
+    pub(crate) fn suited(self: Arc<Self>, tags: &[Tag], longest: Option<Duration>) -> Option<Arc<Self>> {
+        self.has(tags).then(|| self.capped(longest))
     }
 
     /// Fresh for so long at most, and served stale for no longer after that than was meant.
@@ -144,8 +149,16 @@ impl Entry {
         Arc::new(own)
     }
 
-    /// For how much longer it is fresh than that.
+    /// When it ends, if it is fresh for so long at most.
+    pub(super) fn ends(&self, longest: Option<Duration>) -> Millis {
+        self.expires.saturating_sub(self.over(longest))
+    }
+
+    /// For how much longer it is fresh than that. What leads to variants, which say so themselves, stays for as long as any of them.
     fn over(&self, longest: Option<Duration>) -> Millis {
+        if let Payload::Vary(_) = self.payload {
+            return 0;
+        }
         let longest = longest.map_or(Millis::MAX, |longest| longest.as_millis() as Millis);
         self.expires.saturating_sub(self.created.saturating_add(longest))
     }
@@ -244,7 +257,7 @@ impl Entry {
     /// The same, but for what it holds.
     pub(super) fn with(&self, payload: Payload) -> Self {
         let (stamps, varied) = (self.stamps.clone(), self.varied.clone());
-        Self { payload, stamps, varied, replay: Replay::default(), checked: self.checked.clone(), ..*self }
+        Self { payload, stamps, varied, replay: Replay::default(), suits: self.suits.clone(), ..*self }
     }
 
     /// When the store may forget it; `Millis::MAX` means never.
@@ -351,7 +364,10 @@ mod tests {
         let times = |entry: &Entry| [entry.expires, entry.refresh_until, entry.on_error_until];
         assert_eq!(times(&bounded.clone().capped(Some(second))), [2_000, 3_000, 4_000]);
         assert_eq!(times(&endless.clone().capped(Some(second))), [2_000; 3]);
-        for (entry, longest) in [(&bounded, None), (&bounded, Some(second * 9)), (&endless, None)] {
+        let marker = Arc::new(bounded.marker(&[header::ACCEPT], None));
+        for (entry, longest) in
+            [(&marker, Some(second)), (&bounded, None), (&bounded, Some(second * 9)), (&endless, None)]
+        {
             assert!(Arc::ptr_eq(&entry.clone().capped(longest), entry), "{longest:?}");
         }
     }

@@ -119,6 +119,11 @@ impl Lookup {
         self
     }
 
+    /// The same, fresh for so long at most, whatever its writer thought.
+    pub(crate) fn capped(self, longest: Option<Duration>) -> Self {
+        Self { entry: self.entry.map(|entry| entry.capped(longest)), ..self }
+    }
+
     /// What [`Store::open`] would have captured, if nothing has to be made for that.
     pub(crate) fn opened(self) -> Option<Opened> {
         // Whether a fence still stands is for it to find out.
@@ -344,7 +349,7 @@ pub trait Store: Send + Sync + 'static {
     }
 
     /// What it holds in this process under this key, if a look-up of this tier would only ask whether that is still
-    /// [current](Store::is_current): the very entry that look-ups give. By default nothing.
+    /// [current](Store::is_current). By default nothing.
     fn held(&self, key: &[u8], tier: Tier) -> Option<Arc<Entry>> {
         let _ = (key, tier);
         None

@@ -34,8 +34,9 @@ pub(super) fn validated<'a, S: Generations>(
     inquiry: Inquiry<'a>,
 ) -> impl Future<Output = Result<Lookup, StoreError>> + Send + use<'a, S> {
     async move {
-        // What has expired is not asked about: the store may have another by now.
-        if let Some(entry) = memory.raw(inquiry.key.as_bytes()).filter(|entry| entry.is_fresh(inquiry.now)) {
+        // What has ended is not asked about: the store may have another by now.
+        let held = memory.raw(inquiry.key.as_bytes());
+        if let Some(entry) = held.filter(|entry| inquiry.now < entry.ends(inquiry.longest)) {
             let generations = remote.call(|remote| remote.generations(inquiry.tags.iter())).await?;
             if is_current(&entry, &inquiry, &generations) {
                 return Ok(Lookup::new(Some(entry), generations));

@@ -48,7 +48,8 @@ pub(super) fn held(
     let engine = &core.engine;
     let now = engine.now();
     let (mut variant, mut known) = (None, None);
-    let peek = |of: &[u8]| engine.peek(of, &route.policy, now, || route.tags(key, params));
+    let suited = |entry| engine.suited(entry, || route.tags(key, params), &route.policy);
+    let peek = |key: &[u8]| engine.peek(key, now, suited);
     let mut entry = if route.body.is_some() { None } else { peek(key) };
     if let Some(Payload::Vary(names)) = entry.as_deref().map(|entry| &entry.payload) {
         let key = variant_key(key, names, headers);
@@ -70,7 +71,7 @@ pub(super) fn held(
         route.teller.watcher().looked(variant.as_deref().unwrap_or(key), found.is_some());
         // What leads to variants, or is a part of another response, is looked up.
         if found.is_none() && variant.is_none() && whole.is_none() {
-            let entry = engine.held(key, &route.policy, now, || route.tags(key, params));
+            let entry = engine.held(key, route.policy.tier(), now, suited);
             unconfirmed = entry.and_then(|entry| to_confirm(core, route, (key, entry), asked, headers, now));
         }
     }

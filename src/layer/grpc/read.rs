@@ -122,7 +122,7 @@ impl Read {
         let (core, route) = (self.core.clone(), self.route.clone());
         let engine = &core.engine;
         let hit = How::hit(&route.teller, FoundIn::Process);
-        let held = engine.peek(&key, &route.policy, engine.now(), || &tags);
+        let held = engine.peek(&key, engine.now(), |entry| entry.suited(&tags, route.policy.longest()));
         if let Some((entry, response)) =
             held.and_then(|entry| replay(&entry, engine.now(), hit).map(|response| (entry, response)))
         {
