@@ -206,30 +206,25 @@ impl<S, M> CacheAside<S, M> {
         let Held { found, now, unconfirmed, variant, known } = held;
         let at = At { params: &read.params, mount: read.mount };
         let picks = || picked(&self.core, route, (&place, &at), &parts, (&wanted, variant.as_deref()));
-        let picked = (turn == Turn::First).then(picks).flatten();
+        let picked = if turn == Turn::First { picks() } else { None };
         let Wanted { mut key, tenant: name, needs_public, .. } = wanted;
         let (watcher, how) = (route.teller.watcher(), How::hit(&route.teller, FoundIn::Process));
         let found = found.as_ref().and_then(|(entry, behind)| Some(((&**entry, entry.response()?), *behind)));
+        let watch = || watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri));
         let (shown, watch) = match found {
-            Some((entry, Behind::Nothing)) => {
+            Some((entry, behind)) => {
                 let mut response = answer(entry, now, &asked, how);
                 let outcome = how.outcome(entry.0, now, response.body());
-                watcher.hit(timer, &outcome, || Some(name));
-                put_outcome(&mut response, parts.extensions, outcome);
-                give_back(key);
-                return ResponseFuture::ready(response);
-            }
-            Some((entry, behind)) => {
-                let mut response = Box::new(answer(entry, now, &asked, how));
-                let outcome = how.outcome(entry.0, now, response.body());
-                watcher.hit(timer, &outcome, || Some(name.clone()));
+                watcher.hit(timer, &outcome, || Some((&*name).into()));
+                if behind == Behind::Nothing {
+                    put_outcome(&mut response, parts.extensions, outcome);
+                    give_back(key);
+                    return ResponseFuture::ready(response);
+                }
                 response.extensions_mut().insert(outcome);
-                (Some((response, behind)), None)
+                (Some((Box::new(response), behind)), None)
             }
-            None => {
-                let watch = || watcher.watch(timer, || Some(name.clone()), || asked_for(&place, &parts.uri));
-                (None, asked.ahead.is_none().then(watch))
-            }
+            None => (None, asked.ahead.is_none().then(watch)),
         };
         if let Some((entry, Behind::Nothing)) = unconfirmed {
             return self.confirm((key, entry), (route.clone(), asked), watch, Request::from_parts(parts, body));
