@@ -3,7 +3,7 @@
 
 use std::{
     fmt,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -31,8 +31,12 @@ pub(crate) enum Clock {
 }
 
 impl Default for Clock {
+    /// The same for all of a process: caches that share a store tell its entries' times alike, whatever the wall clock did between
+    /// their makings.
     fn default() -> Self {
-        Self::Monotonic { wall: millis(SystemTime::now()), start: uptime() }
+        static START: LazyLock<(Millis, Millis)> = LazyLock::new(|| (millis(SystemTime::now()), uptime()));
+        let (wall, start) = *START;
+        Self::Monotonic { wall, start }
     }
 }
 
@@ -85,6 +89,23 @@ pub(crate) fn uptime() -> Millis {
 /// Milliseconds since the first call. (Time that the machine sleeps may be missing.)
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(crate) fn uptime() -> Millis {
-    static START: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
+    static START: LazyLock<std::time::Instant> = LazyLock::new(std::time::Instant::now);
     START.elapsed().as_millis() as Millis + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whenever they were made: an entry of one is as old to the other.
+    #[test]
+    fn all_caches_of_a_process_have_one_clock() {
+        let start = || match Clock::default() {
+            Clock::Monotonic { wall, start } => (wall, start),
+            Clock::Custom(_) => (0, 0),
+        };
+        let first = start();
+        std::thread::sleep(Duration::from_millis(3));
+        assert_eq!(start(), first);
+    }
 }

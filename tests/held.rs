@@ -379,7 +379,7 @@ async fn what_another_mapping_has_stored_is_no_answer() {
         (Tier::On, (0, 0), Arc::new(redis_store(&redis).prefix("on").build().unwrap())),
         (Tier::Validated, (0, 1), Arc::new(redis_store(&redis).build().unwrap())),
     ];
-    let (hour, moment) = (Duration::from_secs(3_600), Duration::from_millis(100));
+    let (hour, moment) = (Duration::from_secs(3_600), Duration::from_secs(1));
     for (tier, of_a_hit, store) in stores {
         let (asked, db) = (Asked::default(), Db::default());
         let store = Arc::new(Counted(store, asked.clone()));

@@ -105,7 +105,8 @@ impl Entry {
     }
 
     /// The entry that was written as these bytes, which its body and header values go on to share. It is fresh for `longest` at
-    /// most, which is that of the [`Inquiry`](super::Inquiry), and served stale for as long after that as was meant.
+    /// most, which is that of the [`Inquiry`](super::Inquiry), and served stale for as long after that as was meant: what was to
+    /// be fresh for ever, for no time.
     ///
     /// # Errors
     /// These bytes are no entry, which is no error of the store's: it has none.
@@ -178,7 +179,7 @@ pub(crate) fn encode(entry: &Entry, shift: i64) -> Result<Encoded, TooLarge> {
 }
 
 /// `shift` is how far the clock that the entry's times are to be told by is ahead of the shared one; `longest` is how long
-/// it may be fresh at most, whatever its writer thought.
+/// it may be fresh at most, whatever its writer thought, if it is more than the way to variants.
 pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Result<Entry, Unreadable> {
     let mut rest = bytes;
     if rest.len() <= HEAD || !VERSIONS.contains(&rest[0]) {

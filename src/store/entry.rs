@@ -131,7 +131,8 @@ impl Entry {
         self.has(tags).then(|| self.capped(longest))
     }
 
-    /// Fresh for so long at most, and served stale for no longer after that than was meant.
+    /// Fresh for so long at most, and served stale for no longer after that than was meant. (What was to be fresh for ever was to be
+    /// served stale never.)
     pub(super) fn cap(&mut self, longest: Option<Duration>) {
         let over = self.over(longest);
         for time in [&mut self.expires, &mut self.refresh_until, &mut self.on_error_until] {
@@ -150,6 +151,7 @@ impl Entry {
     }
 
     /// When it ends, if it is fresh for so long at most.
+    #[cfg(any(feature = "redis", feature = "memcached"))]
     pub(super) fn ends(&self, longest: Option<Duration>) -> Millis {
         self.expires.saturating_sub(self.over(longest))
     }
