@@ -12,9 +12,9 @@
 //! Times are told by a clock that all processes share, which the store knows: see [`Clocks`]. A list of header names that
 //! responses vary by is stored as headers without values. Numbers are little-endian. A value (of the cache-aside function)
 //! has no status, headers or trailers. Reading copies nothing but header names that are new to the thread: the body and the header
-//! values are slices of what the store returned. An entry whose TTL is not learned is of version 3, so that processes which know no other read it.
-//! Whatever cannot be read (foreign, truncated, corrupt, another version) is [`Unreadable`], which
-//! the store counts and treats as a miss.
+//! values are slices of what the store returned. An entry whose TTL is not learned is of version 3, so that processes which know
+//! no other read it. Whatever cannot be read (foreign, truncated, corrupt, another version) is [`Unreadable`], which the store
+//! counts and treats as a miss.
 
 use std::{cell::RefCell, error::Error as StdError, fmt, time::Duration};
 
