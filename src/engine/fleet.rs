@@ -43,9 +43,7 @@ impl Engine {
                 Ok(false) | Err(_) => return Begin::Lead(leader),
             }
             // Also after claiming: the last holder may have stored its entry just before.
-            let found =
-                self.store.lookup(self.inquiry(&leader.key, asked, tags.len(), &leader.policy, self.now())).await;
-            let found = found.map(|found| found.capped(leader.policy.longest()));
+            let found = self.ask(self.inquiry(&leader.key, asked, tags.len(), &leader.policy, self.now())).await;
             if let Ok(Lookup { entry: Some(entry), generations, .. }) = found {
                 let valid = matches!(validity(&entry, tags, asked, &generations), Validity::Valid);
                 if valid && entry.is_fresh(self.now()) {

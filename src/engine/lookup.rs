@@ -157,6 +157,16 @@ impl Engine {
         Inquiry { key, tags, required, tier: policy.tier(), longest: policy.longest(), now }
     }
 
+    /// Asks the store. What another mapping has put there is fresh for no longer than this one lets it be.
+    #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
+    pub(super) fn ask<'a>(&'a self, inquiry: Inquiry<'a>) -> impl Future<Output = Result<Lookup, StoreError>> + 'a {
+        async move {
+            let longest = inquiry.longest;
+            let found = self.store.lookup(inquiry).await?;
+            Ok(Lookup { entry: found.entry.map(|entry| entry.capped(longest)), ..found })
+        }
+    }
+
     /// Reads the entry with the generations of all its tags. What it turns out to have besides is `asked` from then on.
     #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
     fn find(
@@ -170,8 +180,7 @@ impl Engine {
         async move {
             let mut at = began;
             for _ in 0..2 {
-                let now = self.store.lookup(self.inquiry(key, asked, tags.len(), policy, at)).await?;
-                let mut now = now.capped(policy.longest());
+                let mut now = self.ask(self.inquiry(key, asked, tags.len(), policy, at)).await?;
                 let Some(entry) = now.entry.take() else { return Ok((None, now)) };
                 match validity(&entry, tags, asked, &now.generations) {
                     Validity::Valid => return Ok((Some(Stale { entry, invalidated: false }), now)),
@@ -323,7 +332,7 @@ impl Engine {
     pub(crate) async fn look_at(&self, key: &Key, tags: &[Tag], policy: &Policy) -> Result<Option<Found>, StoreError> {
         let mut asked = tags.to_vec();
         for _ in 0..2 {
-            let found = self.store.lookup(self.looking_on(key, &asked, policy)).await?.capped(policy.longest());
+            let found = self.ask(self.looking_on(key, &asked, policy)).await?;
             let Some(entry) = found.entry else { return Ok(None) };
             let unknown = entry.places(&asked).filter(|(_, at)| at.is_none());
             let unknown: Vec<_> = unknown.map(|(stamp, _)| stamp.tag.clone()).collect();

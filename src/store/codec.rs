@@ -288,7 +288,7 @@ fn take_headers(rest: &mut Bytes) -> Result<HeaderMap, Unreadable> {
     let mut headers = HeaderMap::try_with_capacity(capacity).map_err(|_| Unreadable)?;
     for _ in 0..count {
         let length = rest.try_get_u16_le().map_err(|_| Unreadable)?;
-        let name = named(rest.get(..length.into()).ok_or(Unreadable)?)?;
+        let name = name_of(rest.get(..length.into()).ok_or(Unreadable)?)?;
         rest.advance(length.into());
         let length = rest.try_get_u32_le().map_err(|_| Unreadable)?;
         let value = take(rest, length as usize)?;
@@ -306,7 +306,7 @@ thread_local! {
 }
 
 /// A name of a header. One that the library has not is an allocation, but for what this thread has read before: then they share it.
-fn named(name: &[u8]) -> Result<HeaderName, Unreadable> {
+fn name_of(name: &[u8]) -> Result<HeaderName, Unreadable> {
     let read = || HeaderName::from_bytes(name).map_err(|_| Unreadable);
     let (Some(first), Some(last)) = (name.first(), name.last()) else { return Err(Unreadable) };
     let of_thread = |names: &RefCell<[Option<HeaderName>; NAMES.0]>| {

@@ -121,9 +121,7 @@ impl Entry {
 
     /// It has been found to suit this cache, whose number is not 0.
     pub(crate) fn note_suits(&self, cache: u64) {
-        if !self.suits(cache) {
-            self.suits.0.store(cache, Relaxed);
-        }
+        self.suits.0.store(cache, Relaxed);
     }
 
     /// What a cache may answer with whose mapping gives these tags, and a TTL of so much at most: what has all of them, and no longer.

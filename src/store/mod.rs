@@ -119,11 +119,6 @@ impl Lookup {
         self
     }
 
-    /// The same, fresh for so long at most, whatever its writer thought.
-    pub(crate) fn capped(self, longest: Option<Duration>) -> Self {
-        Self { entry: self.entry.map(|entry| entry.capped(longest)), ..self }
-    }
-
     /// What [`Store::open`] would have captured, if nothing has to be made for that.
     pub(crate) fn opened(self) -> Option<Opened> {
         // Whether a fence still stands is for it to find out.

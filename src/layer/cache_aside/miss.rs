@@ -206,16 +206,21 @@ impl Miss {
     {
         match obtained {
             Obtained::Answer(good) => {
-                let own = Some(request.extensions_mut()).filter(|_| self.so_far.behind == Behind::Nothing);
-                match (self.so_far.behind, self.show(good, own)) {
-                    (Behind::Nothing, Some(response)) => Ok(response),
-                    (behind, Some(response)) => Err(Box::pin(self.replace(response, behind, inner, request))),
-                    (_, None) => Err(Box::pin(self.call(inner, request, None))),
+                let behind = self.so_far.behind;
+                // What the request's map held its extensions in has room for the outcome, if it is done with.
+                let extensions = match behind {
+                    Behind::Nothing => std::mem::take(request.extensions_mut()),
+                    _ => Extensions::new(),
+                };
+                match self.show(good, extensions) {
+                    Some(response) if behind == Behind::Nothing => Ok(response),
+                    Some(response) => Err(Box::pin(self.replace(response, behind, inner, request))),
+                    None => Err(Box::pin(self.call(inner, request, None))),
                 }
             }
             Obtained::Absent => Ok(gateway_timeout(&self.mapped.route.teller)),
             Obtained::AnswerAndReload(good, leader) => {
-                let Some(response) = self.show(good, None) else {
+                let Some(response) = self.show(good, Extensions::new()) else {
                     return Err(Box::pin(self.call(inner, request, Some(leader))));
                 };
                 if self.loads_whole(Some(&leader)) {
@@ -236,16 +241,13 @@ impl Miss {
         }
     }
 
-    /// The response. Of a request that is done with, its extensions have room for the outcome.
-    fn show<R: Body>(
-        &self,
-        Good { entry, source, now }: Good,
-        extensions: Option<&mut Extensions>,
-    ) -> Option<Response<CacheBody<R>>> {
+    /// The response, with its outcome in these.
+    fn show<R: Body>(&self, good: Good, extensions: Extensions) -> Option<Response<CacheBody<R>>> {
+        let Good { entry, source, now } = good;
         let (Mapped { core, route, .. }, SoFar { asked, reason, .. }) = (&self.mapped, &self.so_far);
         let collapsed = Forwarded { collapsed: true, ..Forwarded::new(*reason) };
         let how = How::of(source, &route.teller, core.found_in(), collapsed);
-        use_up(entry, now, asked, how, extensions.map(std::mem::take).unwrap_or_default())
+        use_up(entry, now, asked, how, extensions)
     }
 
     /// Says so if what is stored has only grown old.
