@@ -230,7 +230,7 @@ async fn what_counts_entries_has_an_end() {
     assert!(endless <= 256, "{endless}");
 }
 
-/// What has generations is loaded after one look-up; what has none needs them first.
+/// What has generations is loaded after one look-up; what has no mark needs all of them first.
 #[tokio::test]
 async fn a_miss_whose_tags_are_known_asks_once() {
     let redis = Redis::start(&[]);
@@ -459,6 +459,70 @@ async fn a_bad_network_is_survived() {
         survives_the_network(Tier::Validated),
         survives_the_network(Tier::On)
     );
+}
+
+// What is new.
+
+/// Who is the first to ask for something does not wait until it has a generation, which is made while the load is under way, and
+/// nobody else asks for it meanwhile. What is written before it has one is not answered from what was read before that.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_new_is_answered_while_its_generation_is_made() {
+    const NEW: &str = "/docs/2";
+    const LOADED: &str = "/docs/3";
+    for writes in [false, true] {
+        let (redis, db, loads) = (Redis::start(&[]), Db::default(), Arc::new(AtomicU64::new(0)));
+        let (proxy, gate) = (Proxy::start(redis.port).await, Arc::new(Semaphore::new(0)));
+        let (inner, counted, opens) = (origin(&db), loads.clone(), gate.clone());
+        let near = builder(patient(&proxy.url), Tier::Off).build().unwrap();
+        let web = Web::new(&near, move |request| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            let (waits, answer, gate) = (request.uri().path() == LOADED, inner(request), opens.clone());
+            async move {
+                if waits {
+                    gate.acquire().await.unwrap().forget();
+                }
+                answer.await
+            }
+        });
+        let elsewhere = Web::new(&builder(patient(&redis.url()), Tier::Off).build().unwrap(), origin(&db));
+        until_hit(&web, "0").await;
+        near.settled().await;
+        loads.store(0, Ordering::SeqCst);
+        let get = |path| {
+            let web = web.clone();
+            tokio::spawn(async move { web.get(path).await })
+        };
+        proxy.set(Mode::HoldAt("SET", "doc=2"));
+        let first = tokio::time::timeout(FOREVER / 6, get(NEW)).await.expect("it waits for its generation").unwrap();
+        assert_eq!((first.text(), first.cache_status()), ("0", "fwd=uri-miss; stored"));
+        proxy.holds().await;
+        let others: Vec<_> = (0..8).map(|_| get(NEW)).collect();
+        if writes {
+            assert_eq!(elsewhere.put(NEW).await.status, 200);
+            assert_eq!(elsewhere.get(NEW).await.text(), "1");
+        }
+        proxy.set(Mode::Pass);
+        for other in others {
+            let other = other.await.unwrap();
+            // They may have come before the write, or after it.
+            assert!(other.text() == "0" || writes && other.text() == "1", "{}", other.cache_status());
+        }
+        for _ in 0..2 {
+            let last = web.get(NEW).await;
+            assert_eq!(last.text(), row(&db), "{}", last.cache_status());
+            near.settled().await;
+        }
+        assert!(web.get(NEW).await.is_hit());
+        if !writes {
+            assert_eq!(loads.load(Ordering::SeqCst), 1, "loads of one key");
+        }
+        proxy.set(Mode::HoldAt("SET", "doc=3"));
+        let loaded = get(LOADED);
+        tokio::time::timeout(FOREVER / 6, proxy.holds()).await.expect("it is made while the load is under way");
+        proxy.set(Mode::Pass);
+        gate.add_permits(1);
+        assert_eq!(loaded.await.unwrap().cache_status(), "fwd=uri-miss; stored");
+    }
 }
 
 // The tracking connection.

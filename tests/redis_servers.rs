@@ -235,7 +235,8 @@ async fn ids_that_are_probed_leave_nothing_durable() {
     let _ = web.try_send(web::request(Method::GET, "/docs/none")).await;
     let left = |key: &str| redis.command(&["PTTL", key])[1..].lines().next().unwrap().parse::<i64>().unwrap();
     let probed = left("cas:g:test{t}:doc:doc=none");
-    assert!(probed > 0 && probed <= 120_000, "{probed} ms");
+    // Its generation is made beside the load: where that was over before, there is none.
+    assert!(probed == -2 || (1..=120_000).contains(&probed), "{probed} ms");
     assert!(left("cas:g:test{t}:doc:doc=1") >= TTL.as_millis() as i64 - 60_000, "what is stored needs its generation");
 }
 

@@ -58,6 +58,8 @@ enum Sabotage {
     LosesAllButOneValue,
     LaterByAnHour,
     ForgetsLongest,
+    /// Look-ups, too, whatever was dropped.
+    MarksAreTheSame,
     LeasesNeverEnd,
     ClearDoesNothing,
     /// Everybody who opens a tag gets a generation of its own.
@@ -77,13 +79,14 @@ enum Sabotage {
 use Sabotage::*;
 
 /// Each with a rule that it breaks.
-const SABOTAGES: [(Sabotage, &str); 30] = [
+const SABOTAGES: [(Sabotage, &str); 31] = [
     (NeverHits, "it_hits"),
     (DroppedComesBack, "a_dropped_generation_never_comes_back"),
     (FixedGeneration, "a_dropped_generation_never_comes_back"),
     (IgnoresTheFence, "a_fence_stands_until_its_writer_comes_back"),
     (LiftsEverybodysFences, "a_writer_lifts_only_its_own_fence"),
     (ExtendAlwaysProves, "a_mark_proves_nothing_of_what_was_dropped"),
+    (MarksAreTheSame, "a_mark_proves_nothing_of_what_was_dropped"),
     (ExtendLooksAtFencesOnly, "a_mark_proves_nothing_of_a_lease_that_ran_out"),
     (DropsTheFirstTagOnly, "an_invalidation_drops_all_tags_of_all_groups"),
     (DropsTheFirstGroupOnly, "an_invalidation_drops_all_tags_of_all_groups"),
@@ -210,7 +213,8 @@ impl Store for Sabotaged {
             if self.how == LooksUpInTheWrongOrder {
                 generations.sort_by_key(|generation| generation.map(|generation| generation.0));
             }
-            if self.how == FailsAlways { fails().await } else { Ok(Lookup::new(entry, generations)) }
+            let mark = (self.how == MarksAreTheSame).then_some(Mark(0));
+            if self.how == FailsAlways { fails().await } else { Ok(Lookup::new(entry, generations).marked(mark)) }
         })
     }
 
@@ -221,7 +225,7 @@ impl Store for Sabotaged {
             }
             let opened = self.store.open(tags).await?;
             let generations = tags.iter().zip(opened.generations).map(|(tag, g)| self.seen(tag, g)).collect();
-            Ok(Opened::new(generations, opened.mark))
+            Ok(Opened::new(generations, if self.how == MarksAreTheSame { Mark(0) } else { opened.mark }))
         })
     }
 

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 use crate::{
     catalog::{Lifetime, Policy},
     clock::Millis,
-    engine::{self, Asker, Inside, Leader, Obtained, Use},
+    engine::{self, Asker, Inside, Leader, Obtained, Use, beside},
     key::{Key, Tag, Tags, Tenant},
     layer::{Core, Reads},
     observe::{FoundIn, Handling, Served, Teller, Timer, Watch},
@@ -342,7 +342,12 @@ struct Fill {
 }
 
 impl Fill {
-    async fn load<T, C, V, E, L, Fut>(self, leader: Option<Leader>, shape: Shape<T, V>, load: L) -> Result<Loaded<V>, E>
+    async fn load<T, C, V, E, L, Fut>(
+        self,
+        mut leader: Option<Leader>,
+        shape: Shape<T, V>,
+        load: L,
+    ) -> Result<Loaded<V>, E>
     where
         T: Serialize + DeserializeOwned,
         C: Codec,
@@ -350,7 +355,7 @@ impl Fill {
         Fut: Future<Output = Result<Loaded<V>, E>>,
     {
         let start = Instant::now();
-        let loaded = self.reads.scope(async { load().await }).await;
+        let loaded = beside(leader.as_mut(), self.reads.scope(async { load().await })).await;
         self.teller.watcher().loaded(loaded.is_ok(), start.elapsed());
         let loaded = loaded?;
         if let (Some(leader), Ok(late)) = (leader, self.reads.tags(&self.core, &self.tenant)) {
@@ -377,7 +382,7 @@ impl Fill {
                 let fresh = keep.unwrap_or(Some(Duration::ZERO));
                 let life = Lifetime { refresh, load: took, is_mapped: keep.is_some(), ..Lifetime::fresh_for(fresh) };
                 let sealed = leader.seal(Payload::Value(Bytes::from(bytes)), late, life, None).await;
-                if let Some(sealed) = sealed.filter(|_| keep.is_some()) {
+                if let Some(sealed) = sealed.filter(|sealed| keep.is_some() && sealed.is_kept()) {
                     self.teller.watcher().stored(size);
                     match sealed.is_remote() {
                         true => drop(self.core.engine.spawn(sealed.store())),

@@ -1,7 +1,7 @@
 //! Single flight: concurrent misses of one key make one call.
 //!
-//! A request may only share a flight whose generations equal those that it has itself just read. Else a read that
-//! began after a write could be given the response of a load that began before it.
+//! A request may only share a flight whose generations equal those that it has itself just read, or which has read, under the same
+//! mark, that the same are absent. Else a read that began after a write could be given the response of a load that began before it.
 
 use std::{
     collections::HashMap,
@@ -11,10 +11,11 @@ use std::{
 
 use tokio::time::Instant;
 
+use super::capture::Capture;
 use crate::{
     clock::Millis,
     key::{Key, Tag},
-    store::{Entry, Generation, Stamp},
+    store::{Entry, Stamp, Store},
     sync::{
         Mutex, MutexGuard, Notify,
         atomic::{AtomicBool, Ordering},
@@ -44,7 +45,7 @@ pub(crate) enum Landed {
 /// A load under way, and the generations it began under.
 pub(crate) struct Flight {
     tags: Vec<Tag>,
-    generations: Vec<Generation>,
+    capture: Capture,
     /// What it loads is as old as this.
     began: Millis,
     /// Nobody waits longer.
@@ -58,9 +59,9 @@ pub(crate) struct Flight {
 }
 
 impl Flight {
-    pub(crate) fn new(tags: Vec<Tag>, generations: Vec<Generation>, began: Millis, until: Instant) -> Self {
+    pub(crate) fn new(tags: Vec<Tag>, capture: Capture, began: Millis, until: Instant) -> Self {
         let (awaits, is_overdue) = (Mutex::default(), AtomicBool::new(false));
-        Self { tags, generations, began, until, awaits, is_overdue, landed: Mutex::default(), is_over: Notify::new() }
+        Self { tags, capture, began, until, awaits, is_overdue, landed: Mutex::default(), is_over: Notify::new() }
     }
 
     fn awaits(&self) -> MutexGuard<'_, Vec<Arc<Self>>> {
@@ -90,18 +91,40 @@ impl Flight {
         self.began
     }
 
-    pub(crate) fn stamps(&self) -> impl Iterator<Item = Stamp> {
-        self.tags.iter().zip(&self.generations).map(|(tag, g)| Stamp { tag: tag.clone(), generation: *g })
+    pub(super) fn capture(&self) -> &Capture {
+        &self.capture
+    }
+
+    /// What its result is stored under, if that is known.
+    pub(crate) fn stamps(&self) -> Option<impl Iterator<Item = Stamp>> {
+        let generations = self.capture.generations()?;
+        Some(self.tags.iter().zip(generations).map(|(tag, g)| Stamp { tag: tag.clone(), generation: *g }))
     }
 
     /// Whether a write of any of its tags is under way.
     pub(crate) fn is_fenced(&self) -> bool {
-        self.generations.iter().any(|generation| generation.is_fenced())
+        self.capture.generations().is_some_and(|all| all.iter().any(|generation| generation.is_fenced()))
+    }
+
+    /// Makes the generations that there were none of.
+    pub(super) async fn make_absent(&self, store: &dyn Store) {
+        let absent = self.tags.iter().zip(self.capture.absent()).filter(|(_, is_absent)| *is_absent);
+        let absent: Vec<_> = absent.map(|(tag, _)| tag.clone()).collect();
+        let opened = store.open(&absent).await;
+        let opened = opened.inspect_err(|error| tracing::debug!(%error, "what is loaded will not be stored"));
+        self.capture.settle(opened.ok());
+        // Those for whom it turns out to be no good need not wait for it.
+        self.is_over.notify_waiters();
     }
 
     /// Whether a request that has read the generations of `own` may share this flight.
     fn is_equal(&self, own: &Self) -> bool {
-        self.tags == own.tags && self.generations == own.generations
+        self.tags == own.tags && self.capture.is_equal(&own.capture)
+    }
+
+    /// Whether that is not known yet.
+    fn may_become(&self, own: &Self) -> bool {
+        self.tags == own.tags && self.capture.may_become(&own.capture)
     }
 
     /// Not one that takes too long, nor one that came to nothing: who meets that before it is off the table leads the next.
@@ -144,12 +167,18 @@ impl Flights {
     /// has just missed.
     pub(crate) fn join_or_lead(&self, key: &Key, own: &Arc<Flight>, seen: Option<Arc<Flight>>) -> Option<Follower> {
         let mut flights = self.shard(key);
-        let is_good = |f: &Arc<Flight>| f.is_equal(own) && f.is_worth_joining();
-        let other = flights.get(key).cloned().filter(is_good).or_else(|| seen.filter(is_good));
-        if other.is_none() {
-            flights.insert(key.clone(), own.clone());
+        let current = flights.get(key).cloned().filter(|other| other.is_worth_joining());
+        let seen = seen.filter(|other| other.is_worth_joining());
+        let is_equal = |other: &&Arc<Flight>| other.is_equal(own);
+        if let Some(other) = [&current, &seen].into_iter().flatten().find(is_equal) {
+            return Some(Follower { flight: other.clone(), own: None });
         }
-        other.map(Follower)
+        // Nobody loads twice what turns out to be the same.
+        if let Some(other) = current.filter(|other| other.may_become(own)) {
+            return Some(Follower { flight: other, own: Some(own.clone()) });
+        }
+        flights.insert(key.clone(), own.clone());
+        None
     }
 
     pub(crate) fn remove(&self, key: &Key, own: &Arc<Flight>) {
@@ -161,38 +190,47 @@ impl Flights {
 }
 
 /// A seat in another's flight, which it keeps from being forgotten.
-pub(crate) struct Follower(Arc<Flight>);
+pub(crate) struct Follower {
+    flight: Arc<Flight>,
+    /// Its own, to which the other has yet to turn out to be equal.
+    own: Option<Arc<Flight>>,
+}
 
 impl Follower {
     pub(super) fn tags(&self) -> &[Tag] {
-        self.0.tags()
+        self.flight.tags()
     }
 
+    /// How it has landed. What turns out not to be equal is no good, however it lands.
     pub(super) fn landed(&self) -> Option<Landed> {
-        self.0.landed().clone()
+        let is_known = || self.flight.capture.generations().is_some();
+        let is_good = self.own.as_ref().is_none_or(|own| !is_known() || self.flight.is_equal(own));
+        if is_good { self.flight.landed().clone() } else { Some(Landed::Unshareable) }
     }
 
     /// Whether it is one of these, or comes to an end only after one of them.
     pub(super) fn is_needed_by(&self, inside: &[Arc<Flight>]) -> bool {
-        inside.iter().any(|own| Arc::ptr_eq(own, &self.0)) || self.0.needs(inside)
+        inside.iter().any(|own| Arc::ptr_eq(own, &self.flight)) || self.flight.needs(inside)
     }
 
     /// Waits until it has landed, and no longer than anybody should. `inside` are the flights whose calls the caller is a part
     /// of: one of them, or one that waits for them, it must not wait for.
     pub(super) async fn wait(&self, inside: &[Arc<Flight>]) -> Landed {
         // Said before it is asked: of two that begin to wait for each other, one sees it.
-        let waiting = Waiting::new(inside, &self.0);
+        let waiting = Waiting::new(inside, &self.flight);
         if self.is_needed_by(inside) {
             return Landed::Alone;
         }
-        // What lands from here on is heard.
-        let is_over = self.0.is_over.notified();
-        if self.landed().is_none() {
-            let _ = timeout_at(self.0.until, is_over).await;
+        loop {
+            // What lands from here on is heard.
+            let is_over = self.flight.is_over.notified();
+            if self.landed().is_some() || timeout_at(self.flight.until, is_over).await.is_err() {
+                break;
+            }
         }
         drop(waiting);
         self.landed().unwrap_or_else(|| {
-            if !self.0.is_overdue.swap(true, Ordering::Relaxed) {
+            if !self.flight.is_overdue.swap(true, Ordering::Relaxed) {
                 tracing::warn!("a call takes longer than its `coalesce_timeout`: who waited for it calls alone");
             }
             Landed::Overdue
@@ -229,10 +267,12 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::store::{Mark, Opened};
 
     fn flight() -> Arc<Flight> {
         let until = Instant::now() + Duration::from_secs(60);
-        Arc::new(Flight::new(vec![], vec![], 0, until))
+        let capture = Capture::opened(Opened::new(vec![], Mark(0)));
+        Arc::new(Flight::new(vec![], capture, 0, until))
     }
 
     /// It is landed before it is taken off the table: those whom it has failed may meet it there.

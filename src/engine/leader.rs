@@ -2,26 +2,32 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    pin::Pin,
     sync::Arc,
+    task::{Context, Poll},
     time::Duration,
 };
 
 use http::HeaderName;
+use pin_project_lite::pin_project;
 use tokio::runtime::Handle;
 
 use super::{
     Engine, Inside,
     flight::{Flight, Landed},
-    learned::{Poll, is_same},
+    learned::{self, is_same},
     stale::Stale,
 };
 use crate::{
     catalog::{Learned, Lifetime, Policy},
     clock::Millis,
     key::{Key, Tag},
-    store::{Entry, Mark, Payload, Stamp},
+    store::{Entry, Payload, Stamp},
     sync::RandomState,
 };
+
+/// Gives its flight the generations that there were none of.
+pub(super) type Making = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// The right and the duty to load a key. Dropped unfinished (an error, a panic), it lets its followers try again.
 pub(crate) struct Leader {
@@ -38,7 +44,8 @@ pub(crate) struct Leader {
     pub(super) named: usize,
     /// The origin has said that what was stored is still what it would say.
     pub(super) confirmed: bool,
-    pub(super) mark: Mark,
+    /// What makes the generations that there were none of, once it has begun.
+    pub(super) making: Option<Making>,
     pub(super) policy: Box<Policy>,
     /// What was stored when it began, if anything was.
     pub(super) stale: Option<Stale>,
@@ -74,13 +81,37 @@ impl Leader {
         self
     }
 
+    /// Whether the store has yet to say under which generations the result is stored.
+    pub(crate) fn is_open(&self) -> bool {
+        self.flight.capture().generations().is_none()
+    }
+
+    /// What is still to be done for that.
+    fn making(&mut self) -> Option<&mut Making> {
+        if !self.is_open() {
+            return None;
+        }
+        let begin = || -> Making {
+            let (store, flight) = (self.engine.store.clone(), self.flight.clone());
+            Box::pin(async move { flight.make_absent(&*store).await })
+        };
+        Some(self.making.get_or_insert_with(begin))
+    }
+
+    /// Does it.
+    pub(super) async fn make_absent(&mut self) {
+        if let Some(making) = self.making() {
+            making.await;
+        }
+    }
+
     /// Makes an entry of what was loaded and gives it to the followers. `late` are tags that only the response
     /// declares, and `varied` says which request headers it depends on, and under which key it is stored for it. `None`
-    /// if one of the tags may have been dropped since the load began: then the response is good for nobody but its own
-    /// request.
+    /// if one of the late tags may have been dropped since the load began: then the response is good for nobody but its own
+    /// request. If what was absent may have been, it is good for those who wait, and [not kept](Sealed::is_kept).
     #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
     pub(crate) fn seal(
-        self,
+        mut self,
         payload: Payload,
         late: Vec<Tag>,
         life: Lifetime,
@@ -103,10 +134,11 @@ impl Leader {
 
     /// What its entry has: the tags that the request names, and those that the response declares, under the generations from before
     /// the load.
-    async fn stamps(&self, late: Vec<Tag>) -> Option<Vec<Stamp>> {
-        let tags = self.flight.tags();
+    async fn stamps(&mut self, late: Vec<Tag>) -> Option<Vec<Stamp>> {
+        self.make_absent().await;
+        let (tags, stamps) = (self.flight.tags(), self.flight.stamps()?);
         if late == tags[self.named..] {
-            return Some(self.flight.stamps().collect());
+            return Some(stamps.collect());
         }
         let (named, known) = tags.split_at(self.named);
         let mut seen: HashSet<_, RandomState> = named.iter().collect();
@@ -115,11 +147,11 @@ impl Leader {
             self.engine.remember_late(&self.key, declared.iter().copied());
         }
         // What an earlier response declared and this one does not is none of its tags.
-        let mut stamps: Vec<_> = self.flight.stamps().filter(|stamp| seen.contains(&stamp.tag)).collect();
+        let mut stamps: Vec<_> = stamps.filter(|stamp| seen.contains(&stamp.tag)).collect();
         let known: HashSet<_, RandomState> = known.iter().collect();
         let new: Vec<_> = declared.into_iter().filter(|tag| !known.contains(tag)).cloned().collect();
         if !new.is_empty() {
-            let generations = self.engine.store.extend(self.mark, &new).await.ok().flatten()?;
+            let generations = self.engine.store.extend(self.flight.capture().mark(), &new).await.ok().flatten()?;
             stamps.extend(new.into_iter().zip(generations).map(|(tag, generation)| Stamp { tag, generation }));
         }
         Some(stamps)
@@ -157,7 +189,7 @@ impl Leader {
 
 impl Leader {
     /// What this load says of what it replaces, if anything: of the same variant, and not dropped.
-    pub(super) fn poll(&self, payload: &Payload, life: &Lifetime, varied: Option<&Key>) -> Option<Poll> {
+    pub(super) fn poll(&self, payload: &Payload, life: &Lifetime, varied: Option<&Key>) -> Option<learned::Poll> {
         let stale = self.stale.as_ref().filter(|stale| life.is_mapped && !stale.invalidated)?;
         if varied.is_some_and(|key| *key != self.key) || self.flight.is_fenced() {
             return None;
@@ -167,12 +199,12 @@ impl Leader {
         let interval = made.checked_sub(stale.entry.created).filter(|interval| *interval > 0)?;
         let is_same = self.confirmed || is_same(&stale.entry.payload, payload, &self.policy.ignored_headers)?;
         let change = (!is_same).then(|| stale.entry.clone());
-        Some(Poll { interval: Duration::from_millis(interval), change })
+        Some(learned::Poll { interval: Duration::from_millis(interval), change })
     }
 
     /// How long to keep what is loaded, and what is known of its key: what was known, and what this load tells. A write that
     /// dropped it says nothing of other changes, and nothing is forgotten for it.
-    pub(super) fn learn(&self, poll: Option<&Poll>, life: Lifetime) -> (Lifetime, Option<Learned>) {
+    pub(super) fn learn(&self, poll: Option<&learned::Poll>, life: Lifetime) -> (Lifetime, Option<Learned>) {
         let Some(bounds) = self.policy.ttl.bounds().filter(|_| life.is_mapped) else { return (life, None) };
         let types = &self.engine.types;
         let of = self.tags().find(|tag| tag.is_all());
@@ -194,6 +226,38 @@ impl Leader {
 impl Drop for Leader {
     fn drop(&mut self) {
         self.land(Landed::Failed);
+    }
+}
+
+pin_project! {
+    /// A load, and beside it what makes the generations that there were none of.
+    pub(crate) struct Beside<'a, F> {
+        leader: Option<&'a mut Leader>,
+        #[pin]
+        load: F,
+    }
+}
+
+/// Polls a part of a load, and beside it what is still to be done so that its result can be stored.
+pub(crate) fn beside<F: Future>(leader: Option<&mut Leader>, load: F) -> Beside<'_, F> {
+    Beside { leader, load }
+}
+
+impl<F: Future> Future for Beside<'_, F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let output = this.load.poll(cx);
+        // For what is there at once nothing is done before its client has it.
+        if output.is_pending()
+            && let Some(leader) = this.leader.as_deref_mut()
+            && let Some(making) = leader.making()
+            && making.as_mut().poll(cx).is_ready()
+        {
+            leader.making = None;
+        }
+        output
     }
 }
 
@@ -221,7 +285,7 @@ impl Sealed {
         Some(async move { engine.stays_current(&stamps).await })
     }
 
-    /// Whether it will be stored: not while a write is under way, nor when it took longer to load than it may be kept.
+    /// Whether it will be stored: not while a write is under way or if one came before there was a generation, nor when it took longer to load than it may be kept.
     pub(crate) fn is_kept(&self) -> bool {
         let is_fenced = self.entry.stamps.iter().any(|stamp| stamp.generation.is_fenced());
         !is_fenced && self.entry.keep_until > self.leader.engine.now()

@@ -14,6 +14,7 @@ use tokio::time::sleep;
 
 use super::{
     Engine, Inside, KeyMemo, MAX_ATTEMPTS,
+    capture::Capture,
     flight::{Flight, Follower, Landed},
     leader::Leader,
     stale::{Attempt, Stale},
@@ -22,7 +23,7 @@ use crate::{
     catalog::{Coalesce, Policy},
     clock::Millis,
     key::{Key, Tag},
-    store::{Entry, Generation, Inquiry, Lookup, Mark, Stamp, StoreError},
+    store::{Entry, Generation, Inquiry, Lookup, Stamp, StoreError},
 };
 
 /// Nobody waits longer for another's call.
@@ -40,7 +41,7 @@ pub(super) enum Begin {
     Collapsed(Arc<Entry>),
     /// Call the origin, and tell the others.
     Lead(Leader),
-    /// Wait for another's call, which began under the generations that are current now.
+    /// Wait for another's call, since whose beginning nothing has been dropped.
     Follow(Follower, Option<Stale>),
     /// Call the origin: the store cannot be asked.
     Unavailable,
@@ -101,7 +102,7 @@ impl Engine {
         self.go_on_from(looked, key, tags, policy, attempt).await
     }
 
-    /// On a miss captures the generations and joins the flight that has the same ones, or leads one.
+    /// On a miss captures the generations and joins the flight that has [the same](Capture::is_equal), or leads one.
     pub(super) async fn go_on_from(
         self: &Arc<Self>,
         looked: Looked<'_>,
@@ -120,22 +121,24 @@ impl Engine {
         };
         let asked = asked.into_owned();
         // Captured before the load: whatever is dropped from now on makes its result useless.
-        let opened = match now.opened().filter(|opened| opened.generations.len() == asked.len()) {
-            Some(opened) => opened,
+        // (A load for the fleet waits for its claim anyway.)
+        let is_enough = |capture: &Capture| capture.generations().is_some() || policy.coalesce == Coalesce::Process;
+        let capture = match Capture::looked_up(now, asked.len()).filter(is_enough) {
+            Some(capture) => capture,
             None => match self.store.open(&asked).await {
                 Err(error) => return unavailable(&error),
-                Ok(opened) => opened,
+                Ok(opened) => Capture::opened(opened),
             },
         };
         // A write may have come in between: then what was found is not what is about to be replaced or confirmed.
-        let now: Vec<_> = opened.generations.iter().copied().map(Some).collect();
+        let now = capture.known();
         let stale = stale.map(|stale| {
             let is_valid = matches!(validity(&stale.entry, tags, &asked, &now), Validity::Valid);
             Stale { invalidated: stale.invalidated || !is_valid, ..stale }
         });
         let until = Instant::now() + policy.coalesce_timeout().min(MAX_WAIT);
-        let flight = Arc::new(Flight::new(asked, opened.generations, began, until));
-        let mut leader = self.leader(key, tags, policy, flight, opened.mark, stale);
+        let flight = Arc::new(Flight::new(asked, capture, began, until));
+        let mut leader = self.leader(key, tags, policy, flight, stale);
         let unshared = memo.is_some_and(|m| m.unshared_until > self.now());
         leader.unshared = unshared;
         // Under a fence nobody can tell whether the write has been acknowledged since the other's call began.
@@ -202,7 +205,6 @@ impl Engine {
         tags: &[Tag],
         policy: &Policy,
         flight: Arc<Flight>,
-        mark: Mark,
         stale: Option<Stale>,
     ) -> Leader {
         Leader {
@@ -214,7 +216,7 @@ impl Engine {
             confirmed: false,
             inside: Inside::current(),
             named: tags.len(),
-            mark,
+            making: None,
             policy: Box::new(policy.clone()),
             stale,
             unshared: false,
@@ -224,7 +226,7 @@ impl Engine {
         }
     }
 
-    /// Joins the flight that began under the same generations, or takes off. `seen` was under way before the look-up.
+    /// Joins the flight since whose beginning nothing was dropped, or takes off. `seen` was under way before the look-up.
     async fn board(
         &self,
         leader: Leader,
@@ -269,7 +271,7 @@ impl Engine {
         }
     }
 
-    /// Whether the result of a flight that has landed is good for a request that comes now: what is not to be stored is not.
+    /// Whether the result of a flight that has landed is good for a request that comes now: what is not to be kept is not.
     /// (Nor is what was read while a write is under way: its generations are nobody's who boards.)
     async fn is_good_after(&self, entry: &Entry, joined: &[Tag]) -> bool {
         entry.is_fresh(self.now()) && self.is_proven(entry, joined).await
@@ -386,7 +388,7 @@ pub(super) mod tests {
         pub(in crate::engine) policy: Policy,
     }
 
-    fn tag(id: &str) -> Tag {
+    pub(in crate::engine) fn tag(id: &str) -> Tag {
         Tag::entity(b"engine{t}", "doc", "doc", id.as_bytes())
     }
 

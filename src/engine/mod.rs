@@ -3,9 +3,11 @@
 //! An entry is valid only while every generation that it was filled under is still current. A load captures the
 //! generations of its tags *before* it begins, and stores its result under them; an invalidation drops generations. So
 //! a load that read the database before a write can store what it read, at any time later, without anybody ever being
-//! served it. Nothing here knows of HTTP or of a particular store.
+//! served it. Where a tag had no generation, the point in time is captured: one is made while the load is under way, and the
+//! result stored only if the store proves that the tag was not dropped in between. Nothing here knows of HTTP or of a particular store.
 
 mod attended;
+mod capture;
 mod fleet;
 mod flight;
 mod invalidated;
@@ -45,7 +47,7 @@ use crate::{
 pub(crate) use attended::Attended;
 use flight::{Flight, Flights};
 pub use invalidated::Invalidated;
-pub(crate) use leader::{Leader, Sealed};
+pub(crate) use leader::{Leader, Sealed, beside};
 use learned::Types;
 #[cfg(feature = "admin")]
 pub(crate) use lookup::Found;

@@ -2,7 +2,7 @@
 //!
 //! | outcome | when |
 //! | --- | --- |
-//! | [`Obtained::Answer`] | an entry, or another's call that began under the same generations, answers it; or what is stale does, on purpose |
+//! | [`Obtained::Answer`] | an entry, or another's call since whose beginning nothing was dropped, answers it; or what is stale does, on purpose |
 //! | [`Obtained::AnswerAndReload`] | what is stale answers it, and it is this request that replaces it |
 //! | [`Obtained::Absent`] | it wants nothing but what is stored, and nothing is |
 //! | [`Obtained::Load`] | the origin has to be asked |

@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     catalog::Lifetime,
-    engine::{Leader, Sealed},
+    engine::{Leader, Sealed, beside},
     http::{
         cache_status::{Forwarded, Handled},
         conditions::entity_tag,
@@ -180,7 +180,7 @@ impl Reading {
                 Poll::Pending if holds && grace.as_mut().poll(cx).is_ready() => Poll::Ready(Read::LetGo),
                 Poll::Pending => deadline.as_mut().poll(cx).map(|()| Read::TooLong),
             });
-            match AssertUnwindSafe(poll).catch_unwind().await {
+            match beside(Some(&mut self.leader), AssertUnwindSafe(poll).catch_unwind()).await {
                 Ok(Read::Waits) if asked.is_not_modified(&self.parts) => client.end(|| not_modified(self.head(asked))),
                 Ok(Read::Waits) => {
                     let (tx, rx) = mpsc::unbounded_channel();
@@ -233,41 +233,33 @@ impl Reading {
             {
                 self.parts.headers.insert(header::ETAG, tag);
             }
-            let mut headers = stored_headers(&self.parts.headers);
-            // When it was made, where nobody says so (RFC 9110, section 6.6.1).
-            if !headers.contains_key(header::DATE)
-                && let Some(date) = date_of(self.date)
-            {
-                headers.insert(header::DATE, date);
-            }
-            let stored = StoredResponse {
-                status: self.parts.status,
-                headers: headers.into(),
-                body: data.clone(),
-                trailers: trailers.clone().map(Box::new),
-            };
+            let stored = self.stored(data.clone(), trailers.clone());
             let keep = self.forwarded.stored;
             let leader = self.leader.made_of(self.known.0.stamps());
+            let teller = &self.teller;
+            let whole = |forwarded, mut parts: response::Parts| {
+                teller.tell(Handled::Forwarded(forwarded), asked.key.as_deref(), &mut parts);
+                Response::from_parts(parts, CacheBody::full(data.clone(), trailers.clone()))
+            };
+            // A client that gets the whole response does not wait for the generations; a part is made of what is stored.
+            let of_stored = asked.head || asked.conditions.is_some();
+            let parts = if leader.is_open() && !of_stored {
+                client.end(|| whole(self.forwarded, self.parts));
+                yield_now().await;
+                None
+            } else {
+                Some(self.parts)
+            };
             let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
-            self.forwarded.stored = keep && sealed.as_ref().is_some_and(Sealed::is_kept);
-            if self.forwarded.stored {
-                self.teller.watcher().stored(data.len());
+            self.forwarded.stored = tell_stored(sealed.as_ref(), keep, teller, data.len(), self.route);
+            if let Some(parts) = parts {
+                client.end(|| {
+                    let how = How::forwarded(teller, self.forwarded);
+                    let part = sealed.as_ref().filter(|_| of_stored);
+                    let part = part.and_then(|sealed| conditionally(sealed, &parts, asked, how));
+                    part.unwrap_or_else(|| whole(self.forwarded, parts))
+                });
             }
-            if let Some(sealed) = sealed.as_ref().filter(|_| self.forwarded.stored) {
-                self.teller.watcher().kept(sealed.key(), sealed.entry.weight());
-            }
-            if let Some(sealed) = &sealed {
-                tell_drift(sealed, &self.teller, self.route);
-            }
-            client.end(|| {
-                let how = How::forwarded(&self.teller, self.forwarded);
-                let conditional = sealed.as_ref().filter(|_| asked.head || asked.conditions.is_some());
-                conditional.and_then(|sealed| conditionally(sealed, &self.parts, asked, how)).unwrap_or_else(|| {
-                    let mut parts = self.parts;
-                    self.teller.tell(Handled::Forwarded(self.forwarded), asked.key.as_deref(), &mut parts);
-                    Response::from_parts(parts, CacheBody::full(data, trailers))
-                })
-            });
             if let Some(sealed) = sealed.filter(|_| keep) {
                 // Its client does not wait for that; who asks here before it is stored finds the flight.
                 if sealed.is_remote() {
@@ -276,6 +268,19 @@ impl Reading {
                 sealed.store().await;
             }
         }
+    }
+
+    /// What is stored of it.
+    fn stored(&self, body: Bytes, trailers: Option<HeaderMap>) -> StoredResponse {
+        let mut headers = stored_headers(&self.parts.headers);
+        // When it was made, where nobody says so (RFC 9110, section 6.6.1).
+        if !headers.contains_key(header::DATE)
+            && let Some(date) = date_of(self.date)
+        {
+            headers.insert(header::DATE, date);
+        }
+        let trailers = trailers.map(Box::new);
+        StoredResponse { status: self.parts.status, headers: headers.into(), body, trailers }
     }
 
     /// The head of the response, for a client that gets the body while it is read: nobody knows yet whether it will be stored.
@@ -310,6 +315,18 @@ impl Reading {
         drop(self.leader);
         client.finish(copy, last, |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
     }
+}
+
+/// Tells of a response of that size that is to be kept or not, and whether it is.
+fn tell_stored(sealed: Option<&Sealed>, keep: bool, teller: &Teller, size: usize, route: String) -> bool {
+    let Some(sealed) = sealed else { return false };
+    let is_kept = keep && sealed.is_kept();
+    if is_kept {
+        teller.watcher().stored(size);
+        teller.watcher().kept(sealed.key(), sealed.entry.weight());
+    }
+    tell_drift(sealed, teller, route);
+    is_kept
 }
 
 /// Says so if what was loaded is another than what it replaces, though no write has dropped that: when it is sure that none was on

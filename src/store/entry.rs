@@ -23,7 +23,7 @@ use crate::{
 /// So many tags are looked through sooner than hashed.
 const FEW: usize = 16;
 
-/// A tag and the generation it had before the load began.
+/// A tag, and the generation that it has had since before the load began: had it none, nobody dropped it until it was given one.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Stamp {
     /// The tag.

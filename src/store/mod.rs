@@ -89,8 +89,9 @@ impl Generation {
     }
 }
 
-/// A point in a store's history of invalidations, taken by [`Store::open`] before a load begins; its meaning is the
-/// store's own.
+/// A point in a store's history of invalidations, taken by [`Store::open`] or a look-up before a load begins; its meaning is the
+/// store's own. Two marks are the same only if nothing that was read with either was dropped in between, and no fence of it
+/// raised or ended: who drops, drops the mark first, or in one step.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Mark(pub u128);
 
@@ -102,7 +103,9 @@ pub struct Lookup {
     pub entry: Option<Arc<Entry>>,
     /// The current generation of each tag that was asked for, in that order.
     pub generations: Vec<Option<Generation>>,
-    /// The same point in time, as [`Store::open`] marks it, where the store has it at hand: then a load may begin without.
+    /// The same point in time, as [`Store::open`] marks it, where the store has it at hand: then a load begins without, and those
+    /// generations that were absent are opened while it is under way. If they have another mark, what is loaded is not stored. Only
+    /// for a store whose look-ups show which tags are fenced, and which reads the mark after the generations, or with them.
     pub mark: Option<Mark>,
 }
 
@@ -117,13 +120,6 @@ impl Lookup {
     pub fn marked(mut self, mark: Option<Mark>) -> Self {
         self.mark = mark;
         self
-    }
-
-    /// What [`Store::open`] would have captured, if nothing has to be made for that.
-    pub(crate) fn opened(self) -> Option<Opened> {
-        // Whether a fence still stands is for it to find out.
-        let generations = self.generations.into_iter().map(|now| now.filter(|generation| !generation.is_fenced()));
-        Some(Opened { mark: self.mark?, generations: generations.collect::<Option<_>>()? })
     }
 }
 
@@ -360,8 +356,8 @@ pub trait Store: Send + Sync + 'static {
     /// Reads the entry, valid or not, and the current generations of the tags, in one round trip.
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup>;
 
-    /// Reads the generations of `tags`, creating those that are absent, and marks this point in time. Called before
-    /// the origin is, unless the [look-up](Lookup::mark) has done as much.
+    /// Reads the generations of `tags`, creating those that are absent, and marks this point in time. Called
+    /// before the origin is; or beside it, if the [look-up](Lookup::mark) has marked what it saw.
     fn open<'a>(&'a self, tags: &'a [Tag]) -> StoreFuture<'a, Opened>;
 
     /// The generations of `tags`, which were not known at `mark`, if the store can prove that none of them was

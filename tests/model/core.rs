@@ -1,7 +1,8 @@
-//! The core: look-up, open, board, load, seal, store, late tags, followers, drops, unknown outcomes; what is lost, evicted or
-//! vanishes at any time. One process, or several: whoever could join a flight may also lead one of its own.
+//! The core: look-up, open, board, load, seal, store, what is made beside a load, late tags, followers, drops, unknown outcomes; what
+//! is lost, evicted or vanishes at any time. One process, or several: whoever could join a flight may also lead one of its own.
 //!
-//! A look-up that finds nothing and what is opened then are one step: what began earlier is promised less.
+//! A look-up that finds nothing and what is opened then are one step: what began earlier is promised less. So is one that finds the
+//! first tag without a generation, and the mark; that generation is made at any time until the flight lands.
 
 use stateright::{Model, Property};
 
@@ -16,6 +17,12 @@ enum Rule {
     JoinOnlyAnEqualFlight,
     /// `Store::extend` proves that a tag which only the response declares was not dropped since the mark.
     ProveLateTags,
+    /// `Capture::made` takes a generation that was absent only under the mark of the look-up.
+    ProveWhatWasAbsent,
+    /// `Capture::is_equal` takes what was absent for the same only under the same mark.
+    AbsentUnderTheSameMark,
+    /// `Follower::landed` takes what might have become equal only if it did.
+    TakeOnlyWhatTurnsOutEqual,
     /// `Remote::extend` asks for the mark after the generations.
     TheMarkAfterTheGenerations,
     /// `Engine::is_proven` proves the same to those who joined before the tag was known.
@@ -28,10 +35,13 @@ enum Rule {
     CompareGenerations,
 }
 
-const RULES: [Rule; 8] = [
+const RULES: [Rule; 11] = [
     Rule::CaptureBeforeTheLoad,
     Rule::JoinOnlyAnEqualFlight,
     Rule::ProveLateTags,
+    Rule::ProveWhatWasAbsent,
+    Rule::AbsentUnderTheSameMark,
+    Rule::TakeOnlyWhatTurnsOutEqual,
     Rule::TheMarkAfterTheGenerations,
     Rule::ProveThemToFollowers,
     Rule::MarkAndGenerationsInOneStep,
@@ -43,6 +53,8 @@ struct Protocol {
     readers: usize,
     /// How often something is lost, or a reader vanishes.
     losses: u8,
+    /// Whether other keys of the tenant are loaded.
+    has_others: bool,
     without: Option<Rule>,
 }
 
@@ -77,6 +89,19 @@ struct Reader {
 struct Opened {
     generations: [Option<Generation>; 2],
     mark: Generation,
+    first: First,
+}
+
+/// The generation of the first tag, when the load began.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq, PartialOrd, Ord)]
+enum First {
+    Known,
+    /// It was absent, and is not made yet.
+    Absent,
+    /// It was absent, and is made.
+    Made,
+    /// Something has been dropped before it was made: nothing is stored.
+    InVain,
 }
 
 #[derive(Clone, Copy, Debug, Hash, PartialEq, Eq, PartialOrd, Ord)]
@@ -90,8 +115,10 @@ enum Read {
     Extending(Opened, Value, Option<Generation>),
     /// Landed: its response may be given to others, under these stamps. Not stored yet.
     Sealed(Opened, Value, [Generation; 2]),
+    /// Whoever has read a generation that the leader may just be making takes the result if that is it.
     Following {
         leader: usize,
+        own: Option<Generation>,
     },
     /// It has what another's flight landed with, which knew the second tag or didn't.
     Given(bool, Value, [Generation; 2]),
@@ -124,11 +151,20 @@ enum Action {
         at: usize,
         knows_late: bool,
     },
+    /// Without a generation of the first tag.
+    LeadAbsent {
+        at: usize,
+        knows_late: bool,
+    },
+    /// `Flight::make_absent`.
+    Make(usize),
     Join {
         at: usize,
         leader: usize,
     },
     Vanish(usize),
+    /// Another key of the tenant is loaded.
+    Mark,
     Commit {
         row: usize,
         fails: bool,
@@ -163,7 +199,8 @@ impl Numbered for State {
                     stamps.iter_mut().for_each(&mut *visit);
                 }
                 Read::Given(_, _, stamps) => stamps.iter_mut().for_each(&mut *visit),
-                Read::Idle(None) | Read::Following { .. } => {}
+                Read::Following { own, .. } => own.iter_mut().for_each(&mut *visit),
+                Read::Idle(None) => {}
             }
         }
     }
@@ -183,10 +220,18 @@ impl State {
         self.generations == stamps.map(Some)
     }
 
-    /// Whether these are the generations that a request which comes now would read.
-    fn is_equal(&self, opened: Opened) -> bool {
-        let is_open = |tag: usize| opened.generations[tag].is_none_or(|own| self.generations[tag] == Some(own));
-        is_open(0) && is_open(1)
+    /// Whether these are the generations that a request which comes now would read, or there is still none.
+    fn is_equal(&self, opened: Opened, under_any_mark: bool) -> bool {
+        let is_same = |tag: usize| opened.generations[tag].is_none_or(|own| self.generations[tag] == Some(own));
+        let is_marked = under_any_mark || self.mark == Some(opened.mark);
+        let is_absent = opened.first != First::Known && self.generations[0].is_none() && is_marked;
+        (opened.generations[0].is_some() && is_same(0) || is_absent) && is_same(1)
+    }
+
+    /// Whether these may turn out to be.
+    fn may_become_equal(&self, opened: Opened) -> bool {
+        let is_same = opened.generations[1].is_none_or(|own| self.generations[1] == Some(own));
+        opened.first == First::Absent && self.generations[0].is_some() && is_same
     }
 
     /// It answers.
@@ -201,12 +246,13 @@ impl State {
         self.readers[at] = Reader { began: [0, 0], step: Read::Idle(flight) };
     }
 
-    /// Those who wait are told, or begin anew (`Landing::TryAgain`).
-    fn land(&mut self, at: usize, how: Option<Read>) {
+    /// Those who wait are told, or begin anew (`Landing::TryAgain`); under which generation of the first tag.
+    fn land(&mut self, at: usize, how: Option<(Read, Option<Generation>)>) {
         for follower in 0..self.readers.len() {
-            if self.readers[follower].step == (Read::Following { leader: at }) {
-                match how {
-                    Some(how) => self.readers[follower].step = how,
+            let Read::Following { leader, own } = self.readers[follower].step else { continue };
+            if leader == at {
+                match how.filter(|(_, first)| own.is_none() || *first == own) {
+                    Some((how, _)) => self.readers[follower].step = how,
                     None => self.end(follower, None),
                 }
             }
@@ -218,7 +264,8 @@ impl State {
         for at in 0..self.readers.len() {
             // Its generations never come back.
             if let Read::Idle(Some((opened, ..))) = self.readers[at].step
-                && !self.is_equal(opened)
+                && !self.is_equal(opened, true)
+                && (opened.first == First::Known || self.mark != Some(opened.mark))
             {
                 self.readers[at].step = Read::Idle(None);
             }
@@ -228,7 +275,7 @@ impl State {
         order.sort_by_key(|at| &self.readers[*at]);
         let mut readers: Vec<_> = order.iter().map(|at| self.readers[*at].clone()).collect();
         for reader in &mut readers {
-            if let Read::Following { leader } = &mut reader.step {
+            if let Read::Following { leader, .. } = &mut reader.step {
                 *leader = order.iter().position(|at| at == leader).unwrap();
             }
         }
@@ -251,6 +298,7 @@ impl Protocol {
                 }
             }
             Read::Loading(opened) => state.readers[at].step = Read::Loaded(opened, state.rows),
+            Read::Loaded(opened, _) if opened.first == First::Absent => self.make(state, at),
             Read::Loaded(..) | Read::Extending(..) => self.seal(state, at),
             // `Sealed::store`, at any time later.
             Read::Sealed(opened, value, stamps) => {
@@ -270,14 +318,26 @@ impl Protocol {
         }
     }
 
+    /// `Flight::make_absent`: what `Store::open` reads last, the generation and the mark, is of one moment.
+    fn make(&self, state: &mut State, at: usize) {
+        let made = state.open(0);
+        let is_same_moment = |own: Opened| state.mark == Some(own.mark) || !self.has(Rule::ProveWhatWasAbsent);
+        let (Read::Loading(own) | Read::Loaded(own, _)) = state.readers[at].step else { return };
+        let is_proven = is_same_moment(own);
+        if let Read::Loading(own) | Read::Loaded(own, _) = &mut state.readers[at].step {
+            (own.generations[0], own.first) = if is_proven { (Some(made), First::Made) } else { (None, First::InVain) };
+        }
+        state.open_mark();
+    }
+
     /// `Leader::seal`: the late tag has a generation, if the store can prove it.
     fn seal(&self, state: &mut State, at: usize) {
         match state.readers[at].step {
             Read::Loaded(opened, value) => {
                 let opened = if self.has(Rule::CaptureBeforeTheLoad) { opened } else { self.opened(state, false) };
                 let [first, late] = opened.generations;
-                if let (Some(first), Some(late)) = (first, late) {
-                    return self.sealed(state, at, opened, value, [first, late]);
+                if let Some(late) = late {
+                    return self.sealed(state, at, opened, value, (first, late));
                 }
                 let is_generation_first = self.has(Rule::TheMarkAfterTheGenerations);
                 let late = is_generation_first.then(|| state.open(1));
@@ -290,9 +350,9 @@ impl Protocol {
             Read::Extending(opened, value, late) => {
                 let is_proven = late.is_none() || self.is_marked(state, opened);
                 let late = late.unwrap_or_else(|| state.open(1));
-                match opened.generations[0] {
-                    Some(first) if is_proven => self.sealed(state, at, opened, value, [first, late]),
-                    _ => self.unsealed(state, at),
+                match is_proven {
+                    true => self.sealed(state, at, opened, value, (opened.generations[0], late)),
+                    false => self.unsealed(state, at),
                 }
             }
             _ => {}
@@ -303,9 +363,21 @@ impl Protocol {
         state.mark == Some(opened.mark) || !self.has(Rule::ProveLateTags)
     }
 
-    fn sealed(&self, state: &mut State, at: usize, opened: Opened, value: Value, stamps: [Generation; 2]) {
-        state.land(at, Some(Read::Given(opened.generations[1].is_some(), value, stamps)));
-        state.readers[at].step = Read::Sealed(opened, value, stamps);
+    /// Without a generation of the first tag it is not stored.
+    fn sealed(
+        &self,
+        state: &mut State,
+        at: usize,
+        opened: Opened,
+        value: Value,
+        (first, late): (Option<Generation>, Generation),
+    ) {
+        let stamps = [first.unwrap_or(late), late];
+        state.land(at, Some((Read::Given(opened.generations[1].is_some(), value, stamps), first)));
+        match first {
+            Some(_) => state.readers[at].step = Read::Sealed(opened, value, stamps),
+            None => state.end(at, Some((opened, value, stamps))),
+        }
     }
 
     /// The response is good for nobody but its own request.
@@ -322,7 +394,15 @@ impl Protocol {
     /// `Store::open`.
     fn opened(&self, state: &mut State, knows_late: bool) -> Opened {
         let generations = [Some(state.open(0)), knows_late.then(|| state.open(1))];
-        Opened { generations, mark: state.open_mark() }
+        Opened { generations, mark: state.open_mark(), first: First::Known }
+    }
+
+    /// What a look-up reads that finds no generation of the first tag.
+    fn absent(&self, state: &State, knows_late: bool) -> Option<Opened> {
+        let late = if knows_late { Some(state.generations[1]?) } else { None };
+        let is_absent = state.generations[0].is_none();
+        let mark = state.mark.filter(|_| is_absent)?;
+        Some(Opened { generations: [None, late], mark, first: First::Absent })
     }
 
     /// The flight of a reader that others may join, and how it has landed, if it has: `Flights::join_or_lead`.
@@ -334,17 +414,23 @@ impl Protocol {
             }
             _ => return None,
         };
-        let joins = state.is_equal(opened) || !self.has(Rule::JoinOnlyAnEqualFlight);
+        let under_any_mark = !self.has(Rule::AbsentUnderTheSameMark);
+        let is_any = !self.has(Rule::JoinOnlyAnEqualFlight);
+        let joins = is_any || state.is_equal(opened, under_any_mark) || state.may_become_equal(opened);
         joins.then_some((opened, landed))
     }
 
     /// `Engine::board`.
     fn join(&self, state: &mut State, at: usize, leader: usize) {
         let Some((opened, landed)) = self.flight(state, leader) else { return };
-        self.opened(state, opened.generations[1].is_some());
+        let waits = state.may_become_equal(opened) && self.has(Rule::TakeOnlyWhatTurnsOutEqual);
+        // What is absent stays so: who waits makes nothing.
+        if state.generations[0].is_some() || opened.first == First::Known {
+            self.opened(state, opened.generations[1].is_some());
+        }
         state.readers[at].began = state.acknowledged;
         state.readers[at].step = match landed {
-            None => Read::Following { leader },
+            None => Read::Following { leader, own: state.generations[0].filter(|_| waits) },
             Some((value, stamps)) => Read::Given(opened.generations[1].is_some(), value, stamps),
         };
     }
@@ -373,13 +459,18 @@ impl Protocol {
         match state.readers[at].step {
             Read::Idle(_) => {
                 actions.extend(self.find(state).map(|_| Action::Read(at)));
-                actions.extend([false, true].map(|knows_late| Action::Lead { at, knows_late }));
+                for knows_late in [false, true] {
+                    actions.push(Action::Lead { at, knows_late });
+                    actions.extend(self.absent(state, knows_late).map(|_| Action::LeadAbsent { at, knows_late }));
+                }
                 let joins = (0..self.readers).filter(|leader| self.flight(state, *leader).is_some());
                 actions.extend(joins.map(|leader| Action::Join { at, leader }));
             }
             Read::Following { .. } => {}
             Read::Given(..) => actions.push(Action::Read(at)),
-            _ => {
+            step => {
+                let is_open = matches!(step, Read::Loading(opened) if opened.first == First::Absent);
+                actions.extend(is_open.then_some(Action::Make(at)));
                 actions.push(Action::Read(at));
                 actions.extend((state.losses > 0).then_some(Action::Vanish(at)));
             }
@@ -415,6 +506,7 @@ impl Model for Protocol {
                 Writer::Committed { .. } | Writer::HalfDropped => actions.push(Action::Write(row)),
             }
         }
+        actions.extend((self.has_others && state.mark.is_none()).then_some(Action::Mark));
         if state.losses == 0 {
             return;
         }
@@ -430,6 +522,10 @@ impl Model for Protocol {
             Action::Lead { at, knows_late } => {
                 state.readers[at].step = Read::Loading(self.opened(&mut state, knows_late));
             }
+            Action::LeadAbsent { at, knows_late } => {
+                state.readers[at].step = Read::Loading(self.absent(&state, knows_late)?);
+            }
+            Action::Make(at) => self.make(&mut state, at),
             Action::Join { at, leader } => self.join(&mut state, at, leader),
             // `Leader::drop`.
             Action::Vanish(at) => {
@@ -437,6 +533,7 @@ impl Model for Protocol {
                 state.land(at, None);
                 state.end(at, None);
             }
+            Action::Mark => drop(state.open_mark()),
             Action::Commit { row, fails } => {
                 state.rows[row] += 1;
                 // It makes no difference, if all is well.
@@ -466,7 +563,7 @@ impl Model for Protocol {
     }
 }
 
-const SOUND: Protocol = Protocol { readers: 2, losses: 1, without: None };
+const SOUND: Protocol = Protocol { readers: 2, losses: 1, has_others: true, without: None };
 
 #[test]
 fn the_core_keeps_the_promise() {
@@ -475,7 +572,7 @@ fn the_core_keeps_the_promise() {
 
 #[test]
 fn the_core_keeps_the_promise_to_three() {
-    holds("core of three readers, without losses", Protocol { readers: 3, losses: 0, ..SOUND });
+    holds("core of three readers, without losses", Protocol { readers: 3, losses: 0, has_others: false, ..SOUND });
 }
 
 #[test]

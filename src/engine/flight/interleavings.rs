@@ -18,8 +18,13 @@ use super::*;
 use crate::{
     catalog::{Lifetime, Policy, Ttl},
     clock::{Clock, Millis},
-    engine::{Asker, Engine, Inside, Leader, Obtained, Sealed, Source, Use, lookup::Begin, stale::Attempt},
-    store::{Fence, MemoryStore, Payload, Store, TagGroup},
+    engine::{
+        Asker, Engine, Inside, Leader, Obtained, Sealed, Source, Use, beside,
+        capture::tests::{Marking, pause},
+        lookup::Begin,
+        stale::Attempt,
+    },
+    store::{Fence, Generation, Mark, MemoryStore, Opened, Payload, Store, TagGroup},
     sync::tried::{Row, breaks, holds, holds_always},
 };
 
@@ -50,7 +55,17 @@ impl World {
     /// Of its keys, in so many bytes.
     fn that_remembers(memory: u64) -> Arc<Self> {
         let store = Arc::new(MemoryStore::new(1 << 20));
-        let engine = Arc::new(Engine::new(store.clone(), Clock::Custom(Arc::new(|| UNIX_EPOCH)), memory));
+        Self::over(store.clone(), store, memory)
+    }
+
+    /// Whose store is far away, and proves what it says or does not.
+    fn far_away(proves: bool) -> Arc<Self> {
+        let store = Arc::new(MemoryStore::new(1 << 20));
+        Self::over(store.clone(), Arc::new(Marking::new(store, proves)), 1 << 20)
+    }
+
+    fn over(store: Arc<MemoryStore>, of_engine: Arc<dyn Store>, memory: u64) -> Arc<Self> {
+        let engine = Arc::new(Engine::new(of_engine, Clock::Custom(Arc::new(|| UNIX_EPOCH)), memory));
         let (policy, rows, loads) = (Policy::from(Ttl::Short), Default::default(), AtomicUsize::new(0));
         Arc::new(Self { store, engine, policy, rows, loads })
     }
@@ -90,9 +105,16 @@ impl World {
     }
 
     /// Reads a row for those who wait, and for the store.
-    async fn load(&self, leader: Leader, row: usize) -> u64 {
-        self.loads.fetch_add(1, SeqCst);
-        let read = self.rows[row].read();
+    async fn load(&self, mut leader: Leader, row: usize) -> u64 {
+        let loads = self.loads.fetch_add(1, SeqCst);
+        let read = async {
+            // At once, or while what was absent is made, or after that.
+            for _ in 0..loads % 3 {
+                pause().await;
+            }
+            self.rows[row].read()
+        };
+        let read = beside(Some(&mut leader), read).await;
         if let Some(sealed) = seal(leader, read, row).await {
             sealed.store().await;
         }
@@ -136,8 +158,7 @@ fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
 /// Joins whatever flight there is, as if it had read the same generations.
 async fn get_from_any_flight(world: &World) -> u64 {
     if let Some(other) = world.engine.flights.current(&key(0)) {
-        let generations = other.stamps().map(|stamp| stamp.generation).collect();
-        let own = Arc::new(Flight::new(other.tags.clone(), generations, 0, other.until));
+        let own = Arc::new(Flight::new(other.tags.clone(), other.capture.same(), 0, other.until));
         if let Some(flight) = world.engine.flights.join_or_lead(&key(0), &own, None)
             && let Landed::Done(entry) = world.engine.follow(flight).await
         {
@@ -148,8 +169,7 @@ async fn get_from_any_flight(world: &World) -> u64 {
     world.get(0, async |leader| world.load(leader, 0).await).await
 }
 
-fn three_readers_and_a_writer(joins_equal: bool) {
-    let world = World::new();
+fn three_readers_and_a_writer(world: Arc<World>, joins_equal: bool) {
     let reader = || {
         world.spawn(move |world| async move {
             let acknowledged = world.rows[0].acknowledged();
@@ -167,12 +187,24 @@ fn three_readers_and_a_writer(joins_equal: bool) {
 
 #[test]
 fn a_read_shares_no_flight_from_before_a_write() {
-    holds(|| three_readers_and_a_writer(true));
+    holds(|| three_readers_and_a_writer(World::new(), true));
+}
+
+/// Nor does one whose generations are made while it is under way.
+#[test]
+fn a_read_shares_no_flight_from_before_a_write_and_what_is_absent_is_made_beside_it() {
+    holds(|| three_readers_and_a_writer(World::far_away(true), true));
+}
+
+#[test]
+fn what_is_not_proven_of_what_was_absent_is_found_out() {
+    breaks(|| three_readers_and_a_writer(World::far_away(false), true), STALE);
 }
 
 #[test]
 fn a_flight_that_is_not_equal_is_found_out() {
-    breaks(|| three_readers_and_a_writer(false), STALE);
+    breaks(|| three_readers_and_a_writer(World::new(), false), STALE);
+    breaks(|| three_readers_and_a_writer(World::far_away(true), false), STALE);
 }
 
 /// A write with a fence, and readers that began before it, under it and after it.
@@ -216,15 +248,14 @@ fn a_fence_raised_after_the_write_is_found_out() {
 /// Lands, and only then stores: who comes in between has neither a flight nor an entry.
 async fn load_and_land_first(world: &World, mut leader: Leader) -> u64 {
     world.loads.fetch_add(1, SeqCst);
-    let (payload, stamps) = (payload(0), leader.flight.stamps().collect());
+    let (payload, stamps) = (payload(0), leader.flight.stamps().unwrap().collect());
     let entry = Arc::new(Entry::new(payload, stamps, 0, life()));
     leader.land(Landed::Done(entry.clone()));
     world.store.fill(&key(0), entry, world.policy.tier(), 0).await.unwrap();
     0
 }
 
-fn three_misses(stores_first: bool) {
-    let world = World::new();
+fn three_misses(world: Arc<World>, stores_first: bool) {
     let request = || {
         world.spawn(move |world| async move {
             let load = async |leader| match stores_first {
@@ -241,12 +272,13 @@ fn three_misses(stores_first: bool) {
 
 #[test]
 fn three_misses_are_one_call() {
-    holds(|| three_misses(true));
+    holds(|| three_misses(World::new(), true));
+    holds(|| three_misses(World::far_away(true), true));
 }
 
 #[test]
 fn a_flight_that_ends_before_its_entry_is_stored_is_found_out() {
-    breaks(|| three_misses(false), "calls for one key");
+    breaks(|| three_misses(World::new(), false), "calls for one key");
 }
 
 /// How a leader may end.
@@ -376,8 +408,8 @@ async fn wait_unsaid(flight: Follower, inside: &[Arc<Flight>]) -> Landed {
     if flight.is_needed_by(inside) {
         return Landed::Alone;
     }
-    let _waiting = Waiting::new(inside, &flight.0);
-    let is_over = flight.0.is_over.notified();
+    let _waiting = Waiting::new(inside, &flight.flight);
+    let is_over = flight.flight.is_over.notified();
     if flight.landed().is_none() {
         is_over.await;
     }
@@ -432,7 +464,8 @@ fn a_wait_that_is_not_said_before_it_is_asked_is_found_out() {
 
 fn flight(of: u8) -> Arc<Flight> {
     let until = Instant::now() + Duration::from_secs(3_600);
-    Arc::new(Flight::new(vec![tag(0)], vec![Generation(of.into())], 0, until))
+    let capture = Capture::opened(Opened::new(vec![Generation(of.into())], Mark(0)));
+    Arc::new(Flight::new(vec![tag(0)], capture, 0, until))
 }
 
 /// Of two who want to lead, one does; asked in two steps, both may.
@@ -489,7 +522,7 @@ fn a_landing(waits: Waits) {
                 assert!(matches!(block_on(follower.wait(&[])), Landed::Unshareable), "the second word");
             } else if follower.landed().is_none() {
                 thread::yield_now();
-                block_on(follower.0.is_over.notified());
+                block_on(follower.flight.is_over.notified());
             }
         })
     });
@@ -546,7 +579,7 @@ fn a_wait_without_a_bound_is_found_out() {
 fn a_follower_that_goes_away_is_forgotten() {
     holds(|| {
         let (inside, own) = (flight(2), flight(1));
-        let follower = Follower(own.clone());
+        let follower = Follower { flight: own.clone(), own: None };
         let waiting = {
             let inside = inside.clone();
             thread::spawn(move || _ = follower.wait(&[inside]).now_or_never())

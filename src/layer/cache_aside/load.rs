@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     catalog::{Freshness, Lifetime},
-    engine::{Leader, Sealed},
+    engine::{Leader, Sealed, beside},
     http::{
         cache_status::{Forwarded, Handled},
         conditions::validate,
@@ -65,7 +65,7 @@ impl Miss {
             if let Some(whole) = &self.so_far.whole {
                 whole.include(&reads);
             }
-            let result = reads.scope(future::call(&mut inner, request)).await;
+            let result = beside(leader.as_mut(), reads.scope(future::call(&mut inner, request))).await;
             let is_ok = matches!(&result, Ok(response) if !response.status().is_server_error());
             self.mapped.route.teller.watcher().loaded(is_ok, start.elapsed());
             if !is_ok && let Some(response) = self.instead(leader.as_ref()) {

@@ -12,7 +12,7 @@ use super::{body::GrpcResponseBody, status::GRPC_STATUS};
 use crate::{
     catalog::Lifetime,
     clock::Millis,
-    engine::{Asker, Inside, Leader, Obtained, Source, Use},
+    engine::{Asker, Inside, Leader, Obtained, Source, Use, beside},
     http::{
         cache_status::{Forwarded, Handled, Reason},
         directives::ResponseDirectives,
@@ -155,7 +155,7 @@ impl Read {
         self,
         mut inner: S,
         request: Request<RequestBody<B>>,
-        leader: Option<Leader>,
+        mut leader: Option<Leader>,
         needs_public: bool,
         reply: Reply<R, S::Error>,
     ) where
@@ -168,7 +168,7 @@ impl Read {
         if let Some(whole) = &self.whole {
             whole.include(&reads);
         }
-        let result = reads.scope(future::call(&mut inner, request)).await;
+        let result = beside(leader.as_mut(), reads.scope(future::call(&mut inner, request))).await;
         self.route.teller.watcher().loaded(result.is_ok(), start.elapsed());
         let response = match result {
             Ok(response) => response,

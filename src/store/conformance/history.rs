@@ -21,7 +21,7 @@ use super::scene::{
 use crate::{
     catalog::Tier,
     key::{Key, Tag},
-    store::{Entry, Fence, Inquiry},
+    store::{Entry, Fence, Generation, Inquiry, Mark},
 };
 
 const THINGS: usize = 3;
@@ -126,18 +126,42 @@ async fn read(handle: Handle, at: usize, world: Arc<World>, mut n: usize) -> See
         if let Some(entry) = found.entry.filter(|entry| is_valid(entry, &tags, &found.generations)) {
             world.at_least(needed, &entry, "valid")?;
             world.hits.fetch_add(1, Ordering::Relaxed);
-        } else if let Ok(opened) = handle.0.open(&tags).await
-            && !opened.generations.iter().any(|generation| generation.is_fenced())
+        } else if let Some((version, generations)) =
+            load(&handle, thing, &tags, (&found.generations, found.mark), n).await
         {
-            let version = thing.written.load(Ordering::SeqCst);
-            // A slow load, now and then.
-            sleep(Duration::from_millis([0, 1, 8][n % 3])).await;
-            let entry = entry(response(version.to_string()), stamps(&tags, &opened.generations));
+            let entry = entry(response(version.to_string()), stamps(&tags, &generations));
             let _ = handle.0.fill(&thing.key, Arc::new(entry), world.tier, now()).await;
         }
         sleep(Duration::from_millis(1)).await;
     }
     Ok(())
+}
+
+/// Opens the generations before a load, or those that were absent after it, if the look-up is marked; `None` if nothing is stored.
+async fn load(
+    handle: &Handle,
+    thing: &Thing,
+    tags: &[Tag],
+    (seen, mark): (&[Option<Generation>], Option<Mark>),
+    n: usize,
+) -> Option<(u64, Vec<Generation>)> {
+    let is_marked = mark.is_some() && !seen.iter().flatten().any(|generation| generation.is_fenced());
+    let mut generations = seen.to_vec();
+    if !is_marked {
+        generations = handle.0.open(tags).await.ok()?.generations.into_iter().map(Some).collect();
+    }
+    let version = thing.written.load(Ordering::SeqCst);
+    // A slow load, now and then.
+    sleep(Duration::from_millis([0, 1, 8][n % 3])).await;
+    let absent = tags.iter().zip(&generations).filter(|(_, now)| now.is_none()).map(|(tag, _)| tag.clone());
+    let absent: Vec<_> = absent.collect();
+    if !absent.is_empty() {
+        let opened = handle.0.open(&absent).await.ok().filter(|opened| Some(opened.mark) == mark)?;
+        let places = generations.iter_mut().filter(|now| now.is_none());
+        places.zip(opened.generations).for_each(|(place, made)| *place = Some(made));
+    }
+    let generations = generations.into_iter().collect::<Option<Vec<_>>>()?;
+    (!generations.iter().any(|generation| generation.is_fenced())).then_some((version, generations))
 }
 
 /// Writes one thing, or all of them, behind a fence or not; those of others are always left standing.

@@ -54,7 +54,13 @@ pub(super) async fn a_mark_proves_nothing_of_what_was_dropped(scene: &Scene) -> 
         }
         let mut marks = scene.here.marks(&scene.key("nothing"), std::slice::from_ref(&known)).await?;
         marks.push(scene.here.open(&[]).await?);
+        let moments = scene.here.moments(&scene.key("nothing"), &[known.clone(), late.clone()]).await?;
         dropper.drop_tags(std::slice::from_ref(&late)).await?;
+        let now = scene.here.open(std::slice::from_ref(&late)).await?;
+        never(moments.iter().any(|moment| moment.mark == now.mark), || {
+            "a look-up and what was opened after a drop have the same mark".to_owned()
+        })?;
+        marks.extend(moments);
         for marked in &marks {
             for _ in 0..2 {
                 let both = [late.clone(), scene.tag("untouched")];

@@ -162,9 +162,22 @@ impl Handle {
     pub(super) async fn marks(&self, key: &Key, tags: &[Tag]) -> Seen<Vec<Opened>> {
         let mut marks = vec![self.open(tags).await?];
         for tier in TIERS {
-            marks.extend(self.lookup(key, tags, tier).await?.opened());
+            let Lookup { generations, mark, .. } = self.lookup(key, tags, tier).await?;
+            // Whether a fence still stands is for `open` to find out.
+            let generations = generations.into_iter().map(|now| now.filter(|generation| !generation.is_fenced()));
+            let generations = generations.collect::<Option<Vec<_>>>();
+            marks.extend(mark.zip(generations).map(|(mark, generations)| Opened::new(generations, mark)));
         }
         Ok(marks)
+    }
+
+    /// What look-ups tell of the moment, whatever they find.
+    pub(super) async fn moments(&self, key: &Key, tags: &[Tag]) -> Seen<Vec<Opened>> {
+        let mut moments = vec![];
+        for tier in TIERS {
+            moments.extend(self.lookup(key, tags, tier).await?.mark.map(|mark| Opened::new(vec![], mark)));
+        }
+        Ok(moments)
     }
 
     pub(super) async fn extend(&self, opened: &Opened, tags: &[Tag]) -> Seen<Option<Vec<Generation>>> {

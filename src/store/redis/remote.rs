@@ -13,6 +13,9 @@
 //! | `prefix:r:{region}` | what a region tells the others (a stream), and beside it who follows it |
 //! | `prefix:s:service{*}` | what the processes of the fleet say of themselves (a hash) |
 //!
+//! The mark is read with what is looked up, so a load does not wait for generations that were absent: `SET NX` and `MGET` make them
+//! beside it, and tell the mark of the same moment.
+//!
 //! The prefix is before the hash tag, so that one prefix covers the generations of all tenants. A generation and a mark
 //! are made for as long as a load may take; only what is stored under a generation prolongs it. So an id that turns out
 //! not to exist leaves nothing for long, and a generation that ends early costs a miss.
