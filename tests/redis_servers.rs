@@ -545,6 +545,37 @@ async fn a_fence_outlives_what_is_cleared_beside_it() {
     }
 }
 
+/// Whatever was loaded before everything was dropped: also what gets its generation between the look at those that there are, and the
+/// drop of the mark that it is to be proven by.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_from_before_outlives_that_everything_is_dropped() {
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let (near, far) = (Proxy::start(redis.port).await, Proxy::start(redis.port).await);
+    let patient = |url| lists(url, PATIENCE);
+    let (clearing, reading) = (patient(&near.url), patient(&far.url));
+    let web = process(&reading, &db);
+    for cache in [&clearing, &reading] {
+        until("ok", async || cache.health() == Health::Ok).await;
+    }
+    until_hit(&web, "0").await;
+    reading.settled().await;
+    // The first of its type: nothing of it has a generation.
+    far.set(Mode::HoldAt("SET", "cas:g:test"));
+    assert_eq!(web.get("/lists/1").await.cache_status(), "fwd=uri-miss; stored");
+    far.holds().await;
+    // Nobody tells which row that is.
+    db.store(1, Ordering::SeqCst);
+    near.set(Mode::HoldAt("UNLINK", "cas:m:test"));
+    let cleared = tokio::spawn(async move { clearing.clear().await });
+    near.holds().await;
+    far.set(Mode::Pass);
+    reading.settled().await;
+    assert_eq!(web.get("/lists/1").await.text(), "0", "its generation is there, and so is the mark");
+    near.set(Mode::Pass);
+    cleared.await.unwrap().unwrap();
+    assert_eq!(web.get("/lists/1").await.text(), "1");
+}
+
 /// An invalidation that too few replicas have is not acknowledged yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_invalidation_may_wait_for_replicas() {

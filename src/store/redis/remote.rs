@@ -626,15 +626,16 @@ impl Remote {
         self.command(server, Step::Other, &scan).await
     }
 
-    /// Drops every generation and mark of one server, and then gives those back what fences them who were fenced between the look
-    /// at them and their drop: also after an attempt that was cut off there, of which nothing else tells.
+    /// Drops every mark and generation of one server: the marks first, or a load from before might yet be proven by a mark that is
+    /// still to be dropped, under a generation that was not there to be dropped. Then gives those back what fences them who were
+    /// fenced between the look at them and their drop: also after an attempt that was cut off there, of which nothing else tells.
     async fn clear_server(&self, server: &Server) -> Result<(), StoreError> {
-        for kinds in ["[gm]:", "f:"] {
-            let pattern = format!("{}{kinds}*", self.link.terms.prefix);
+        for kind in ["m:", "g:", "f:"] {
+            let pattern = format!("{}{kind}*", self.link.terms.prefix);
             let mut cursor = 0u64;
             loop {
                 let (next, names) = self.scan(server, cursor, pattern.as_bytes()).await?;
-                match kinds {
+                match kind {
                     _ if names.is_empty() => {}
                     "f:" => self.raise_again(server, names.iter()).await?,
                     _ => self.clear_names(server, &names).await?,
