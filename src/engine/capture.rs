@@ -5,6 +5,7 @@ use std::sync::OnceLock;
 
 use crate::store::{Generation, Lookup, Mark, Opened};
 
+#[derive(Clone, Debug)]
 pub(crate) struct Capture {
     /// What the look-up has read, if some of them were absent; else nothing.
     seen: Vec<Option<Generation>>,
@@ -43,6 +44,11 @@ impl Capture {
         self.all.get().map(Vec::as_slice)
     }
 
+    /// Whether some are yet to be made.
+    pub(super) fn is_open(&self) -> bool {
+        self.all.get().is_none()
+    }
+
     /// What is known of them.
     pub(super) fn known(&self) -> Vec<Option<Generation>> {
         self.generations().map_or_else(|| self.seen.clone(), |all| all.iter().copied().map(Some).collect())
@@ -72,15 +78,8 @@ impl Capture {
 
     /// Whether it may turn out to be equal to this, when what was absent is made.
     pub(super) fn may_become(&self, other: &Self) -> bool {
-        let is_open = self.generations().is_none();
         let could_be = |(seen, known): (&Option<_>, &_)| seen.is_none_or(|seen| seen == *known);
-        is_open && other.generations().is_some_and(|known| self.seen.iter().zip(known).all(could_be))
-    }
-
-    /// What somebody else would hold who has read the same.
-    #[cfg(all(test, shuttle))]
-    pub(super) fn same(&self) -> Self {
-        Self { seen: self.seen.clone(), mark: self.mark, all: self.all.clone() }
+        self.is_open() && other.generations().is_some_and(|known| self.seen.iter().zip(known).all(could_be))
     }
 }
 
@@ -108,7 +107,7 @@ pub(super) mod tests {
             flight::Landed,
             lookup::{
                 Begin,
-                tests::{Bench, fresh_for, tag, value},
+                tests::{Bench, SECOND, fresh_for, tag, value},
             },
         },
         key::{Key, Tag},
@@ -117,7 +116,6 @@ pub(super) mod tests {
     };
 
     const MINUTE: Duration = Duration::from_secs(60);
-    const SECOND: Duration = Duration::from_secs(1);
 
     /// Marks look-ups, as a store does that is far away, and answers to [`open`](Store::open) when it is let.
     pub(in crate::engine) struct Marking {
@@ -272,7 +270,7 @@ pub(super) mod tests {
         let waits = tokio::spawn(async move { matches!(engine.follow(after).await, Landed::Unshareable) });
         tokio::task::yield_now().await;
         assert!(!waits.is_finished());
-        leader.make_absent().await;
+        leader.making().unwrap().await;
         assert!(timeout(SECOND, waits).await.unwrap().unwrap(), "although that load is still under way");
         leader.seal(value(), vec![], fresh_for(MINUTE), None).await.unwrap().store().await;
         assert!(matches!(bench.begin().await, Begin::Lead(_)));
@@ -320,9 +318,8 @@ pub(super) mod tests {
             (made(&[7, 0], 1, &[8], 2), made(&[0, 0], 2, &[7, 8], 2), false, false),
             (made(&[7, 0], 1, &[], 1), made(&[7, 0], 2, &[], 2), false, false),
         ] {
-            let what = |capture: &Capture| (capture.seen.clone(), capture.mark, capture.all.clone());
-            assert_eq!(one.is_equal(&other), is_equal, "{:?} {:?}", what(&one), what(&other));
-            assert_eq!(one.may_become(&other), may_become, "{:?} {:?}", what(&one), what(&other));
+            assert_eq!(one.is_equal(&other), is_equal, "{one:?} {other:?}");
+            assert_eq!(one.may_become(&other), may_become, "{one:?} {other:?}");
         }
         let fenced = Lookup::new(None, vec![None, Some(Generation(7).fenced())]).marked(Some(Mark(1)));
         assert!(Capture::looked_up(fenced, 2).is_none());

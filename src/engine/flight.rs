@@ -167,14 +167,13 @@ impl Flights {
     /// has just missed.
     pub(crate) fn join_or_lead(&self, key: &Key, own: &Arc<Flight>, seen: Option<Arc<Flight>>) -> Option<Follower> {
         let mut flights = self.shard(key);
-        let current = flights.get(key).cloned().filter(|other| other.is_worth_joining());
-        let seen = seen.filter(|other| other.is_worth_joining());
-        let is_equal = |other: &&Arc<Flight>| other.is_equal(own);
-        if let Some(other) = [&current, &seen].into_iter().flatten().find(is_equal) {
+        let current = flights.get(key).cloned();
+        let is_good = |other: &&Arc<Flight>| other.is_equal(own) && other.is_worth_joining();
+        if let Some(other) = [&current, &seen].into_iter().flatten().find(is_good) {
             return Some(Follower { flight: other.clone(), own: None });
         }
         // Nobody loads twice what turns out to be the same.
-        if let Some(other) = current.filter(|other| other.may_become(own)) {
+        if let Some(other) = current.filter(|other| other.may_become(own) && other.is_worth_joining()) {
             return Some(Follower { flight: other, own: Some(own.clone()) });
         }
         flights.insert(key.clone(), own.clone());
@@ -203,8 +202,8 @@ impl Follower {
 
     /// How it has landed. What turns out not to be equal is no good, however it lands.
     pub(super) fn landed(&self) -> Option<Landed> {
-        let is_known = || self.flight.capture.generations().is_some();
-        let is_good = self.own.as_ref().is_none_or(|own| !is_known() || self.flight.is_equal(own));
+        let is_open = || self.flight.capture.is_open();
+        let is_good = self.own.as_ref().is_none_or(|own| is_open() || self.flight.is_equal(own));
         if is_good { self.flight.landed().clone() } else { Some(Landed::Unshareable) }
     }
 

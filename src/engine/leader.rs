@@ -83,11 +83,11 @@ impl Leader {
 
     /// Whether the store has yet to say under which generations the result is stored.
     pub(crate) fn is_open(&self) -> bool {
-        self.flight.capture().generations().is_none()
+        self.flight.capture().is_open()
     }
 
     /// What is still to be done for that.
-    fn making(&mut self) -> Option<&mut Making> {
+    pub(super) fn making(&mut self) -> Option<&mut Making> {
         if !self.is_open() {
             return None;
         }
@@ -96,13 +96,6 @@ impl Leader {
             Box::pin(async move { flight.make_absent(&*store).await })
         };
         Some(self.making.get_or_insert_with(begin))
-    }
-
-    /// Does it.
-    pub(super) async fn make_absent(&mut self) {
-        if let Some(making) = self.making() {
-            making.await;
-        }
     }
 
     /// Makes an entry of what was loaded and gives it to the followers. `late` are tags that only the response
@@ -135,7 +128,9 @@ impl Leader {
     /// What its entry has: the tags that the request names, and those that the response declares, under the generations from before
     /// the load.
     async fn stamps(&mut self, late: Vec<Tag>) -> Option<Vec<Stamp>> {
-        self.make_absent().await;
+        if let Some(making) = self.making() {
+            making.await;
+        }
         let (tags, stamps) = (self.flight.tags(), self.flight.stamps()?);
         if late == tags[self.named..] {
             return Some(stamps.collect());
@@ -285,7 +280,8 @@ impl Sealed {
         Some(async move { engine.stays_current(&stamps).await })
     }
 
-    /// Whether it will be stored: not while a write is under way or if one came before there was a generation, nor when it took longer to load than it may be kept.
+    /// Whether it will be stored: not while a write is under way, nor if one came before there was a generation, nor when it took
+    /// longer to load than it may be kept.
     pub(crate) fn is_kept(&self) -> bool {
         let is_fenced = self.entry.stamps.iter().any(|stamp| stamp.generation.is_fenced());
         !is_fenced && self.entry.keep_until > self.leader.engine.now()

@@ -122,7 +122,7 @@ impl Engine {
         let asked = asked.into_owned();
         // Captured before the load: whatever is dropped from now on makes its result useless.
         // (A load for the fleet waits for its claim anyway.)
-        let is_enough = |capture: &Capture| capture.generations().is_some() || policy.coalesce == Coalesce::Process;
+        let is_enough = |capture: &Capture| !capture.is_open() || policy.coalesce == Coalesce::Process;
         let capture = match Capture::looked_up(now, asked.len()).filter(is_enough) {
             Some(capture) => capture,
             None => match self.store.open(&asked).await {
@@ -131,9 +131,8 @@ impl Engine {
             },
         };
         // A write may have come in between: then what was found is not what is about to be replaced or confirmed.
-        let now = capture.known();
         let stale = stale.map(|stale| {
-            let is_valid = matches!(validity(&stale.entry, tags, &asked, &now), Validity::Valid);
+            let is_valid = matches!(validity(&stale.entry, tags, &asked, &capture.known()), Validity::Valid);
             Stale { invalidated: stale.invalidated || !is_valid, ..stale }
         });
         let until = Instant::now() + policy.coalesce_timeout().min(MAX_WAIT);

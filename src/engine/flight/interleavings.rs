@@ -158,7 +158,7 @@ fn join(threads: impl IntoIterator<Item = JoinHandle<()>>) {
 /// Joins whatever flight there is, as if it had read the same generations.
 async fn get_from_any_flight(world: &World) -> u64 {
     if let Some(other) = world.engine.flights.current(&key(0)) {
-        let own = Arc::new(Flight::new(other.tags.clone(), other.capture.same(), 0, other.until));
+        let own = Arc::new(Flight::new(other.tags.clone(), other.capture.clone(), 0, other.until));
         if let Some(flight) = world.engine.flights.join_or_lead(&key(0), &own, None)
             && let Landed::Done(entry) = world.engine.follow(flight).await
         {

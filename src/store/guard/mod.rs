@@ -154,7 +154,7 @@ impl<S: Store> Guard<S> {
         let mut answer = timeout_at(deadline, call.as_mut()).await;
         if answer.is_err() {
             // For as long as something has kept this thread from hearing that it is time, it has not heard the store either.
-            answer = timeout_at(Instant::now() + deadline.elapsed(), call).await;
+            answer = timeout(deadline.elapsed(), call).await;
         }
         let no_answer = |_| Err(StoreError::unreachable(format!("no answer within {:?}", self.budget)));
         let result = answer.unwrap_or_else(no_answer);
