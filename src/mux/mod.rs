@@ -54,6 +54,9 @@ const NEAR: usize = 4;
 /// Room made for what is read: the replies to all who ask at once.
 const ROOM: usize = 64 << 10;
 
+/// Smaller replies are copied: what is kept of them must not keep all that was read with them.
+pub(crate) const COPIED: usize = 64 << 10;
+
 /// How replies are told apart, and whose they are.
 pub(crate) trait Framing: Send + Unpin + 'static {
     type Reply: Clone + Send + Unpin + fmt::Debug + 'static;

@@ -178,6 +178,13 @@ pub(crate) fn encode(entry: &Entry, shift: i64) -> Result<Encoded, TooLarge> {
     Ok(Encoded { compressed: packed.as_ref().map(|p| (body.len(), p.len())), bytes: out })
 }
 
+/// What bytes say their checksum is, if they say that they are a response.
+#[cfg(any(feature = "redis", feature = "memcached"))]
+pub(super) fn checksum_of_response(bytes: &[u8]) -> Option<u32> {
+    let (crc, rest) = bytes.get(1..)?.split_first_chunk()?;
+    (rest.first()? & RESPONSE != 0).then_some(u32::from_le_bytes(*crc))
+}
+
 /// `shift` is how far the clock that the entry's times are to be told by is ahead of the shared one; `longest` is how long
 /// it may be fresh at most, whatever its writer thought, if it is more than the way to variants.
 pub(crate) fn decode(bytes: Bytes, shift: i64, longest: Option<Duration>) -> Result<Entry, Unreadable> {

@@ -9,6 +9,8 @@
 pub(crate) mod codec;
 #[cfg(feature = "testing")]
 pub mod conformance;
+#[cfg(any(feature = "redis", feature = "memcached"))]
+mod decoded;
 mod entry;
 #[cfg(any(feature = "redis", feature = "memcached", feature = "testing"))]
 mod guard;

@@ -3,12 +3,20 @@
 
 use std::{
     collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use super::{Entry, Generation, Guard, Inquiry, Lookup, MemoryStore, Stamp, Store, StoreError, TagGroup, codec};
-use crate::{error::ConfigError, key::Tag};
+use bytes::Bytes;
+
+use super::{
+    Entry, Generation, Guard, Inquiry, Lookup, MemoryStore, Stamp, Store, StoreError, TagGroup, codec,
+    decoded::{Times, decoded},
+};
+use crate::{catalog::Tier, error::ConfigError, key::Tag};
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -123,13 +131,22 @@ pub struct WireStats {
 
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    pub(super) unreadable: AtomicU64,
+    unreadable: AtomicU64,
     pub(super) too_large: AtomicU64,
     uncompressed: AtomicU64,
     compressed: AtomicU64,
 }
 
 impl Counters {
+    /// The entry that these bytes are, if they are one.
+    pub(super) fn decode(&self, bytes: &Bytes, times: Times, tier: Tier) -> Option<Arc<Entry>> {
+        let entry = decoded(bytes, times, tier != Tier::Off).ok();
+        if entry.is_none() {
+            self.unreadable.fetch_add(1, Ordering::Relaxed);
+        }
+        entry
+    }
+
     /// The entry as bytes; `shift` is how far the shared clock is ahead.
     pub(super) fn encode(&self, entry: &Entry, shift: i64) -> Result<Vec<u8>, StoreError> {
         let Ok(encoded) = codec::encode(entry, shift) else {

@@ -6,13 +6,10 @@
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use crate::mux::{Asked, Framing, Garbled, Place};
+use crate::mux::{Asked, COPIED, Framing, Garbled, Place};
 
 /// No line is longer.
 const LINE: usize = 4 << 10;
-
-/// Smaller values are copied: what is kept of them must not keep all that was read with them.
-const COPIED: usize = 8 << 10;
 
 /// The server does not know what it is asked.
 pub(super) const OLD: &str =

@@ -40,13 +40,13 @@ use super::{
 };
 use crate::{
     catalog::Tier,
-    clock::Millis,
+    clock::{self, Millis},
     key::{Key, Tag},
     mux::Answer,
     store::{
         Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Store, StoreError, StoreFuture,
         TagGroup,
-        codec::{self},
+        decoded::Times,
         wire::{Counters, Generations, Tags, by_tenant},
     },
 };
@@ -56,6 +56,9 @@ const OPENED: Duration = Duration::from_secs(120);
 
 /// Attempts to change what others change as well: at each of them, one of all who try succeeds.
 const ATTEMPTS: u64 = 1_000;
+
+/// So many milliseconds sooner an entry may end for having been decoded before: the server tells its time in whole seconds.
+const APART: i64 = 1_000;
 
 /// The longest pause between two of them.
 const PAUSE: u64 = 16;
@@ -179,20 +182,6 @@ impl Remote {
         tags.map(|tag| command(self.name(kind, tag.as_bytes()))).collect()
     }
 
-    fn read_entry(&self, connection: &Connection, bytes: &Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
-        let shift = inquiry.now as i64 - connection.time_at_most();
-        // What may be held in this process must not hold all that was read with it.
-        let is_held = inquiry.tier != Tier::Off;
-        let bytes = if is_held { Bytes::copy_from_slice(bytes) } else { bytes.clone() };
-        match codec::decode(bytes, shift, inquiry.longest) {
-            Ok(entry) => Some(Arc::new(entry)),
-            Err(codec::Unreadable) => {
-                self.counters.unreadable.fetch_add(1, Ordering::Relaxed);
-                None
-            }
-        }
-    }
-
     /// The generations of the tags, and the mark: those that are absent are created. And who fences the tags.
     async fn add(
         &self,
@@ -232,7 +221,7 @@ impl Remote {
         for attempt in 0..ATTEMPTS {
             let ask: Vec<_> = left.iter().cloned().map(Command::get_cas).collect();
             let found = connection.call(&ask).await?;
-            let now = (connection.time_at_most() / 1_000).unsigned_abs();
+            let now = (connection.time_at_most(clock::uptime()) / 1_000).unsigned_abs();
             let mut commands = vec![];
             let mut changed = vec![];
             for (at, name) in left.into_iter().enumerate() {
@@ -385,11 +374,14 @@ impl Store for Remote {
     fn lookup<'a>(&'a self, inquiry: Inquiry<'a>) -> StoreFuture<'a, Lookup> {
         Box::pin(async move {
             let connection = self.server.reading().await?;
+            // Of the same moment as the inquiry's, however long the answer takes.
+            let here = clock::uptime();
             let mut commands = vec![Command::get(self.root()), Command::get(self.name("e:", inquiry.key.as_bytes()))];
             commands.extend(self.of_tags("g:", inquiry.tags.iter(), Command::get));
             let answer = connection.call(&commands).await?;
+            let times = Times::of(&inquiry, connection.time_at_most(here), APART);
             let root = value(&answer, 0).and_then(|root| number(root));
-            let entry = value(&answer, 1).and_then(|bytes| self.read_entry(&connection, bytes, &inquiry));
+            let entry = value(&answer, 1).and_then(|bytes| self.counters.decode(bytes, times, inquiry.tier));
             Ok(Lookup::new(entry, (2..commands.len()).map(|at| generation(&answer, root, at)).collect()))
         })
     }

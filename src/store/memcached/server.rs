@@ -121,15 +121,15 @@ impl Connection {
         (seconds * 1_000 + clock::uptime().saturating_sub(after)) as i64
     }
 
-    /// And not later than this.
-    pub(super) fn time_at_most(&self) -> i64 {
+    /// And not later than this, at that time here.
+    pub(super) fn time_at_most(&self, here: Millis) -> i64 {
         let (seconds, before, _) = *lock(&self.time);
-        (seconds * 1_000 + 999 + clock::uptime().saturating_sub(before)) as i64
+        (seconds * 1_000 + 999 + here.saturating_sub(before)) as i64
     }
 
     /// When an item ends that is to be there for so long.
     pub(super) fn until(&self, time: Duration) -> Until {
-        Until::after(time, (self.time_at_most() / 1_000).unsigned_abs())
+        Until::after(time, (self.time_at_most(clock::uptime()) / 1_000).unsigned_abs())
     }
 
     pub(super) fn largest(&self) -> usize {
@@ -463,7 +463,7 @@ mod tests {
     async fn times_are_told_by_the_clock_of_the_server() {
         let now = clock::uptime();
         let connection = connection((1_000, now - 300, now - 100), 0);
-        let [least, most] = [connection.time_at_least(), connection.time_at_most()];
+        let [least, most] = [connection.time_at_least(), connection.time_at_most(clock::uptime())];
         let until = connection.until(Duration::from_secs(40 * 86_400));
         let since = (clock::uptime() - now) as i64;
         assert!((1_000_100..=1_000_100 + since).contains(&least), "{least}");

@@ -21,10 +21,9 @@
 //! not to exist leaves nothing for long, and a generation that ends early costs a miss.
 
 use std::{
-    cell::RefCell,
     fmt,
     io::Write,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -47,7 +46,8 @@ use crate::{
     key::{Key, Tag},
     store::{
         Entry, Exchange, Fence, Generation, Health, Inquiry, Lookup, Mark, Opened, Search, Stamp, Store, StoreError,
-        StoreFuture, TagGroup, codec,
+        StoreFuture, TagGroup,
+        decoded::Times,
         regional::{FIELD, Kind, Record},
         wire::{Counters, Generations, Tags, by_tenant},
     },
@@ -65,10 +65,7 @@ const SAID: Duration = Duration::from_secs(60);
 /// How long a note is kept that nobody writes again.
 const NOTED: Duration = Duration::from_secs(30 * 86_400);
 
-/// Entries of up to so many bytes are decoded once for all who were answered with them at once.
-const SHARED: usize = 32 << 10;
-
-/// So many milliseconds sooner it may end for that.
+/// So many milliseconds sooner an entry may end for having been decoded before: each heartbeat tells how the clocks differ.
 const APART: i64 = 10;
 
 /// So many tags are dropped or fenced by one script, and told by one entry: others wait meanwhile.
@@ -109,29 +106,6 @@ for i = 1, (#KEYS - 1) / 2 do
     end
 end
 ";
-
-/// The last entry that a thread decoded of a reply that others were answered as well: while it is held, no other reply is where it
-/// is.
-struct Last {
-    bytes: Bytes,
-    /// By how much its times were shifted.
-    shift: i64,
-    longest: Option<Duration>,
-    entry: Option<Arc<Entry>>,
-}
-
-impl Last {
-    /// Whether it is what these bytes would be read as, or ends sooner by what clocks are read apart: another cache over the same
-    /// store may have another clock, and other bounds.
-    fn is(&self, bytes: &Bytes, shift: i64, longest: Option<Duration>) -> bool {
-        let sooner = shift.saturating_sub(self.shift);
-        self.bytes.as_ptr_range() == bytes.as_ptr_range() && (0..=APART).contains(&sooner) && self.longest == longest
-    }
-}
-
-thread_local! {
-    static LAST: RefCell<Option<Last>> = const { RefCell::new(None) };
-}
 
 /// Redis without a tier in front of it and without a guard.
 pub(super) struct Remote {
@@ -275,32 +249,6 @@ impl Remote {
         self.acknowledged(server, step, pipeline, 0).await.map(drop)
     }
 
-    /// What many have been answered at once is decoded once by each thread.
-    fn read_entry(&self, server: &Server, bytes: Bytes, inquiry: &Inquiry<'_>) -> Option<Arc<Entry>> {
-        let (shift, longest) = (inquiry.now as i64 - server.time_at_most(), inquiry.longest);
-        if bytes.is_empty() || bytes.len() > SHARED || bytes.is_unique() {
-            return self.decoded(bytes, shift, longest).map(Arc::new);
-        }
-        let of_thread = |last: &RefCell<Option<Last>>| match &mut *last.borrow_mut() {
-            Some(last) if last.is(&bytes, shift, longest) => last.entry.clone(),
-            last => {
-                let entry = self.decoded(bytes.clone(), shift, longest).map(|entry| Arc::new(entry.replayed()));
-                *last = Some(Last { bytes: bytes.clone(), shift, longest, entry: entry.clone() });
-                entry
-            }
-        };
-        let shared = LAST.try_with(of_thread);
-        shared.unwrap_or_else(|_| self.decoded(bytes.clone(), shift, longest).map(Arc::new))
-    }
-
-    fn decoded(&self, bytes: Bytes, shift: i64, longest: Option<Duration>) -> Option<Entry> {
-        let entry = codec::decode(bytes, shift, longest).ok();
-        if entry.is_none() {
-            self.counters.unreadable.fetch_add(1, Ordering::Relaxed);
-        }
-        entry
-    }
-
     /// The keys that a look-up reads: that of an entry and the mark, and those of generations.
     fn names<'a, 't: 'a>(&'a self, key: Option<&'a Key>, tags: impl Tags<'t> + 'a) -> impl Iterator<Item = Name<'a>> {
         let entry = key.into_iter().flat_map(|key| [("e:", key.as_bytes()), ("m:", key.tenant())]);
@@ -347,8 +295,11 @@ impl Remote {
 
     pub(super) async fn find(&self, inquiry: Inquiry<'_>) -> Result<Lookup, StoreError> {
         let server = self.link.reading(inquiry.key.tenant()).await?;
+        // Of the same moment as the inquiry's, however long the answer takes.
+        let here = server.here();
         let Found { entry, mark, generations } = self.read(&server, Some(inquiry.key), inquiry.tags.iter()).await?;
-        let entry = entry.and_then(|bytes| self.read_entry(&server, bytes, &inquiry));
+        let times = Times::of(&inquiry, server.time_at_most(here), APART);
+        let entry = entry.and_then(|bytes| self.counters.decode(&bytes, times, inquiry.tier));
         Ok(Lookup::new(entry, generations).marked(mark.map(|mark| Mark(mark.0))))
     }
 
@@ -1010,21 +961,6 @@ mod tests {
         assert_eq!(told(Value::Nil, Value::Nil), None, "dropped in between, or a list");
         assert_eq!(told(Value::Nil, Value::BulkString(b"foreign".to_vec())), None);
         assert_eq!(super::told(&[Value::Okay, Value::Okay], &[stored(1)], reign), None, "too few");
-    }
-
-    /// What another cache over the same store makes of the same reply, by another clock or with other bounds, is its own.
-    #[test]
-    fn a_decoded_reply_is_for_those_who_would_read_the_same() {
-        let (bytes, longest) = (Bytes::copy_from_slice(b"entry"), Some(Duration::from_secs(1)));
-        let last = Last { bytes: bytes.clone(), shift: 100, longest, entry: None };
-        // That it ends a moment sooner is no harm; that it ends later is.
-        for (shift, is) in [(99, false), (100, true), (100 + APART, true), (101 + APART, false)] {
-            assert_eq!(last.is(&bytes, shift, longest), is, "{shift}");
-        }
-        assert!(!last.is(&bytes, 100, None) && !last.is(&bytes, 100, Some(Duration::from_secs(2))));
-        for other in [Bytes::copy_from_slice(&bytes), bytes.slice(1..), bytes.slice(..4)] {
-            assert!(!last.is(&other, 100, longest), "{other:?}");
-        }
     }
 
     /// By each of the groups: it was delivered to a reader, who has nothing left of what came up to it.

@@ -7,7 +7,7 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use redis::{RedisResult, Value};
 
-use crate::mux::{Asked, Framing, Garbled, Place};
+use crate::mux::{Asked, COPIED, Framing, Garbled, Place};
 
 /// No line is longer.
 const LINE: usize = 4 << 10;
@@ -20,9 +20,6 @@ const LARGEST: usize = 1 << 30;
 
 /// No reply has more values.
 const VALUES: usize = 1 << 20;
-
-/// Smaller replies are copied: what is kept of them must not keep all that was read with them.
-const COPIED: usize = 64 << 10;
 
 /// A whole reply.
 #[derive(Clone, Debug, PartialEq, Eq)]

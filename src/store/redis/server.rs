@@ -308,9 +308,14 @@ impl Server {
         self.clock.now() as i64 + self.ahead.0.load(Ordering::Acquire)
     }
 
-    /// The server's time, as it is at most: for what is read.
-    pub(super) fn time_at_most(&self) -> i64 {
-        self.clock.now() as i64 + self.ahead.1.load(Ordering::Acquire)
+    /// This process' clock, by which those two are told.
+    pub(super) fn here(&self) -> Millis {
+        self.clock.now()
+    }
+
+    /// The server's time at that time here, as it was at most: for what is read.
+    pub(super) fn time_at_most(&self, here: Millis) -> i64 {
+        here as i64 + self.ahead.1.load(Ordering::Acquire)
     }
 
     /// The connection for look-ups, if there is one.
@@ -677,7 +682,7 @@ pub(super) mod tests {
         let before = terms.clock.now();
         server.beat(&terms).await.unwrap();
         let took = (terms.clock.now() - before) as i64;
-        let [least, most] = [server.time_at_least(), server.time_at_most()];
+        let [least, most] = [server.time_at_least(), server.time_at_most(server.here())];
         let since = (terms.clock.now() - before) as i64;
         assert!((1_250..=1_250 + since).contains(&least), "{least}");
         assert!(most >= least && most <= least + took + since, "{least} {most}");
