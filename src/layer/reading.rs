@@ -223,7 +223,7 @@ impl Reading {
                 drop(self.leader);
                 (self.forwarded.stored, self.forwarded.detail) = (false, Some(detail));
                 return client.end(|| {
-                    self.teller.tell(Handled::Forwarded(self.forwarded), asked.key.as_deref(), &mut self.parts);
+                    self.teller.tell(Handled::Forwarded(self.forwarded), asked.key(), &mut self.parts);
                     let body = CacheBody::full(data, trailers);
                     Response::from_parts(self.parts, if is_counted { body } else { body.uncounted() })
                 });
@@ -238,12 +238,11 @@ impl Reading {
             let leader = self.leader.made_of(self.known.0.stamps());
             let teller = &self.teller;
             let whole = |forwarded, mut parts: response::Parts| {
-                teller.tell(Handled::Forwarded(forwarded), asked.key.as_deref(), &mut parts);
+                teller.tell(Handled::Forwarded(forwarded), asked.key(), &mut parts);
                 Response::from_parts(parts, CacheBody::full(data.clone(), trailers.clone()))
             };
             // A client that gets the whole response does not wait for the generations; a part is made of what is stored.
-            let of_stored = asked.head || asked.conditions.is_some();
-            let parts = if leader.is_open() && !of_stored {
+            let parts = if leader.is_open() && !asked.is_conditional() {
                 client.end(|| whole(self.forwarded, self.parts));
                 yield_now().await;
                 None
@@ -255,7 +254,7 @@ impl Reading {
             if let Some(parts) = parts {
                 client.end(|| {
                     let how = How::forwarded(teller, self.forwarded);
-                    let part = sealed.as_ref().filter(|_| of_stored);
+                    let part = sealed.as_ref().filter(|_| asked.is_conditional());
                     let part = part.and_then(|sealed| conditionally(sealed, &parts, asked, how));
                     part.unwrap_or_else(|| whole(self.forwarded, parts))
                 });
@@ -287,7 +286,7 @@ impl Reading {
     fn head(&self, asked: &Asked) -> response::Parts {
         let mut parts = self.parts.clone();
         let forwarded = Forwarded { stored: false, ..self.forwarded };
-        self.teller.tell(Handled::Forwarded(forwarded), asked.key.as_deref(), &mut parts);
+        self.teller.tell(Handled::Forwarded(forwarded), asked.key(), &mut parts);
         parts
     }
 

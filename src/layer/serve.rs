@@ -30,18 +30,20 @@ use crate::{
 pub(crate) struct Asked {
     pub(crate) head: bool,
     /// Absent in most requests.
-    pub(crate) conditions: Option<Box<Conditions>>,
-    /// Say the key in `Cache-Status`.
-    pub(crate) key: Option<Bytes>,
-    /// It is asked to warm: what ends within this time is replaced.
-    pub(crate) ahead: Option<Millis>,
+    extras: Option<Box<Extras>>,
 }
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Conditions {
+struct Extras {
+    /// Whether its headers may ask for anything but the whole response.
+    is_conditional: bool,
     preconditions: Preconditions,
     range: Option<HeaderValue>,
-    pub(crate) directives: RequestDirectives,
+    directives: RequestDirectives,
+    /// Say the key in `Cache-Status`.
+    key: Option<Bytes>,
+    /// It is asked to warm: what ends within this time is replaced.
+    ahead: Option<Millis>,
 }
 
 impl Asked {
@@ -49,34 +51,60 @@ impl Asked {
     pub(crate) fn new(parts: &request::Parts, is_conditional: bool, honours_directives: bool) -> Self {
         let head = parts.method == Method::HEAD;
         let headers = &parts.headers;
-        let conditions = is_conditional.then(|| {
-            Box::new(Conditions {
+        let extras = is_conditional.then(|| {
+            Box::new(Extras {
+                is_conditional,
                 preconditions: Preconditions::of(headers),
                 range: headers.get(header::RANGE).filter(|_| !head).cloned(),
                 directives: if honours_directives { RequestDirectives::of(headers) } else { Default::default() },
+                ..Extras::default()
             })
         });
-        Self { head, conditions, key: None, ahead: None }
+        Self { head, extras }
+    }
+
+    #[cfg(feature = "warm")]
+    pub(crate) fn warm(&mut self, ahead: Millis) {
+        self.extras.get_or_insert_default().ahead = Some(ahead);
+    }
+
+    pub(crate) fn say_key(&mut self, key: &[u8]) {
+        self.extras.get_or_insert_default().key = Some(Bytes::copy_from_slice(key));
+    }
+
+    /// Whether it may be answered by another response than what is stored, or by a part of it.
+    pub(crate) fn is_conditional(&self) -> bool {
+        self.head || self.extras.as_ref().is_some_and(|extras| extras.is_conditional)
+    }
+
+    /// The key, if it is to be said.
+    pub(crate) fn key(&self) -> Option<&[u8]> {
+        self.extras.as_ref().and_then(|extras| extras.key.as_deref())
+    }
+
+    /// What is asked for to warm the cache, and how long before it ends it is replaced.
+    pub(crate) fn ahead(&self) -> Option<Millis> {
+        self.extras.as_ref().and_then(|extras| extras.ahead)
     }
 
     pub(crate) fn directives(&self) -> Option<&RequestDirectives> {
-        self.conditions.as_ref().map(|c| &c.directives)
+        self.extras.as_ref().map(|extras| &extras.directives)
     }
 
     /// Whether what the client has is this response of the inner service.
     pub(crate) fn is_not_modified(&self, parts: &response::Parts) -> bool {
-        let conditions = self.conditions.as_ref().filter(|_| parts.status == StatusCode::OK);
-        conditions.is_some_and(|conditions| conditions.preconditions.is_not_modified(&parts.headers))
+        let extras = self.extras.as_ref().filter(|_| parts.status == StatusCode::OK);
+        extras.is_some_and(|extras| extras.preconditions.is_not_modified(&parts.headers))
     }
 
     /// Whether an entry that is good is to be replaced before it ends: by chance, or because that is what is asked.
     pub(crate) fn replaces(&self, entry: &Entry, now: Millis, beta: f64) -> bool {
-        entry.is_due(now, beta) || self.ahead.is_some_and(|ahead| entry.ends_within(ahead, now))
+        entry.is_due(now, beta) || self.ahead().is_some_and(|ahead| entry.ends_within(ahead, now))
     }
 
     /// Whether the response to this request would be no good for others.
     pub(crate) fn is_partial(&self) -> bool {
-        self.head || self.conditions.as_ref().is_some_and(|c| c.range.is_some())
+        self.head || self.extras.as_ref().is_some_and(|extras| extras.range.is_some())
     }
 
     /// Whether the request's directives let this entry answer it (RFC 9111, section 5.2.1).
@@ -136,7 +164,7 @@ impl<'a> How<'a> {
 
     /// Says it in the headers of what was stored.
     fn say(&self, headers: &mut HeaderMap, (age, ttl): (u64, Option<i64>), status: StatusCode, asked: &Asked) {
-        self.teller.say(self.handled(ttl), headers, Some(status), asked.key.as_deref());
+        self.teller.say(self.handled(ttl), headers, Some(status), asked.key());
         if let (Some(place), Ok(age)) = (headers.get_mut(header::AGE), number(age)) {
             *place = age;
         }
@@ -177,13 +205,13 @@ pub(crate) fn answer<R: Body>(
         how.say(&mut headers, (age, ttl), stored.status, asked);
         headers
     };
-    let mut headers = match (how.handled, &asked.key) {
+    let mut headers = match (how.handled, asked.key()) {
         (None, None) => entry.replay.headers((age, ttl.unwrap_or(0)), how.teller.name(), make),
         _ => make(),
     };
     leave_no_place(&mut headers);
-    match &asked.conditions {
-        Some(conditions) => conditionally(stored, headers, asked.head, conditions),
+    match &asked.extras {
+        Some(extras) => conditionally(stored, headers, asked.head, extras),
         None => whole(stored, headers, asked.head),
     }
 }
@@ -197,7 +225,7 @@ pub(crate) fn use_up<R: Body>(
     extensions: Extensions,
 ) -> Option<Response<CacheBody<R>>> {
     let (age, ttl) = (entry.age(now).as_secs(), entry.ttl(now));
-    let own = Arc::get_mut(&mut entry).filter(|_| asked.conditions.is_none() && !asked.head);
+    let own = Arc::get_mut(&mut entry).filter(|_| !asked.is_conditional());
     let mut response = match own.map(|entry| &mut entry.payload) {
         Some(Payload::Response(stored)) => {
             let mut headers = std::mem::take(&mut stored.headers).into_map();
@@ -280,18 +308,18 @@ fn conditionally<R: Body>(
     stored: &StoredResponse,
     mut headers: HeaderMap,
     head: bool,
-    conditions: &Conditions,
+    extras: &Extras,
 ) -> Response<CacheBody<R>> {
     if stored.status != StatusCode::OK {
         return whole(stored, headers, head);
     }
-    if conditions.preconditions.is_not_modified(&headers) {
+    if extras.preconditions.is_not_modified(&headers) {
         let mut parts = Response::new(()).into_parts().0;
         parts.headers = headers;
         return not_modified(parts);
     }
     let length = stored.body.len();
-    match conditions.range.as_ref().and_then(|range| parse_range(range, length)) {
+    match extras.range.as_ref().and_then(|range| parse_range(range, length)) {
         None => whole(stored, headers, head),
         Some(None) => {
             let unsatisfied = HeaderValue::try_from(format!("bytes */{length}"));

@@ -44,7 +44,7 @@ impl Miss {
         S: Service<Request<B>, Response = Response<R>>,
         R: Body<Data = Bytes>,
     {
-        let (core, route, key) = (self.mapped.core.clone(), self.mapped.route.clone(), self.so_far.key.clone());
+        let (core, route, key) = (self.mapped.core.clone(), self.mapped.route.clone(), self.so_far.key().clone());
         let Some((auditor, permit)) = core.auditor.as_ref().and_then(|auditor| Some((auditor, auditor.permit()?)))
         else {
             return;

@@ -5,23 +5,13 @@ use std::sync::Arc;
 use http::{HeaderMap, HeaderName};
 use matchit::Params;
 
-use super::miss::{Behind, draw};
+use super::miss::{Behind, Turn, draw};
 use crate::{
     clock::Millis,
     layer::{changes::Reads, core::Core, serve::Asked},
     route::{ReadRoute, variant_key},
     store::{Entry, Payload},
 };
-
-/// Whether a request is looked for again, and why. What counts or picks requests has seen it the first time.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
-    First,
-    /// What this process held of it is not current.
-    NotCurrent,
-    /// The store cannot be asked.
-    Unavailable,
-}
 
 pub(super) struct Held {
     /// What answers, and what is done behind its reader.
@@ -57,7 +47,7 @@ pub(super) fn held(
         known = entry.as_ref().map(|marker| (names.clone(), marker.keep_until()));
         (variant, entry) = (Some(key), of_variant);
     }
-    let answers = |entry: &Entry| entry.response().is_some() && asked.ahead.is_none() && asked.accepts(entry, now);
+    let answers = |entry: &Entry| entry.response().is_some() && asked.ahead().is_none() && asked.accepts(entry, now);
     let found = entry.filter(|entry| answers(entry)).map(|entry| {
         if let Some(whole) = whole {
             whole.add_stamps(&entry.stamps);
@@ -67,7 +57,7 @@ pub(super) fn held(
         (entry, behind)
     });
     let mut unconfirmed = None;
-    if route.body.is_none() && asked.ahead.is_none() && turn == Turn::First {
+    if route.body.is_none() && asked.ahead().is_none() && turn == Turn::First {
         route.teller.watcher().looked(variant.as_deref().unwrap_or(key), found.is_some());
         // What leads to variants, or is a part of another response, is looked up.
         if found.is_none() && variant.is_none() && whole.is_none() {

@@ -55,7 +55,7 @@ impl Miss {
             let (start, date) = (Instant::now(), self.mapped.core.date());
             let (headers, reads) = (request.headers().clone(), Reads::default());
             tracing::debug!(
-                key = %self.so_far.key.as_bytes().escape_ascii(),
+                key = %self.so_far.key().as_bytes().escape_ascii(),
                 tags = ?leader.iter().flat_map(Leader::tags).collect::<Vec<_>>(),
                 reason = self.so_far.reason.as_str(),
                 "calling the inner service"
@@ -138,9 +138,9 @@ impl Miss {
             return Next::Confirm(Confirmed { stored, parts, kept, forwarded }, reply);
         }
         let Some((leader, life, names)) = settled else {
-            let (key, reason) = (self.so_far.key.as_bytes().escape_ascii(), forwarded.detail);
+            let (key, reason) = (self.so_far.key().as_bytes().escape_ascii(), forwarded.detail);
             tracing::debug!(%key, reason, status = parts.status.as_u16(), "not stored");
-            route.teller.tell(Handled::Forwarded(forwarded), asked.key.as_deref(), &mut parts);
+            route.teller.tell(Handled::Forwarded(forwarded), asked.key(), &mut parts);
             let _ = reply.send(Ok(unstored(parts, body, asked, is_asked)));
             return Next::Nothing;
         };
@@ -206,7 +206,7 @@ impl Miss {
             policy: &self.mapped.route.policy,
             keyed: &self.mapped.route.vary,
             no_cache: parts.extensions.get::<NoCache>().is_some(),
-            needs_public: self.needs_public,
+            needs_public: self.so_far.needs_public,
             targeted: &self.mapped.core.options.targeted_header,
             now: self.mapped.core.date(),
             took: start.elapsed(),

@@ -31,9 +31,6 @@ use crate::{
 pub(super) struct Miss {
     pub(super) mapped: Mapped,
     pub(super) so_far: SoFar,
-    pub(super) needs_public: bool,
-    /// The store cannot be asked.
-    pub(super) is_unavailable: bool,
 }
 
 /// What the mapping says of it, whatever becomes of it.
@@ -48,9 +45,12 @@ pub(super) struct Mapped {
 pub(super) struct SoFar {
     /// The key without request headers that responses turned out to vary by.
     pub(super) primary: Key,
-    /// The key with them, as far as they are known.
-    pub(super) key: Key,
+    /// The key with them, as far as they are known, if it is another.
+    pub(super) variant: Option<Box<Key>>,
     pub(super) asked: Asked,
+    /// The response may be stored only if it says that it is for everybody.
+    pub(super) needs_public: bool,
+    pub(super) turn: Turn,
     /// Why nothing stored has answered it so far.
     pub(super) reason: Reason,
     /// What responses are known to depend on, and for how long that is remembered.
@@ -61,6 +61,16 @@ pub(super) struct SoFar {
     pub(super) drawn: Option<(Millis, Behind)>,
     /// What is done about what answers it.
     pub(super) behind: Behind,
+}
+
+/// Whether a request is looked for again, and why. What counts or picks requests has seen it the first time.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    First,
+    /// What this process held of it is not current.
+    NotCurrent,
+    /// The store cannot be asked.
+    Unavailable,
 }
 
 /// What is done about an entry that has been served.
@@ -113,16 +123,16 @@ impl Asker for Ask<'_> {
         if let Some((names, of_entry)) = names.filter(|_| source != Source::Stale) {
             let own = Key::new(variant_key(so_far.primary.as_bytes(), names, self.headers));
             if of_entry != Some(&own) {
-                if own == so_far.key {
+                if own == *so_far.key() {
                     so_far.reason = Reason::Request;
                     return Use::Useless;
                 }
-                (so_far.key, so_far.reason) = (own.clone(), Reason::VaryMiss);
+                (so_far.variant, so_far.reason) = (Some(Box::new(own.clone())), Reason::VaryMiss);
                 return Use::Elsewhere(own);
             }
         }
         // Who warms wants it replaced.
-        if source == Source::Stale && so_far.asked.ahead.is_some() {
+        if source == Source::Stale && so_far.asked.ahead().is_some() {
             return Use::Useless;
         }
         let is_good = source == Source::Stale || so_far.asked.accepts(&entry, now);
@@ -132,7 +142,9 @@ impl Asker for Ask<'_> {
         }
         so_far.behind = match (source, so_far.drawn) {
             (Source::Store, Some((created, behind))) if created == entry.created => behind,
-            (Source::Store, _) => draw(core, route, &so_far.asked, (so_far.key.as_bytes(), &entry), self.headers, now),
+            (Source::Store, _) => {
+                draw(core, route, &so_far.asked, (so_far.key().as_bytes(), &entry), self.headers, now)
+            }
             _ => Behind::Nothing,
         };
         Use::Answer(Good { entry, source, now })
@@ -152,6 +164,10 @@ impl Asker for Ask<'_> {
 }
 
 impl SoFar {
+    pub(super) fn key(&self) -> &Key {
+        self.variant.as_deref().unwrap_or(&self.primary)
+    }
+
     /// Whether its response would be no good for others.
     fn is_partial(&self, route: &ReadRoute) -> bool {
         self.asked.is_partial() && !route.policy.loads_whole
@@ -169,7 +185,7 @@ impl Miss {
         !self.so_far.asked.is_partial() || self.mapped.route.policy.loads_whole && is_shared()
     }
 
-    /// Small for a hit, which most requests are.
+    /// Small for a hit, which most requests are: what is larger than 1,032 bytes, glibc's malloc takes a lock for.
     #[expect(clippy::manual_async_fn, reason = "an async fn holds what it is given twice")]
     pub(super) fn answer<S, B, R>(
         mut self,
@@ -182,13 +198,13 @@ impl Miss {
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         async move {
-            let (key, is_unavailable) = (self.so_far.key.clone(), self.is_unavailable);
+            let (key, turn) = (self.so_far.key().clone(), self.so_far.turn);
             let (mapped, so_far) = (&self.mapped, &mut self.so_far);
             let Mapped { core, route, tags, .. } = mapped;
             let mut ask = Ask { mapped, so_far, headers: request.headers() };
-            let obtained = match is_unavailable {
-                true => Obtained::unavailable(&ask),
-                false => core.engine.obtain(key, tags, &route.policy, &mut ask).await,
+            let obtained = match turn {
+                Turn::Unavailable => Obtained::unavailable(&ask),
+                _ => core.engine.obtain(key, tags, &route.policy, &mut ask).await,
             };
             match self.done(obtained, inner, request) {
                 Ok(response) => Ok(response),
@@ -276,7 +292,7 @@ impl Miss {
             late.map_or_else(|_| whole.spoil(), |late| whole.add_tags(late.iter()));
         }
         let forwarded = Forwarded::because(self.so_far.reason, detail);
-        self.mapped.route.teller.tell(forwarded, self.so_far.asked.key.as_deref(), &mut parts);
+        self.mapped.route.teller.tell(forwarded, self.so_far.asked.key(), &mut parts);
         Ok(Response::from_parts(parts, CacheBody::inner(body)))
     }
 
@@ -338,11 +354,11 @@ impl Miss {
         R: Body<Data = Bytes, Error: Send> + Send + 'static,
     {
         let engine = self.mapped.core.engine.clone();
-        if behind != Behind::Refresh || self.so_far.asked.ahead.is_none() {
+        if behind != Behind::Refresh || self.so_far.asked.ahead().is_none() {
             engine.spawn(self.follow_up(behind, inner, request).in_current_span());
             return Ok(response);
         }
-        let Some(leader) = engine.lead_refresh(&self.so_far.key, &self.mapped.tags, &self.mapped.route.policy).await
+        let Some(leader) = engine.lead_refresh(self.so_far.key(), &self.mapped.tags, &self.mapped.route.policy).await
         else {
             return Ok(response);
         };
@@ -360,7 +376,7 @@ impl Miss {
         // What it was a part of has been made of what was served.
         self.so_far.whole = None;
         if let Some(leader) =
-            self.mapped.core.engine.lead_refresh(&self.so_far.key, &self.mapped.tags, &self.mapped.route.policy).await
+            self.mapped.core.engine.lead_refresh(self.so_far.key(), &self.mapped.tags, &self.mapped.route.policy).await
         {
             let (nobody, _) = oneshot::channel();
             let scope = Inside::of(Some(&leader));
@@ -438,4 +454,26 @@ fn gateway_timeout<R: Body>(teller: &Teller) -> Response<CacheBody<R>> {
     teller.say(handled, response.headers_mut(), None, None);
     response.extensions_mut().insert(teller.outcome(handled, None));
     response
+}
+
+#[cfg(all(test, target_pointer_width = "64"))]
+mod tests {
+    use http_body_util::Full;
+    use tower::util::BoxCloneSyncService;
+
+    use super::*;
+    use crate::layer::future::Watched;
+
+    type Bodies = Full<Bytes>;
+    type Inner = BoxCloneSyncService<Request<Bodies>, Response<Bodies>, std::io::Error>;
+
+    /// As the compiler lays it out, with services and bodies as they mostly are.
+    #[test]
+    fn what_a_hit_waits_in_is_small() {
+        fn size<F>(_: fn(Miss, Inner, Request<Bodies>) -> F) -> usize {
+            size_of::<Watched<F>>()
+        }
+        let size = size(Miss::answer::<Inner, Bodies, Bodies>);
+        assert!(size <= 1_032, "{size}");
+    }
 }

@@ -48,8 +48,8 @@ use crate::{
     route::{At, BodyKey, Place, Read, ReadRoute, Wanted},
     store::Entry,
 };
-use held::{Held, Turn, held};
-use miss::{Behind, Mapped, Miss, SoFar};
+use held::{Held, held};
+use miss::{Behind, Mapped, Miss, SoFar, Turn};
 
 /// Wraps services in [`CacheAside`]; made by [`Cache::layer`](crate::Cache::layer).
 ///
@@ -224,7 +224,7 @@ impl<S, M> CacheAside<S, M> {
                 response.extensions_mut().insert(outcome);
                 (Some((Box::new(response), behind)), None)
             }
-            None => (None, asked.ahead.is_none().then(watch)),
+            None => (None, asked.ahead().is_none().then(watch)),
         };
         if let Some((entry, Behind::Nothing)) = unconfirmed {
             return self.confirm((key, entry), (route.clone(), asked), watch, Request::from_parts(parts, body));
@@ -235,10 +235,10 @@ impl<S, M> CacheAside<S, M> {
         let by_body = route.body.map(|how| (how, route.clone(), picked));
         let mapped = Mapped { core: self.core.clone(), route: route.clone(), tenant, tags };
         let miss = move |primary: Key| {
-            let key = variant.map_or_else(|| primary.clone(), Key::new);
-            let drawn = unconfirmed.map(|(entry, behind)| (entry.created, behind));
-            let so_far = SoFar { primary, key, asked, reason, known, whole, drawn, behind: Behind::Nothing };
-            Miss { mapped, so_far, needs_public, is_unavailable: turn == Turn::Unavailable }
+            let variant = variant.map(|variant| Box::new(Key::new(variant)));
+            let (drawn, behind) = (unconfirmed.map(|(entry, behind)| (entry.created, behind)), Behind::Nothing);
+            let so_far = SoFar { primary, variant, asked, needs_public, turn, reason, known, whole, drawn, behind };
+            Miss { mapped, so_far }
         };
         let (inner, request) = (self.inner.clone(), Request::from_parts(parts, body));
         match (shown, by_body) {
@@ -474,11 +474,11 @@ impl<S, M> CacheAside<S, M> {
             return Err(Forwarded::because(Reason::Request, "no-store"));
         }
         #[cfg(feature = "warm")]
-        if self.core.sampler.get().is_some() {
-            asked.ahead = parts.extensions.get::<Warmup>().map(|warmup| warmup.ahead);
+        if let Some(warmup) = self.core.sampler.get().and_then(|_| parts.extensions.get::<Warmup>()) {
+            asked.warm(warmup.ahead);
         }
         if options.show_keys {
-            asked.key = Some(Bytes::copy_from_slice(&wanted.key));
+            asked.say_key(&wanted.key);
         }
         Ok((route, wanted, asked))
     }
