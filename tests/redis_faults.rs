@@ -19,14 +19,16 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use futures_util::FutureExt;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use proxy::{Mode, Proxy};
 use redis::{Redis, number};
 use tempfile::TempDir;
 use tokio::{sync::Semaphore, task::JoinHandle};
+use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, DataType, Mutation, OnUnreachable, Route, Tier, Ttl,
+    Cache, CacheBuilder, Cascade, DataType, GrpcMethod, GrpcTarget, Mutation, OnUnreachable, Route, Tier, Ttl,
     store::{Health, RedisBuilder, RedisStore},
 };
 use web::{Body, Reply, Web, full, ok};
@@ -522,6 +524,50 @@ async fn what_is_new_is_answered_while_its_generation_is_made() {
         proxy.set(Mode::Pass);
         gate.add_permits(1);
         assert_eq!(loaded.await.unwrap().cache_status(), "fwd=uri-miss; stored");
+    }
+}
+
+/// So it is for values and gRPC: the load that does not end before its generation is being made ends.
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_is_loaded_has_its_generation_made_meanwhile() {
+    let (redis, db, gate) = (Redis::start(&[]), Db::default(), Arc::new(Semaphore::new(0)));
+    let proxy = Proxy::start(redis.port).await;
+    let get = GrpcMethod::read("/docs.Docs/Get", "doc").message(|_| Some(GrpcTarget::new("2")));
+    let cache = builder(patient(&proxy.url), Tier::Off).grpc(get).build().unwrap();
+    until_hit(&Web::new(&cache, origin(&db)), "0").await;
+    cache.settled().await;
+    let load = {
+        let gate = gate.clone();
+        move || {
+            let gate = gate.clone();
+            async move { gate.acquire().await.unwrap().forget() }
+        }
+    };
+    let waits = load.clone();
+    let grpc = cache.grpc_layer().layer(service_fn(move |_: Request<_>| {
+        let waits = waits();
+        async {
+            waits.await;
+            let response = Response::builder().header("content-type", "application/grpc").header("grpc-status", "5");
+            Ok::<_, io::Error>(response.body(Body::default()).unwrap())
+        }
+    }));
+    let call = Request::post("/docs.Docs/Get").header("content-type", "application/grpc");
+    let call = grpc.oneshot(call.body(full(&[0; 5][..])).unwrap());
+    let fetch = cache.entry::<u32>("doc", "3").fetch(move || async move {
+        load().await;
+        Ok::<_, io::Error>(Some(1))
+    });
+    let fetch = fetch.unwrap().into_future();
+    for (new, loading) in
+        [("doc=2", async { _ = call.await.unwrap() }.boxed()), ("doc=3", async { _ = fetch.await.unwrap() }.boxed())]
+    {
+        proxy.set(Mode::HoldAt("SET", new));
+        let loading = tokio::spawn(loading);
+        tokio::time::timeout(FOREVER / 6, proxy.holds()).await.expect(new);
+        proxy.set(Mode::Pass);
+        gate.add_permits(1);
+        tokio::time::timeout(FOREVER, loading).await.unwrap().unwrap();
     }
 }
 
