@@ -23,8 +23,8 @@ const MOST: usize = 1 << 20;
 /// Larger entries are decoded each time, and such as are twice as large with what they are decoded as.
 const LARGEST: usize = 32 << 10;
 
-// What is kept, or held, is all that there is of an allocation.
-const _: () = assert!(LARGEST < COPIED);
+// A reply with one that is no larger has been copied, with as much again for its generations: it is an allocation of its own.
+const _: () = assert!(2 * LARGEST <= COPIED);
 
 /// The times of an entry, as its reader tells them.
 #[derive(Clone, Copy)]
@@ -78,7 +78,7 @@ thread_local! {
 pub(super) fn decoded(bytes: &Bytes, times: Times, is_held: bool) -> Result<Arc<Entry>, Unreadable> {
     let decode = |bytes| codec::decode(bytes, times.shift, times.longest);
     let new = || {
-        let own = if is_held && bytes.len() >= COPIED { Bytes::copy_from_slice(bytes) } else { bytes.clone() };
+        let own = if is_held && bytes.len() > LARGEST { Bytes::copy_from_slice(bytes) } else { bytes.clone() };
         decode(own)
     };
     // (What else there is, the cache knows by its key, which is not in these bytes.)
@@ -94,7 +94,11 @@ pub(super) fn decoded(bytes: &Bytes, times: Times, is_held: bool) -> Result<Arc<
         if let Some(kept) = place.kept.as_ref().filter(|kept| kept.is(bytes, times)) {
             return Some(Ok(kept.entry.clone()));
         }
-        is_again.then(|| new().map(|entry| places.keep(at, (bytes, times), entry)))
+        if !is_again {
+            return None;
+        }
+        let own = Bytes::copy_from_slice(bytes);
+        Some(decode(own.clone()).map(|entry| places.keep(at, (own, times), entry)))
     };
     PLACES_OF_THREAD.try_with(of_thread).ok().flatten().unwrap_or_else(|| new().map(Arc::new))
 }
@@ -113,21 +117,19 @@ impl Decoded {
 }
 
 impl Places {
-    /// Keeps a copy, if it is not too large.
-    fn keep(&mut self, at: usize, (bytes, times): (&Bytes, Times), entry: Entry) -> Arc<Entry> {
+    /// Keeps it, if it is not too large.
+    fn keep(&mut self, at: usize, (bytes, times): (Bytes, Times), entry: Entry) -> Arc<Entry> {
         let size = bytes.len() + entry.weight();
         if size > 2 * LARGEST {
             return Arc::new(entry);
         }
-        let bytes = Bytes::copy_from_slice(bytes);
-        let Ok(own) = codec::decode(bytes.clone(), times.shift, times.longest) else { return Arc::new(entry) };
         self.clear(at);
         while self.size + size > MOST {
             self.clear(self.next);
             self.next = (self.next + 1) % PLACES;
         }
         self.size += size;
-        let entry = Arc::new(own.replayed());
+        let entry = Arc::new(entry.replayed());
         if let Some(place) = self.all.get_mut(at) {
             place.kept = Some(Box::new(Decoded { bytes, times, entry: entry.clone(), size }));
         }
@@ -179,6 +181,16 @@ mod tests {
         Arc::ptr_eq(&read(bytes).unwrap(), &read(bytes).unwrap())
     }
 
+    /// What cannot be packed.
+    fn noise(size: usize) -> Vec<u8> {
+        (0..size as u64).map(|n| ((n * n * 0x9e37_79b9) >> 13) as u8).collect()
+    }
+
+    fn other_in_its_place(one: &Bytes) -> Bytes {
+        let place = |bytes: &Bytes| codec::checksum_of_response(bytes).unwrap() as usize % PLACES;
+        (2..).map(|n| bytes(n, vec![7; 100])).find(|other| place(other) == place(one)).unwrap()
+    }
+
     /// In a thread of its own, which has decoded nothing.
     fn anew(test: impl FnOnce() + Send + 'static) {
         std::thread::spawn(test).join().unwrap();
@@ -208,8 +220,7 @@ mod tests {
                 assert!(read(&good).is_ok() && read(&good[..at]).is_err());
             }
             // What has the same place is another.
-            let crc = |bytes: &Bytes| codec::checksum_of_response(bytes).unwrap() as usize % PLACES;
-            let other = (2..).map(|n| bytes(n, vec![7; 100])).find(|other| crc(other) == crc(&good)).unwrap();
+            let other = other_in_its_place(&good);
             for bytes in [&good, &other, &good, &other, &other, &other, &good] {
                 assert_eq!(codec::encode(&read(bytes).unwrap(), 0).unwrap().bytes, *bytes);
             }
@@ -258,9 +269,8 @@ mod tests {
     #[test]
     fn what_is_kept_is_all_that_is_kept() {
         anew(|| {
-            for size in [100, 2 * LARGEST] {
-                let noise: Vec<u8> = (0..size as u64).map(|n| ((n * n * 0x9e37_79b9) >> 13) as u8).collect();
-                let entry = bytes(1, noise);
+            for size in [100, LARGEST + 1_000, 2 * LARGEST] {
+                let entry = bytes(1, noise(size));
                 let read = Bytes::from([&entry[..], &[0; 1 << 20]].concat());
                 let part = || read.slice(..entry.len());
                 let is_large = size > LARGEST;
@@ -278,8 +288,7 @@ mod tests {
     fn who_comes_in_between_is_not_kept() {
         anew(|| {
             let one = bytes(1, vec![7; 100]);
-            let place = |bytes: &Bytes| codec::checksum_of_response(bytes).unwrap() as usize % PLACES;
-            let other = (2..).map(|n| bytes(n, vec![7; 100])).find(|other| place(other) == place(&one)).unwrap();
+            let other = other_in_its_place(&one);
             assert!(is_kept(&one));
             let kept = read(&one).unwrap();
             for _ in 0..5 {
@@ -312,8 +321,7 @@ mod tests {
             }
             assert!(kept().1 > MOST - 2 * LARGEST && kept().0 > 50);
             for (size, is) in [(LARGEST - 1_000, true), (LARGEST, false)] {
-                let noise: Vec<u8> = (0..size as u64).map(|n| ((n * n * 0x9e37_79b9) >> 13) as u8).collect();
-                assert_eq!(is_kept(&bytes(1, noise)), is, "{size}");
+                assert_eq!(is_kept(&bytes(1, noise(size))), is, "{size}");
             }
             // What is small is so until it is unpacked.
             let packed = bytes(1, vec![7; 2 * LARGEST]);
