@@ -205,11 +205,10 @@ pub(crate) fn answer<R: Body>(
         how.say(&mut headers, (age, ttl), stored.status, asked);
         headers
     };
-    let mut headers = match (how.handled, asked.key()) {
+    let headers = match (how.handled, asked.key()) {
         (None, None) => entry.replay.headers((age, ttl.unwrap_or(0)), how.teller.name(), make),
         _ => make(),
     };
-    leave_no_place(&mut headers);
     match &asked.extras {
         Some(extras) => conditionally(stored, headers, asked.head, extras),
         None => whole(stored, headers, asked.head),
@@ -230,7 +229,6 @@ pub(crate) fn use_up<R: Body>(
         Some(Payload::Response(stored)) => {
             let mut headers = std::mem::take(&mut stored.headers).into_map();
             how.say(&mut headers, (age, ttl), stored.status, asked);
-            leave_no_place(&mut headers);
             let trailers = stored.trailers.take().map(|trailers| *trailers);
             respond(stored.status, headers, CacheBody::full(std::mem::take(&mut stored.body), trailers))
         }
@@ -246,13 +244,6 @@ pub(crate) fn put_outcome<T>(response: &mut Response<T>, mut extensions: Extensi
     extensions.clear();
     extensions.insert(outcome);
     *response.extensions_mut() = extensions;
-}
-
-/// The place of an age that nobody has filled in.
-fn leave_no_place(headers: &mut HeaderMap) {
-    if headers.get(header::AGE).is_some_and(HeaderValue::is_empty) {
-        headers.remove(header::AGE);
-    }
 }
 
 /// A response that is not stored, as far as its request asked for it. The handler that `is_asked` has said what it says.

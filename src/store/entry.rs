@@ -284,8 +284,8 @@ impl Entry {
 
     /// For how many more seconds it is fresh, which is less than none when it is stale; `None` means for ever.
     pub(crate) fn ttl(&self, now: Millis) -> Option<i64> {
-        let left = i128::from(self.expires) - i128::from(now);
-        (self.expires != Millis::MAX).then(|| i64::try_from(left.div_euclid(1_000)).unwrap_or(i64::MAX))
+        let [expires, now] = [self.expires, now].map(|time| i64::try_from(time).unwrap_or(i64::MAX));
+        (self.expires != Millis::MAX).then(|| (expires - now).div_euclid(1_000))
     }
 
     /// Whether to refresh it although it is fresh: with the probability that XFetch gives (Vattani et al., VLDB 2015).
