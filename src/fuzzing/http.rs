@@ -191,8 +191,8 @@ fn judged(parts: response::Parts, by_response: bool, needs_public: bool) {
         assert!(!needs_public || says.public || says.must_revalidate || says.s_maxage.is_some());
     }
     let _ = updated_headers(&parts.headers, &parts.headers);
-    let mut stored = stored_headers(&parts.headers);
-    assert_eq!(stored_headers(&stored), stored);
+    let mut stored = stored_headers(parts.headers.clone());
+    assert_eq!(stored_headers(stored.clone()), stored);
     take_weak_date(&mut stored, now(), Duration::from_secs(1));
     if says.targeted {
         return;

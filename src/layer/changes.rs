@@ -217,7 +217,7 @@ impl Reads {
 
     /// Under which generations the values were valid that it is made of.
     pub(crate) fn stamps(&self) -> Vec<Stamp> {
-        self.all().stamps
+        self.of_all(|all| all.stamps.clone())
     }
 
     /// It is made of what another load comes to.
@@ -228,6 +228,16 @@ impl Reads {
         } else {
             said.is_spoiled = true;
         }
+    }
+
+    /// Of all that it depends on; most depends on nothing, of which no copy is made.
+    fn of_all<T>(&self, what: impl FnOnce(&Dependencies) -> T) -> T {
+        let said = self.said();
+        if said.parts.is_empty() {
+            return what(&said);
+        }
+        drop(said);
+        what(&self.all())
     }
 
     /// All that it depends on, by way of others too.
@@ -263,8 +273,7 @@ impl Reads {
     }
 
     pub(crate) fn count(&self) -> usize {
-        let said = self.all();
-        said.things.len() + said.tags.len() + said.stamps.len() + usize::from(said.is_spoiled)
+        self.of_all(|all| all.things.len() + all.tags.len() + all.stamps.len() + usize::from(all.is_spoiled))
     }
 
     /// The tags of what it depends on: those of the values that it is made of, and of that entity's own entries.

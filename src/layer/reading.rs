@@ -54,6 +54,9 @@ const STREAM_GRACE: Duration = Duration::from_millis(100);
 pub(super) type Replied<R, E> = Result<Response<CacheBody<R>>, E>;
 pub(super) type Reply<R, E> = oneshot::Sender<Replied<R, E>>;
 
+/// What people call a route, should anybody have to know.
+pub(super) type Named = Box<dyn FnOnce() -> String + Send>;
+
 /// Who gets a response besides its own request: `None` if nobody does, and those who wait are told so.
 pub(super) fn settle(
     leader: Option<Leader>,
@@ -97,8 +100,7 @@ pub(super) fn settle(
 pub(super) struct Reading {
     pub(super) leader: Leader,
     pub(super) teller: Teller,
-    /// What people call the route.
-    pub(super) route: String,
+    pub(super) route: Named,
     pub(super) late: Vec<Tag>,
     /// What it depends on, and how much of that is among its tags: its body may say more.
     pub(super) known: (Reads, usize),
@@ -233,7 +235,7 @@ impl Reading {
             {
                 self.parts.headers.insert(header::ETAG, tag);
             }
-            let stored = self.stored(data.clone(), trailers.clone());
+            let (status, headers) = (self.parts.status, self.parts.headers.clone());
             let keep = self.forwarded.stored;
             let leader = self.leader.made_of(self.known.0.stamps());
             let teller = &self.teller;
@@ -249,6 +251,9 @@ impl Reading {
             } else {
                 Some(self.parts)
             };
+            let headers = dated(stored_headers(headers), self.date).into();
+            let trailers = trailers.as_ref().map(|trailers| Box::new(trailers.clone()));
+            let stored = StoredResponse { status, headers, body: data.clone(), trailers };
             let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
             self.forwarded.stored = tell_stored(sealed.as_ref(), keep, teller, data.len(), self.route);
             if let Some(parts) = parts {
@@ -267,19 +272,6 @@ impl Reading {
                 sealed.store().await;
             }
         }
-    }
-
-    /// What is stored of it.
-    fn stored(&self, body: Bytes, trailers: Option<HeaderMap>) -> StoredResponse {
-        let mut headers = stored_headers(&self.parts.headers);
-        // When it was made, where nobody says so (RFC 9110, section 6.6.1).
-        if !headers.contains_key(header::DATE)
-            && let Some(date) = date_of(self.date)
-        {
-            headers.insert(header::DATE, date);
-        }
-        let trailers = trailers.map(Box::new);
-        StoredResponse { status: self.parts.status, headers: headers.into(), body, trailers }
     }
 
     /// The head of the response, for a client that gets the body while it is read: nobody knows yet whether it will be stored.
@@ -316,8 +308,18 @@ impl Reading {
     }
 }
 
+/// When it was made, where nobody says so (RFC 9110, section 6.6.1).
+fn dated(mut headers: HeaderMap, date: SystemTime) -> HeaderMap {
+    if !headers.contains_key(header::DATE)
+        && let Some(date) = date_of(date)
+    {
+        headers.insert(header::DATE, date);
+    }
+    headers
+}
+
 /// Tells of a response of that size that is to be kept or not, and whether it is.
-fn tell_stored(sealed: Option<&Sealed>, keep: bool, teller: &Teller, size: usize, route: String) -> bool {
+fn tell_stored(sealed: Option<&Sealed>, keep: bool, teller: &Teller, size: usize, route: Named) -> bool {
     let Some(sealed) = sealed else { return false };
     let is_kept = keep && sealed.is_kept();
     if is_kept {
@@ -330,13 +332,13 @@ fn tell_stored(sealed: Option<&Sealed>, keep: bool, teller: &Teller, size: usize
 
 /// Says so if what was loaded is another than what it replaces, though no write has dropped that: when it is sure that none was on
 /// its way.
-fn tell_drift(sealed: &Sealed, teller: &Teller, route: String) {
+fn tell_drift(sealed: &Sealed, teller: &Teller, route: Named) {
     #[cfg(feature = "stats")]
     if let Some(drift) = sealed.drift() {
         let watcher = teller.watcher().clone();
         tokio::spawn(async move {
             if drift.await {
-                watcher.drifted(&route);
+                watcher.drifted(&route());
             }
         });
     }

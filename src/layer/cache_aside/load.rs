@@ -81,7 +81,7 @@ impl Miss {
                     return;
                 }
             };
-            let called = Called { start, date, headers, reads, confirmable, is_asked, leader };
+            let called = Called { start, date, headers: &headers, reads, confirmable, is_asked, leader };
             match self.answered(response, called, reply) {
                 Next::Nothing => {}
                 Next::Confirm(confirmed, reply) => Box::pin(self.confirm(confirmed, reply)).await,
@@ -94,7 +94,7 @@ impl Miss {
     }
 
     /// What becomes of a response.
-    fn answered<R, E>(&self, response: Response<R>, called: Called, reply: Reply<R, E>) -> Next<R, E>
+    fn answered<R, E>(&self, response: Response<R>, called: Called<'_>, reply: Reply<R, E>) -> Next<R, E>
     where
         R: Body<Data = Bytes>,
     {
@@ -132,7 +132,7 @@ impl Miss {
         }
         if let Some(stored) = confirmed {
             let kept = settled.map(|(leader, life, names)| {
-                let varied = self.varied(names, &headers);
+                let varied = self.varied(names, headers);
                 Kept { leader, late, life, varied }
             });
             return Next::Confirm(Confirmed { stored, parts, kept, forwarded }, reply);
@@ -144,14 +144,14 @@ impl Miss {
             let _ = reply.send(Ok(unstored(parts, body, asked, is_asked)));
             return Next::Nothing;
         };
-        let (varied, limit) = (self.varied(names, &headers), core.options.body_limit);
+        let (varied, limit) = (self.varied(names, headers), core.options.body_limit);
         let is_plain = parts.status == StatusCode::OK && !parts.headers.contains_key(header::ETAG);
         let adds_tag = core.options.entity_tags && is_plain;
-        let (date, teller, route) = (core.date(), route.teller.clone(), route.what());
+        let (date, teller, route) = (core.date(), route.teller.clone(), route.clone());
         let reading = Reading {
             leader,
             teller,
-            route,
+            route: Box::new(move || route.what()),
             late,
             known,
             parts,
@@ -228,7 +228,7 @@ impl Miss {
     /// Stores what the origin has confirmed anew, and answers with it.
     async fn confirm<R: Body, E>(&self, confirmed: Confirmed, reply: Reply<R, E>) {
         let Confirmed { stored, parts, kept, mut forwarded } = confirmed;
-        let headers = stored_headers(&parts.headers).into();
+        let headers = stored_headers(parts.headers).into();
         let payload = Payload::Response(StoredResponse { headers, ..stored });
         let engine = &self.mapped.core.engine;
         let life = kept.as_ref().map_or_else(Lifetime::default, |kept| kept.life);
@@ -252,12 +252,12 @@ impl Miss {
 }
 
 /// A call of the inner service.
-struct Called {
+struct Called<'r> {
     start: Instant,
     /// When it began.
     date: SystemTime,
     /// Of the request.
-    headers: HeaderMap,
+    headers: &'r HeaderMap,
     /// What its handler says that the response depends on.
     reads: Reads,
     /// The stored response that a 304 confirms.

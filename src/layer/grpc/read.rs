@@ -197,10 +197,11 @@ impl Read {
             return;
         };
         let late = late.unwrap_or_default();
+        let route = self.route.clone();
         let reading = Reading {
             leader,
             teller: self.route.teller.clone(),
-            route: format!("gRPC method {}", self.route.path),
+            route: Box::new(move || format!("gRPC method {}", route.path)),
             late,
             known,
             parts,
