@@ -28,7 +28,8 @@ use tempfile::TempDir;
 use tokio::{sync::Semaphore, task::JoinHandle};
 use tower::{Layer, ServiceExt, service_fn};
 use tower_cache_aside::{
-    Cache, CacheBuilder, Cascade, DataType, GrpcMethod, GrpcTarget, Mutation, OnUnreachable, Route, Tier, Ttl,
+    Cache, CacheBuilder, CacheTags, Cascade, DataType, GrpcMethod, GrpcTarget, Mutation, OnUnreachable, Route, Tier,
+    Ttl,
     store::{Health, RedisBuilder, RedisStore},
 };
 use web::{Body, Reply, Web, full, ok};
@@ -525,6 +526,37 @@ async fn what_is_new_is_answered_while_its_generation_is_made() {
         gate.add_permits(1);
         assert_eq!(loaded.await.unwrap().cache_status(), "fwd=uri-miss; stored");
     }
+}
+
+/// Nor does a response wait for the generation of what only it declares.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_declares_something_new_is_answered_while_its_generation_is_made() {
+    const DECLARES: &str = "/docs/1?with=2";
+    let (redis, db) = (Redis::start(&[]), Db::default());
+    let (proxy, inner) = (Proxy::start(redis.port).await, origin(&db));
+    let cache = builder(patient(&proxy.url), Tier::Off).route(Route::new("/docs/{doc_id}/", "doc").declares_tags());
+    let cache = cache.build().unwrap();
+    let web = Web::new(&cache, move |request| {
+        let (declares, answer) = (request.uri().query().is_some(), inner(request));
+        async move {
+            let mut response = answer.await?;
+            if declares {
+                CacheTags::of(response.extensions_mut()).add("doc", "2");
+            }
+            Ok::<_, io::Error>(response)
+        }
+    });
+    until_hit(&web, "0").await;
+    cache.settled().await;
+    proxy.set(Mode::HoldAt("SET", "doc=2"));
+    let reply = tokio::time::timeout(FOREVER / 6, web.get(DECLARES)).await.expect("it waits for a generation");
+    assert_eq!((reply.text(), reply.cache_status()), ("0", "fwd=uri-miss; stored"));
+    proxy.holds().await;
+    proxy.set(Mode::Pass);
+    cache.settled().await;
+    assert!(web.get(DECLARES).await.is_hit());
+    assert_eq!(web.put("/docs/2").await.status, 200);
+    assert_eq!((web.get(DECLARES).await.text(), web.get(PATH).await.is_hit()), ("1", true));
 }
 
 /// So it is for values and gRPC: the load that does not end before its generation is being made ends.

@@ -244,7 +244,8 @@ impl Reading {
                 Response::from_parts(parts, CacheBody::full(data.clone(), trailers.clone()))
             };
             // A client that gets the whole response does not wait for the generations; a part is made of what is stored.
-            let parts = if leader.is_open() && !asked.is_conditional() {
+            let is_first = leader.is_open_with(&self.late) && !asked.is_conditional();
+            let parts = if is_first {
                 client.end(|| whole(self.forwarded, self.parts));
                 yield_now().await;
                 None
@@ -266,7 +267,7 @@ impl Reading {
             }
             if let Some(sealed) = sealed.filter(|_| keep) {
                 // Its client does not wait for that; who asks here before it is stored finds the flight.
-                if sealed.is_remote() {
+                if sealed.is_remote() && !is_first {
                     yield_now().await;
                 }
                 sealed.store().await;
