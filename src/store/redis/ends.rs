@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use foldhash::fast::RandomState;
+use foldhash::fast::{FixedState, RandomState};
 
 use crate::{clock::Millis, store::Stamp};
 
@@ -20,8 +20,8 @@ const PROLONGED: usize = 1_024;
 /// When so many counters may have no end, the server is told.
 const UNENDED: usize = 256;
 
-/// Which generations were told to live until when, by the hashes of both, each in the place that it gives: many fills under one tag
-/// prolong it once. A generation that ends early nevertheless (another server, say) costs a miss.
+/// Which generations were told to live until when, by the hashes of both, each in the place of its tag and that end: many fills under
+/// one tag prolong it once. A generation that ends early nevertheless (another server, say) costs a miss.
 pub(super) struct Prolonged {
     hasher: RandomState,
     last: Box<[AtomicU64]>,
@@ -35,8 +35,10 @@ impl Default for Prolonged {
 
 impl Prolonged {
     fn place(&self, stamp: &Stamp, until: Millis) -> (&AtomicU64, u64) {
-        let hash = self.hasher.hash_one((stamp.tag.as_bytes(), stamp.generation.0, until));
-        (&self.last[hash as usize % PROLONGED], hash)
+        let of_tag = (stamp.tag.as_bytes(), until);
+        // Not by chance, as what a generation is: who does the same again asks the same again.
+        let at = FixedState::default().hash_one(of_tag) as usize % PROLONGED;
+        (&self.last[at], self.hasher.hash_one((of_tag, stamp.generation.0)))
     }
 
     pub(super) fn has(&self, stamp: &Stamp, until: Millis) -> bool {
@@ -86,6 +88,33 @@ impl Unended {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{key::Tag, store::Generation};
+
+    /// A generation is forgotten for the next of its tag that ends at the same time, and for few others.
+    #[test]
+    fn what_is_prolonged_has_the_place_of_its_tag() {
+        let prolonged = Prolonged::default();
+        let stamp = |tag: usize, generation| Stamp {
+            tag: Tag(format!("t:{tag}").into_bytes().into()),
+            generation: Generation(generation),
+        };
+        for generation in [1, 2] {
+            assert!(!prolonged.has(&stamp(0, generation), 5));
+            prolonged.add(&stamp(0, generation), 5);
+            assert!(prolonged.has(&stamp(0, generation), 5) && !prolonged.has(&stamp(0, 3 - generation), 5));
+            assert!(!prolonged.has(&stamp(0, generation), 6) && !prolonged.has(&stamp(1, generation), 5));
+        }
+        let other = Prolonged::default();
+        for tag in 0..PROLONGED {
+            prolonged.add(&stamp(tag, 3), 5);
+            other.add(&stamp(tag, 4), 5);
+        }
+        let has = |known: &Prolonged, generation| -> Vec<_> {
+            (0..PROLONGED).filter(|tag| known.has(&stamp(*tag, generation), 5)).collect()
+        };
+        assert!(has(&prolonged, 3).len() > PROLONGED / 2);
+        assert_eq!(has(&prolonged, 3), has(&other, 4));
+    }
 
     /// No more than some are ever without an end, and what is not acknowledged is told again.
     #[test]
