@@ -39,6 +39,9 @@ fn main() {
             redis_hit(&mut table, workers);
         }
     }
+    if table.wants("redis hit, a runtime for each core") {
+        redis_hit_by_core(&mut table);
+    }
     for workers in [2, 1] {
         if table.wants(&format!("redis miss, {workers} workers")) {
             redis_miss(&mut table, workers);
@@ -100,40 +103,17 @@ fn redis_hit(table: &mut Table, workers: usize) {
         (0..64).for_each(|task| shared.until_hits(&service, &path_of(task)));
         (format!("{tier:?}").to_lowercase(), service)
     });
-    let mut bare = shared.bare.clone();
-    shared.runtime.block_on(redis::cmd("SET").arg("bare").arg(&NOISE[..]).exec_async(&mut bare)).unwrap();
+    set_bare(&shared);
     for (tasks, calls) in [(1, 4_000), (8, 16_000), (64, 32_000), (256, 32_000)] {
         let (name, calls) =
             (format!("{}, {}", some(tasks, "task"), some(workers as u64, "worker")), table.calls(calls));
-        let get = side(format!("bare GET, {name}"), || {
-            shared.spread(tasks, calls, |calls| {
-                let mut connection = bare.clone();
-                async move {
-                    for _ in 0..calls {
-                        let get = redis::cmd("GET").arg("bare").take();
-                        black_box(get.query_async::<redis::Value>(&mut connection).await.unwrap());
-                    }
-                }
-            })
-        });
-        let mut sides = vec![get];
+        let mut sides = vec![side(format!("bare GET, {name}"), || gets(&shared, tasks, calls))];
         // What many ask for at once is looked up once: with a key for each task, it is not.
         let keys = if tasks == 64 { &[false, true][..] } else { &[false] };
         for (own_key, (tier, service)) in keys.iter().flat_map(|own| tiers.iter().map(move |tier| (*own, tier))) {
             let (shared, own) = (&shared, if own_key { ", each its own key" } else { "" });
             sides.push(side(format!("a hit in Redis, `{tier}`, {name}{own}"), move || {
-                let (before, next) = (LOADS.load(Ordering::Relaxed), AtomicUsize::new(0));
-                let took = shared.spread(tasks, calls, |calls| {
-                    let n = next.fetch_add(usize::from(own_key), Ordering::Relaxed);
-                    let (mut service, path) = (service.clone(), path_of(n));
-                    async move {
-                        for _ in 0..calls {
-                            black_box(service.call(served(&path)).await.unwrap());
-                        }
-                    }
-                });
-                let loads = LOADS.load(Ordering::Relaxed) - before;
-                assert!(loads <= 1 + calls / 1_000, "{loads} of {calls} were no hits");
+                let took = hits(shared, service, (tasks, calls), own_key);
                 took - building() / workers.min(tasks as usize) as f64
             }));
         }
@@ -148,6 +128,72 @@ fn redis_hit(table: &mut Table, workers: usize) {
         let goals: Vec<_> = keys.iter().flat_map(|_| goals.map(Goal::Rate)).collect();
         table.compare("µs", sides, &goals);
     }
+}
+
+fn set_bare(shared: &Shared) {
+    let set = redis::cmd("SET").arg("bare").arg(&NOISE[..]).take();
+    shared.runtime.block_on(set.exec_async(&mut shared.bare.clone())).unwrap();
+}
+
+fn gets(shared: &Shared, tasks: u64, calls: u64) -> f64 {
+    shared.spread(tasks, calls, |calls| {
+        let mut connection = shared.bare.clone();
+        async move {
+            for _ in 0..calls {
+                let get = redis::cmd("GET").arg("bare").take();
+                black_box(get.query_async::<redis::Value>(&mut connection).await.unwrap());
+            }
+        }
+    })
+}
+
+fn hits<S>(shared: &Shared, service: &S, (tasks, calls): (u64, u64), own_key: bool) -> f64
+where
+    S: Service<Request<Body>, Error = Never, Future: Send> + Clone + Send + 'static,
+{
+    let (before, next) = (LOADS.load(Ordering::Relaxed), AtomicUsize::new(0));
+    let took = shared.spread(tasks, calls, |calls| {
+        let n = next.fetch_add(usize::from(own_key), Ordering::Relaxed);
+        let (mut service, path) = (service.clone(), path_of(n));
+        async move {
+            for _ in 0..calls {
+                black_box(service.call(served(&path)).await.unwrap());
+            }
+        }
+    });
+    let loads = LOADS.load(Ordering::Relaxed) - before;
+    assert!(loads <= 1 + calls / 1_000, "{loads} of {calls} were no hits");
+    took
+}
+
+/// 64 tasks again, but two runtimes of one worker each, with connections and a cache of its own each, as two processes have: no task
+/// goes from one core to the other.
+fn redis_hit_by_core(table: &mut Table) {
+    let first = Shared::start(1);
+    let cores = [first.beside(1), first];
+    cores.iter().for_each(set_bare);
+    let at_once = |round: &(dyn Fn(usize) -> f64 + Sync)| {
+        let rates =
+            std::thread::scope(|scope| [0, 1].map(|core| scope.spawn(move || 1.0 / round(core))).map(|t| t.join()));
+        1.0 / rates.into_iter().map(Result::unwrap).sum::<f64>()
+    };
+    let tiers = [Tier::Off, Tier::Validated].map(|tier| {
+        let services = cores.each_ref().map(|core| {
+            let service = core.cache(tier).layer().layer(counted());
+            (0..32).for_each(|task| core.until_hits(&service, &path_of(task)));
+            service
+        });
+        (format!("{tier:?}").to_lowercase(), services)
+    });
+    let (name, calls) = ("64 tasks, a runtime for each of 2 cores", table.calls(16_000));
+    let mut sides = vec![side(format!("bare GET, {name}"), || at_once(&|core| gets(&cores[core], 32, calls)))];
+    for (own_key, (tier, services)) in [false, true].iter().flat_map(|own| tiers.iter().map(move |tier| (*own, tier))) {
+        let (cores, at_once, own) = (&cores, &at_once, if own_key { ", each its own key" } else { "" });
+        sides.push(side(format!("a hit in Redis, `{tier}`, {name}{own}"), move || {
+            at_once(&|core| hits(&cores[core], &services[core], (32, calls), own_key)) - building() / 2.0
+        }));
+    }
+    table.compare("µs", sides, &[Goal::Rate(None); 4]);
 }
 
 /// The path of a task that has its own.

@@ -6,6 +6,7 @@ mod server;
 
 use std::{
     hint::black_box,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -79,21 +80,32 @@ pub fn resident() -> f64 {
     statm.split(' ').nth(1).and_then(|pages| pages.parse::<f64>().ok()).unwrap_or(f64::NAN) * 4_096.0
 }
 
+fn multi_thread(workers: usize) -> Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build().unwrap()
+}
+
 /// The server that is measured, and a bare client of it beside us.
 pub struct Shared {
-    pub server: Redis,
+    pub server: Arc<Redis>,
     pub runtime: Runtime,
     pub bare: MultiplexedConnection,
 }
 
 impl Shared {
     pub fn start(workers: usize) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build();
-        Self::start_on(runtime.unwrap())
+        Self::start_on(multi_thread(workers))
     }
 
     pub fn start_on(runtime: Runtime) -> Self {
-        let server = Redis::start(&[]);
+        Self::of(Redis::start(&[]).into(), runtime)
+    }
+
+    /// The same server, asked from another runtime, as another process would.
+    pub fn beside(&self, workers: usize) -> Self {
+        Self::of(self.server.clone(), multi_thread(workers))
+    }
+
+    fn of(server: Arc<Redis>, runtime: Runtime) -> Self {
         let client = redis::Client::open(format!("{}?protocol=resp3", server.url())).unwrap();
         let bare = runtime.block_on(client.get_multiplexed_async_connection()).unwrap();
         Self { server, runtime, bare }
