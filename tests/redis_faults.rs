@@ -534,10 +534,11 @@ async fn what_declares_something_new_is_answered_while_its_generation_is_made() 
     const DECLARES: &str = "/docs/1?with=2";
     let (redis, db) = (Redis::start(&[]), Db::default());
     let (proxy, inner) = (Proxy::start(redis.port).await, origin(&db));
-    let cache = builder(patient(&proxy.url), Tier::Off).route(Route::new("/docs/{doc_id}/", "doc").declares_tags());
-    let cache = cache.build().unwrap();
+    let (cache, loads) = (builder(patient(&proxy.url), Tier::Off).build().unwrap(), Arc::new(AtomicU64::new(0)));
+    let counted = loads.clone();
     let web = Web::new(&cache, move |request| {
         let (declares, answer) = (request.uri().query().is_some(), inner(request));
+        counted.fetch_add(u64::from(declares), Ordering::SeqCst);
         async move {
             let mut response = answer.await?;
             if declares {
@@ -552,9 +553,14 @@ async fn what_declares_something_new_is_answered_while_its_generation_is_made() 
     let reply = tokio::time::timeout(FOREVER / 6, web.get(DECLARES)).await.expect("it waits for a generation");
     assert_eq!((reply.text(), reply.cache_status()), ("0", "fwd=uri-miss; stored"));
     proxy.holds().await;
-    proxy.set(Mode::Pass);
+    let others = futures_util::future::join_all((0..8).map(|_| web.get(DECLARES)));
+    let (others, ()) = tokio::join!(others, async { proxy.set(Mode::Pass) });
+    for other in others {
+        assert_eq!(other.text(), "0", "{}", other.cache_status());
+    }
     cache.settled().await;
     assert!(web.get(DECLARES).await.is_hit());
+    assert_eq!(loads.load(Ordering::SeqCst), 1, "loads of one key");
     assert_eq!(web.put("/docs/2").await.status, 200);
     assert_eq!((web.get(DECLARES).await.text(), web.get(PATH).await.is_hit()), ("1", true));
 }

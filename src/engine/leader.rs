@@ -56,6 +56,8 @@ pub(crate) struct Leader {
     pub(super) landed: bool,
     /// Whether other processes wait for it.
     pub(super) claimed: bool,
+    /// What only the response declares, if that was not known.
+    pub(super) declares: Option<Vec<Tag>>,
 }
 
 impl Leader {
@@ -150,7 +152,7 @@ impl Leader {
         let mut seen: HashSet<_, RandomState> = named.iter().collect();
         let declared: Vec<_> = late.iter().filter(|tag| seen.insert(tag)).collect();
         if !declared.iter().copied().eq(known) {
-            self.engine.remember_late(&self.key, declared.iter().copied());
+            self.declares = Some(declared.iter().copied().cloned().collect());
         }
         // What an earlier response declared and this one does not is none of its tags.
         let mut stamps: Vec<_> = stamps.filter(|stamp| seen.contains(&stamp.tag)).collect();
@@ -232,6 +234,10 @@ impl Leader {
 impl Drop for Leader {
     fn drop(&mut self) {
         self.land(Landed::Failed);
+        // Not before its flight has ended: who comes meanwhile knows as much as it did, and joins it.
+        if let Some(late) = self.declares.take() {
+            self.engine.remember_late(&self.key, late.iter());
+        }
     }
 }
 

@@ -222,6 +222,7 @@ impl Engine {
             known: None,
             landed: false,
             claimed: false,
+            declares: None,
         }
     }
 
