@@ -188,7 +188,7 @@ fn redis_hit_by_core(table: &mut Table) {
     let (name, calls) = ("64 tasks, a runtime for each of 2 cores", table.calls(16_000));
     let mut sides = vec![side(format!("bare GET, {name}"), || at_once(&|core| gets(&cores[core], 32, calls)))];
     for (own_key, (tier, services)) in [false, true].iter().flat_map(|own| tiers.iter().map(move |tier| (*own, tier))) {
-        let (cores, at_once, own) = (&cores, &at_once, if own_key { ", each its own key" } else { "" });
+        let (cores, at_once, own) = (&cores, &at_once, if own_key { ", 32 keys" } else { "" });
         sides.push(side(format!("a hit in Redis, `{tier}`, {name}{own}"), move || {
             at_once(&|core| hits(&cores[core], &services[core], (32, calls), own_key)) - building() / 2.0
         }));
