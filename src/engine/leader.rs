@@ -86,15 +86,15 @@ impl Leader {
     /// Whether the store has yet to say under which generations a result is stored that declares these tags as well.
     pub(crate) fn is_open_with(&self, late: &[Tag]) -> bool {
         let tags = self.flight.tags();
+        let any_new = || {
+            let known: HashSet<_, RandomState> = tags.iter().collect();
+            late.iter().any(|tag| !known.contains(tag))
+        };
         // In process it says so at once.
-        if self.is_open() || !self.engine.is_shared() || late == &tags[self.named..] {
-            return self.is_open();
-        }
-        let known: HashSet<_, RandomState> = tags.iter().collect();
-        late.iter().any(|tag| !known.contains(tag))
+        self.is_open() || self.engine.is_shared() && late != &tags[self.named..] && any_new()
     }
 
-    /// The same of those that are known without it.
+    /// The same without them.
     pub(super) fn is_open(&self) -> bool {
         self.flight.capture().is_open()
     }

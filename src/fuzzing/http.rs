@@ -190,7 +190,7 @@ fn judged(parts: response::Parts, by_response: bool, needs_public: bool) {
         assert!(!says.private && (!says.no_store || says.must_understand) && (!says.no_cache || by_response));
         assert!(!needs_public || says.public || says.must_revalidate || says.s_maxage.is_some());
     }
-    let _ = updated_headers(&parts.headers, &parts.headers);
+    let _ = updated_headers(&parts.headers, parts.headers.clone());
     let mut stored = stored_headers(parts.headers.clone());
     assert_eq!(stored_headers(stored.clone()), stored);
     take_weak_date(&mut stored, now(), Duration::from_secs(1));

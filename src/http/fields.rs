@@ -20,11 +20,20 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
 }
 
 /// A `Date`.
-pub(crate) fn date_of(time: SystemTime) -> Option<HeaderValue> {
+fn date_of(time: SystemTime) -> Option<HeaderValue> {
     let date = HeaderValue::try_from(httpdate::fmt_http_date(time)).ok()?;
     // Its first clone allocates what all clones share; a hit is to find that done.
     drop(date.clone());
     Some(date)
+}
+
+/// Says when a response was made, where nobody has said so (RFC 9110, section 6.6.1).
+pub(crate) fn put_date(headers: &mut HeaderMap, made: SystemTime) {
+    if !headers.contains_key(header::DATE)
+        && let Some(date) = date_of(made)
+    {
+        headers.insert(header::DATE, date);
+    }
 }
 
 /// Takes out a `Last-Modified` of the second in which the load began, or later: what is written in the rest of it has the same,
@@ -51,9 +60,9 @@ pub(crate) fn stored_headers(mut headers: HeaderMap) -> HeaderMap {
 }
 
 /// The headers of a response that the origin has confirmed with these of a 304 (RFC 9111, section 3.2).
-pub(crate) fn updated_headers(stored: &HeaderMap, confirmed: &HeaderMap) -> HeaderMap {
+pub(crate) fn updated_headers(stored: &HeaderMap, confirmed: HeaderMap) -> HeaderMap {
     let mut headers = stored.clone();
-    let new = stored_headers(confirmed.clone());
+    let new = stored_headers(confirmed);
     for name in new.keys() {
         // The body is still the old one.
         let of_body = [header::CONTENT_LENGTH, header::CONTENT_ENCODING, header::CONTENT_RANGE, header::ETAG];
@@ -109,6 +118,6 @@ mod tests {
         let says = of_body.map(|(name, _)| (name, "another"));
         let confirmed = of(&[&says[..], &[("x-new", "new"), ("age", "7"), ("cache-status", "other; hit")]].concat());
         let expected = of(&[&of_body[..], &[("x-new", "new"), ("x-old", "1")]].concat());
-        assert_eq!(updated_headers(&stored, &confirmed), expected);
+        assert_eq!(updated_headers(&stored, confirmed), expected);
     }
 }

@@ -37,7 +37,7 @@ use crate::{
     http::{
         cache_status::{Forwarded, Handled},
         conditions::entity_tag,
-        fields::{date_of, stored_headers},
+        fields::{put_date, stored_headers},
         freshness::Verdict,
     },
     key::{Key, Tag},
@@ -252,9 +252,10 @@ impl Reading {
             } else {
                 Some(self.parts)
             };
-            let headers = dated(stored_headers(headers), self.date).into();
+            let mut headers = stored_headers(headers);
+            put_date(&mut headers, self.date);
             let trailers = trailers.as_ref().map(|trailers| Box::new(trailers.clone()));
-            let stored = StoredResponse { status, headers, body: data.clone(), trailers };
+            let stored = StoredResponse { status, headers: headers.into(), body: data.clone(), trailers };
             let sealed = leader.seal(Payload::Response(stored), self.late, self.life, self.varied).await;
             self.forwarded.stored = tell_stored(sealed.as_ref(), keep, teller, data.len(), self.route);
             if let Some(parts) = parts {
@@ -307,16 +308,6 @@ impl Reading {
         drop(self.leader);
         client.finish(copy, last, |rx| Response::from_parts(parts, CacheBody::tee(rx, size)));
     }
-}
-
-/// When it was made, where nobody says so (RFC 9110, section 6.6.1).
-fn dated(mut headers: HeaderMap, date: SystemTime) -> HeaderMap {
-    if !headers.contains_key(header::DATE)
-        && let Some(date) = date_of(date)
-    {
-        headers.insert(header::DATE, date);
-    }
-    headers
 }
 
 /// Tells of a response of that size that is to be kept or not, and whether it is.

@@ -20,7 +20,7 @@ use crate::{
     http::{
         cache_status::{Forwarded, Handled},
         conditions::validate,
-        fields::{date_of, stored_headers, take_weak_date, updated_headers},
+        fields::{put_date, stored_headers, take_weak_date, updated_headers},
         freshness::{Exchange, Verdict, judge},
     },
     key::{Key, Tag},
@@ -295,12 +295,8 @@ fn update(
 ) -> Vec<Tag> {
     parts.status = stored.status;
     // It is as old as its confirmation.
-    if !parts.headers.contains_key(header::DATE)
-        && let Some(date) = date_of(now)
-    {
-        parts.headers.insert(header::DATE, date);
-    }
-    parts.headers = updated_headers(&stored.headers.to_map(), &parts.headers);
+    put_date(&mut parts.headers, now);
+    parts.headers = updated_headers(&stored.headers.to_map(), std::mem::take(&mut parts.headers));
     let stamps = leader.and_then(Leader::stale).into_iter().flat_map(|stale| stale.entry.stamps.iter());
     late.into_iter().chain(stamps.map(|stamp| stamp.tag.clone())).collect()
 }
